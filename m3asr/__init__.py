@@ -1,0 +1,3 @@
+"""Conformer mixture-of-experts speech recognition: one model, several engines."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,27 @@
+"""The errors a user can cause. Each message is one sentence: what was found, what was expected, what to do.
+
+M3asrError
+├── AudioError      a recording cannot be read or holds no usable samples
+├── ModelError      a checkpoint, model folder or engine cannot be used
+└── MissingExtra    an optional package is not installed
+"""
+
+
+class M3asrError(Exception):
+    """Base of all errors raised for bad input; the command line prints the message and exits with 2."""
+
+
+class AudioError(M3asrError):
+    """A recording cannot be read or holds no usable samples."""
+
+
+class ModelError(M3asrError):
+    """A checkpoint, a model folder, a feature file or an engine does not fit."""
+
+
+class MissingExtra(M3asrError):
+    """A feature needs a package that is not installed."""
+
+    def __init__(self, what: str, extra: str):
+        super().__init__(f"{what} needs the extra '{extra}': pip install 'm3asr[{extra}]'")
+        self.extra = extra
