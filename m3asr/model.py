@@ -146,16 +146,14 @@ class ConvModule(nn.Module):
         self.pointwise_conv2 = nn.Conv1d(width, width, 1)
         self.activation = ops.ACTIVATIONS[config.activation_type]
 
-    def forward(self, x: Tensor, frames: Tensor, mask_after_glu: bool) -> Tensor:
-        padded = ~frames.unsqueeze(1)  # (B, 1, S)
-        x = x.transpose(1, 2).masked_fill(padded, 0.0)  # (B, D, S)
+    def forward(self, x: Tensor, frames: Tensor, glu_frames: Tensor) -> Tensor:
+        x = x.transpose(1, 2).masked_fill(~frames.unsqueeze(1), 0.0)  # (B, D, S)
         if self.left_padding:
-            x = nn.functional.pad(x, (self.left_padding, 0))
-            padded = nn.functional.pad(padded, (self.left_padding, 0))
-        x = nn.functional.glu(self.pointwise_conv1(x), dim=1)
-        if mask_after_glu:
+            # Causal: nothing after a frame reaches it, so padding needs no second masking.
+            x = nn.functional.glu(self.pointwise_conv1(nn.functional.pad(x, (self.left_padding, 0))), dim=1)
+        else:
             # Padding is GLU(bias) by now and would reach the last frames through the depthwise convolution.
-            x = x.masked_fill(padded, 0.0)
+            x = nn.functional.glu(self.pointwise_conv1(x), dim=1).masked_fill(~glu_frames.unsqueeze(1), 0.0)
         x = self.depthwise_conv(x)
         if self.use_layer_norm:
             x = self.norm(x.transpose(1, 2)).transpose(1, 2)
@@ -189,12 +187,12 @@ class ConformerBlock(nn.Module):
         self.ff_scale = 0.5 if self.macaron else 1.0
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, pos, attention_mask, frames, mask_after_glu, embedding=None) -> Tensor:
+    def forward(self, x, pos, attention_mask, frames, glu_frames, embedding=None) -> Tensor:
         if self.macaron:
             x = x + self.ff_scale * self.dropout(self.feed_forward_macaron(self.norm_ff_macaron(x)))
         y = self.norm_mha(x)
         x = x + self.dropout(self.self_attn(y, y, attention_mask, pos))
-        x = x + self.dropout(self.conv_module(self.norm_conv(x), frames, mask_after_glu))
+        x = x + self.dropout(self.conv_module(self.norm_conv(x), frames, glu_frames))
         y = self.norm_ff(x)
         y = self.feed_forward(y) if embedding is None else self.feed_forward(y, embedding)
         x = x + self.ff_scale * self.dropout(y)
@@ -227,12 +225,16 @@ class Encoder(nn.Module):
         if config.embed is not None:
             self.embed = Encoder(config.embed, vocab_size)
 
-    def forward(self, features: Tensor, attention_mask: Tensor, frames: Tensor, mask_after_glu: bool) -> Tensor:
-        """features (B, T, F), attention_mask bool (B, 1, 1 or S, S), frames bool (B, S) -> hidden (B, S, D)."""
+    def forward(self, features: Tensor, attention_mask: Tensor, frames: Tensor, glu_frames: Tensor) -> Tensor:
+        """features (B, T, F), attention_mask bool (B, 1, 1 or S, S) -> hidden (B, S, D).
+
+        frames bool (B, S): the frames of the utterance. glu_frames bool (B, S): the frames that are kept after the
+        GLU: the same for batch-invariant results, all of them as the original code has it (specification 2.6).
+        """
         embedding = None
         if self.config.embed is not None:
             # Detached as in 3M-ASR: the embedding network learns from its own loss alone.
-            embedding = self.embed(features, attention_mask, frames, mask_after_glu).detach()
+            embedding = self.embed(features, attention_mask, frames, glu_frames).detach()
         x, pos = self.subsampling(features), None
         if self.config.pos_enc_layer_type == "rel_pos":
             x = x * math.sqrt(x.shape[-1])
@@ -242,7 +244,7 @@ class Encoder(nn.Module):
             pos = torch.zeros_like(x[:1])
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, pos, attention_mask, frames, mask_after_glu, embedding)
+            x = block(x, pos, attention_mask, frames, glu_frames, embedding)
         return self.after_norm(x)
 
 
@@ -320,34 +322,39 @@ class Model(nn.Module):
         else:
             self.decoder = TransformerDecoder(config.decoder, config.decoder.num_blocks, width, config.vocab_size)
 
-    def forward(self, features: Tensor, lengths: Tensor, chunk_size=0, left_chunks=-1) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, features: Tensor, lengths: Tensor, chunk_size=0, left_chunks=-1, compat=None):
         """features float32 (B, T, F), lengths int32 (B,) -> log_probs float32 (B, S, V), hidden (B, S, D), int32 (B,).
 
         T must be at least `config.encoder.min_frames`. What stands in `features` past an utterance's length does not
         matter. `chunk_size`, `left_chunks`: ints or 0-d tensors for models trained on chunks (see `ops.chunk_mask`).
+        `compat`, a bool or a 0-d bool tensor, replaces `config.compat`.
         """
-        hidden, out_lengths = self.encode(features, lengths, chunk_size, left_chunks)
+        hidden, out_lengths = self.encode(features, lengths, chunk_size, left_chunks, compat)
         return self.log_probs(hidden), hidden, out_lengths
 
-    def encode(self, features: Tensor, lengths: Tensor, chunk_size=0, left_chunks=-1) -> tuple[Tensor, Tensor]:
+    def encode(self, features: Tensor, lengths: Tensor, chunk_size=0, left_chunks=-1, compat=None):
         """Everything up to the CTC head: -> hidden (B, S, D), out_lengths int32 (B,)."""
-        config, compat = self.config.encoder, self.config.compat
+        config = self.config.encoder
+        compat = self.config.compat if compat is None else compat
         features = features.masked_fill(~ops.frame_mask(lengths, features.shape[1]).unsqueeze(-1), 0.0)
         if self.cmvn is not None:
             features = self.cmvn(features)
-        ceil_formula = compat and self.config.family == "3m"
-        frames_in, frames_out = features.shape[1], features.shape[1]
+        size = features.shape[1]
         for kernel, stride in config.subsampling:
-            frames_out = (frames_out - kernel) // stride + 1
-        out_lengths = ops.subsampled_lengths(lengths, config.subsampling, frames_in if ceil_formula else None)
-        frames = ops.frame_mask(out_lengths, frames_out)  # (B, S)
+            size = (size - kernel) // stride + 1
+        out_lengths = ops.subsampled_lengths(lengths, config.subsampling)
+        if compat is not False and self.config.family == "3m":
+            original = ops.subsampled_lengths(lengths, config.subsampling, features.shape[1])
+            out_lengths = torch.where(torch.as_tensor(compat, device=lengths.device), original, out_lengths)
+        frames = ops.frame_mask(out_lengths, size)  # (B, S)
+        glu_frames = frames if compat is False else frames | compat
         attention_mask = frames.unsqueeze(1).unsqueeze(1)  # (B, 1, 1, S)
         if config.use_dynamic_chunk:
-            attention_mask = attention_mask & ops.chunk_mask(frames_out, chunk_size, left_chunks, features.device)
+            attention_mask = attention_mask & ops.chunk_mask(size, chunk_size, left_chunks, features.device)
         elif config.static_chunk_size > 0:
-            chunk = ops.chunk_mask(frames_out, config.static_chunk_size, left_chunks, features.device)
+            chunk = ops.chunk_mask(size, config.static_chunk_size, left_chunks, features.device)
             attention_mask = attention_mask & chunk
-        return self.encoder(features, attention_mask, frames, not compat), out_lengths
+        return self.encoder(features, attention_mask, frames, glu_frames), out_lengths
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """CTC head: (B, S, D) -> float32 (B, S, V)."""
