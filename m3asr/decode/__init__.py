@@ -1,0 +1,25 @@
+"""Log-probabilities of any engine -> token ids with scores, times and confidences. Plain numpy, no network inside."""
+
+from m3asr.decode.attention import AttentionDecoder, attention_rescoring, attention_search
+from m3asr.decode.biasing import ContextGraph
+from m3asr.decode.ctc import PrefixBeamSearch, Scorer, ctc_greedy_search, ctc_prefix_beam_search
+from m3asr.decode.hypothesis import DecodeResult, Hypothesis
+from m3asr.decode.ngram import NgramLM
+from m3asr.decode.times import Word, token_times, word_times
+
+__all__ = [
+    "AttentionDecoder",
+    "ContextGraph",
+    "DecodeResult",
+    "Hypothesis",
+    "NgramLM",
+    "PrefixBeamSearch",
+    "Scorer",
+    "Word",
+    "attention_rescoring",
+    "attention_search",
+    "ctc_greedy_search",
+    "ctc_prefix_beam_search",
+    "token_times",
+    "word_times",
+]
