@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from m3asr.decode.times import WORD_START
 from m3asr.errors import MissingExtra, ModelError
 
+WORD_START = "\u2581"  # ▁: how SentencePiece, and the character vocabularies of both families, write a space
 TO_NATURAL = math.log(10.0)  # KenLM answers in decimal logarithms
 
 
@@ -38,7 +38,8 @@ class NgramLM:
         except (OSError, RuntimeError) as error:
             raise ModelError(f"language model {path} is neither an ARPA nor a KenLM binary file: {error}") from None
         self._new_state = kenlm.State
-        self.pieces, self.weight, self.bonus, self.unit = list(pieces), weight, bonus, unit
+        self.pieces = [piece.replace("<space>", WORD_START) for piece in pieces]
+        self.weight, self.bonus, self.unit = weight, bonus, unit
 
     def start(self) -> tuple[Any, str]:
         """(KenLM's state, the letters of the word that is not complete yet)."""
