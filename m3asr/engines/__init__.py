@@ -1,0 +1,101 @@
+"""Engines: (features, lengths) -> (log_probs, hidden, lengths), each its own way.
+
+An engine knows frames and log-probabilities, nothing of files or text. `load_engine` picks one and says which.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Protocol
+
+import numpy as np
+
+from m3asr.errors import MissingExtra, ModelError
+from m3asr.folder import ModelFolder
+
+NAMES = ("onnx", "eager")
+
+
+class Engine(Protocol):
+    """What every engine offers."""
+
+    name: str  # "eager", "onnx", ...
+    device: str  # what it runs on, for people
+
+    def __call__(
+        self,
+        features: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        compat: bool = False,
+        chunk_size: int = 0,
+        left_chunks: int = -1,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """features float32 (B, T, F), lengths int32 (B,) -> log_probs float32 (B, S, V), hidden float32 (B, S, D),
+        lengths int32 (B,). Features are normalised unless the model does it itself; any T, also 0, is accepted.
+        """
+
+    def decode(
+        self,
+        hidden: np.ndarray,
+        lengths: np.ndarray,
+        tokens: np.ndarray,
+        token_lengths: np.ndarray,
+        reversed_tokens: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The attention decoder over one utterance: hidden (1, S, D), lengths (1,), tokens int64 (N, L) from sos on,
+        reversed_tokens likewise right to left -> log_probs (N, L, V), and the same right to left or None.
+        """
+
+
+def available() -> dict[str, str]:
+    """Which engines can run here: name -> "" or the reason why not."""
+    reasons = {"onnx": "", "eager": ""}
+    for name, package, extra in (("onnx", "onnxruntime", None), ("eager", "torch", "torch")):
+        if importlib.util.find_spec(package) is None:
+            reasons[name] = f"{package} is not installed" + (f": pip install 'm3asr[{extra}]'" if extra else "")
+    return reasons
+
+
+def load_engine(folder: ModelFolder, name: str = "auto", *, threads: int = 0) -> Engine:
+    """Load an engine for a model. "auto" is onnx, the default everywhere; it never falls back to another one.
+
+    threads: 0 leaves the number to the library. Raises ModelError for an unknown name or a model without that engine,
+    MissingExtra when its package is not installed.
+    """
+    if name in ("auto", "onnx"):
+        from m3asr.engines.onnx import OnnxEngine
+
+        return OnnxEngine(folder, threads=threads)
+    if name == "eager":
+        if importlib.util.find_spec("torch") is None:
+            raise MissingExtra("the eager engine", "torch")
+        from m3asr.engines.eager import EagerEngine
+
+        return EagerEngine(folder, threads=threads)
+    raise ModelError(f"there is no engine {name!r}; available: auto, {', '.join(NAMES)}")
+
+
+def padded(features: np.ndarray, lengths: np.ndarray, input_dim: int, min_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Check a batch and lengthen it to the fewest frames that the convolutions take.
+
+    Raises ModelError for other ranks, widths, counts, lengths past the frames, NaN or infinite values inside them.
+    """
+    features, lengths = np.asarray(features), np.asarray(lengths)
+    if features.ndim != 3 or features.shape[2] != input_dim:
+        raise ModelError(f"features have shape {features.shape}, the model reads (batch, frames, {input_dim})")
+    if lengths.shape != features.shape[:1]:
+        raise ModelError(f"lengths have shape {lengths.shape} for a batch of {features.shape[0]}: expected one each")
+    if not np.issubdtype(lengths.dtype, np.integer) or not np.issubdtype(features.dtype, np.floating):
+        raise ModelError(f"features are {features.dtype} and lengths {lengths.dtype}: expected float32 and integers")
+    if lengths.size and (lengths.min() < 0 or lengths.max() > features.shape[1]):
+        raise ModelError(
+            f"lengths reach from {lengths.min()} to {lengths.max()}, features have {features.shape[1]} frames"
+        )
+    features = features.astype(np.float32, copy=False)
+    inside = np.arange(features.shape[1]) < lengths[:, None]  # (B, T)
+    if not np.isfinite(np.where(inside, np.abs(features).max(axis=-1, initial=0.0), 0.0)).all():
+        raise ModelError("features hold NaN or infinite values inside an utterance")
+    if features.shape[1] < min_frames:
+        features = np.pad(features, ((0, 0), (0, min_frames - features.shape[1]), (0, 0)))
+    return np.ascontiguousarray(features), np.ascontiguousarray(lengths, dtype=np.int32)

@@ -1,0 +1,63 @@
+"""The PyTorch model itself, in float32: the truth the other engines are compared with."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from m3asr.engines import padded
+from m3asr.errors import ModelError
+from m3asr.folder import ModelFolder
+from m3asr.model import Model
+
+
+def load_model(folder: ModelFolder) -> Model:
+    """The folder's model in evaluation mode. Raises ModelError if weights and configuration do not fit."""
+    with torch.device("meta"):
+        model = Model(folder.config)
+    state = {name: torch.from_numpy(value) for name, value in folder.weights().items()}
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{folder.path}: weights do not fit config.json: {' '.join(str(error).split())[:400]}"
+        ) from None
+    return model.eval()
+
+
+class EagerEngine:
+    """Runs `Model` as it is."""
+
+    name = "eager"
+
+    def __init__(self, folder: ModelFolder, *, threads: int = 0, device: str | None = None):
+        if threads:
+            torch.set_num_threads(threads)
+        self.device = device or "cpu"
+        self.config = folder.config
+        self.model = load_model(folder).to(self.device)
+
+    @torch.inference_mode()
+    def __call__(self, features, lengths, *, compat=False, chunk_size=0, left_chunks=-1):
+        encoder = self.config.encoder
+        features, lengths = padded(features, lengths, encoder.input_dim, encoder.min_frames)
+        if not len(lengths):
+            return _empty(self.config)
+        outputs = self.model(self._tensor(features), self._tensor(lengths), chunk_size, left_chunks, compat)
+        return tuple(output.cpu().numpy() for output in outputs)
+
+    @torch.inference_mode()
+    def decode(self, hidden, lengths, tokens, token_lengths, reversed_tokens):
+        if self.model.decoder is None:
+            raise ModelError("the model has no attention decoder: rescoring is not possible, use greedy or beam")
+        arrays = (self._tensor(np.asarray(a)) for a in (hidden, lengths, tokens, reversed_tokens))
+        return tuple(None if output is None else output.cpu().numpy() for output in self.model.decode(*arrays))
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def _empty(config):
+    zero = np.zeros((0, 0), np.float32)
+    shape = (config.vocab_size, config.encoder.attention_dim)
+    return zero[..., None].repeat(shape[0], -1), zero[..., None].repeat(shape[1], -1), np.zeros(0, np.int32)

@@ -1,0 +1,103 @@
+"""ONNX Runtime on the CPU: the default engine. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import onnxruntime as ort
+
+from m3asr.engines import padded
+from m3asr.errors import ModelError
+from m3asr.folder import ModelFolder
+
+_EXTERNAL = re.compile(r"(.+?)(?:\[(\d+)\])?")
+GRAPH_FORMAT = 1
+
+
+class OnnxEngine:
+    """Runs the graphs in `engines/onnx` with the weights of `model.safetensors`."""
+
+    name = "onnx"
+    device = "cpu"
+
+    def __init__(self, folder: ModelFolder, *, threads: int = 0):
+        self.config = folder.config
+        self._threads = threads
+        self._path = folder.path / "engines" / "onnx"
+        self._folder = folder
+        self._check()
+        weights = folder.weights()
+        self._encoder = self._session("encoder.onnx", weights)
+        self._decoder = None
+        if self.config.decoder is not None:
+            self._decoder = self._session("decoder.onnx", weights)
+
+    def _check(self) -> None:
+        rebuild = f"run `m3asr build {self._folder.path} --engine onnx` where torch is installed"
+        try:
+            manifest = json.loads((self._path / "manifest.json").read_text(encoding="utf-8"))
+            version, digest = manifest["format_version"], manifest["config_sha256"]
+            self._weight_names: dict[str, list[str]] = manifest["weights"]
+        except FileNotFoundError:
+            raise ModelError(f"{self._folder.path} has no onnx engine: {rebuild}") from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ModelError(f"{self._path / 'manifest.json'} is damaged: {rebuild}") from None
+        if version != GRAPH_FORMAT:
+            raise ModelError(f"{self._path} has format {version}, this m3asr runs {GRAPH_FORMAT}: {rebuild}")
+        if digest != self._folder.config_digest():
+            raise ModelError(f"{self._path} was built for another config.json: {rebuild}")
+
+    def _session(self, name: str, weights: dict[str, np.ndarray]) -> ort.InferenceSession:
+        """A session whose external initializers are the folder's weights; "NAME[3]" is expert 3's part of NAME."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        path = self._path / name
+        try:
+            graph = path.read_bytes()
+            names, arrays = self._weight_names[name], []
+            for initializer in names:
+                tensor, part = _EXTERNAL.fullmatch(initializer).groups()
+                array = weights[tensor] if part is None else weights[tensor][int(part)]
+                arrays.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)))
+            options.add_external_initializers(names, arrays)
+            return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({error.strerror}): build the onnx engine again") from None
+        except KeyError as error:
+            raise ModelError(
+                f"{path} needs {error}, which the model does not hold: build the onnx engine again"
+            ) from None
+        except Exception as error:  # ONNX Runtime raises its own types for damaged graphs
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"{path} is damaged ({first[:200]}): build the onnx engine again") from None
+
+    def __call__(self, features, lengths, *, compat=False, chunk_size=0, left_chunks=-1):
+        encoder = self.config.encoder
+        features, lengths = padded(features, lengths, encoder.input_dim, encoder.min_frames)
+        inputs = {"feats": features, "lengths": lengths, "compat": np.array(bool(compat))}
+        inputs["chunk_size"] = np.array(chunk_size, np.int64)
+        inputs["left_chunks"] = np.array(left_chunks, np.int64)
+        if not len(lengths):
+            shape = (self.config.vocab_size, encoder.attention_dim)
+            return np.zeros((0, 0, shape[0]), np.float32), np.zeros((0, 0, shape[1]), np.float32), lengths
+        return tuple(_run(self._encoder, inputs))
+
+    def decode(self, hidden, lengths, tokens, token_lengths, reversed_tokens):
+        if self._decoder is None:
+            raise ModelError("the model has no attention decoder: rescoring is not possible, use greedy or beam")
+        inputs = {
+            "hidden": np.asarray(hidden, np.float32),
+            "lengths": np.asarray(lengths, np.int32),
+            "tokens": np.asarray(tokens, np.int64),
+            "reversed_tokens": np.asarray(reversed_tokens, np.int64),
+        }
+        outputs = _run(self._decoder, inputs)
+        return outputs[0], outputs[1] if len(outputs) > 1 else None
+
+
+def _run(session: ort.InferenceSession, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return session.run(None, {value.name: inputs[value.name] for value in session.get_inputs()})

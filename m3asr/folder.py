@@ -1,0 +1,126 @@
+"""A model folder: what `m3asr convert` writes and everything else reads.
+
+config.json         the network and its front end (see config.py)
+model.safetensors   weights, float32 or float16
+units.txt           one "symbol id" a line
+cmvn.json           mean and istd a bin; absent if the model normalises its input itself or not at all
+README.md           the model card
+engines/NAME/       what was built from the model for one engine
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from m3asr.config import ModelConfig
+from m3asr.errors import ModelError
+from m3asr.features import Cmvn
+from m3asr.tokenizer import Tokenizer
+
+BUILTIN = Path(__file__).parent / "models"
+DEFAULT_MODEL = "3m-en"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder that was found complete. Weights are read when asked for."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    cmvn: Cmvn | None
+
+    @classmethod
+    def read(cls, path: str | Path | None = None) -> ModelFolder:
+        """Read and check a folder; None means the model that is shipped with the package.
+
+        Raises ModelError when a file is missing, damaged or of another version.
+        """
+        path = Path(path) if path is not None else BUILTIN / DEFAULT_MODEL
+        if not path.is_dir():
+            raise ModelError(f"{path} is not a model folder: expected the output of `m3asr convert`")
+        config = ModelConfig.read(path / "config.json")
+        tokenizer = Tokenizer.read(path / "units.txt", blank=config.blank, sos=config.sos, eos=config.eos)
+        if len(tokenizer) != config.vocab_size:
+            raise ModelError(f"{path}: units.txt has {len(tokenizer)} units, config.json says {config.vocab_size}")
+        cmvn = None
+        if config.cmvn == "before":
+            try:
+                cmvn = Cmvn.from_dict(json.loads((path / "cmvn.json").read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                raise ModelError(f"{path} has no readable cmvn.json, which its config asks for") from None
+        if not (path / "model.safetensors").is_file():
+            raise ModelError(f"{path} has no model.safetensors: convert the checkpoint again")
+        return cls(path, config, tokenizer, cmvn)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """All tensors by name, floating ones as float32. Raises ModelError for a damaged file."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            tensors = load_file(self.path / "model.safetensors")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(
+                f"{self.path / 'model.safetensors'} is damaged or truncated ({error}): convert the checkpoint again"
+            ) from None
+        return {
+            name: value.astype(np.float32, copy=False) if np.issubdtype(value.dtype, np.floating) else value
+            for name, value in tensors.items()
+        }
+
+    def config_digest(self) -> str:
+        """Identifies the network's shape; built graphs carry it, so that they are not used with another one."""
+        return hashlib.sha256(self.config.to_json().encode()).hexdigest()
+
+
+@contextmanager
+def written_aside(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `target` that takes its name when the block ends well, and is removed when it does not.
+
+    Raises ModelError if `target` is there already, unless `overwrite` and it is a model folder (or empty).
+    """
+    target = Path(target)
+    if target.exists():
+        replaceable = target.is_dir() and (not any(target.iterdir()) or (target / "config.json").is_file())
+        if not (replaceable and (overwrite or not any(target.iterdir()))):
+            hint = "pass --force to replace it" if replaceable else "choose another name"
+            raise ModelError(f"{target} is there already: {hint}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
+    try:
+        yield aside
+        aside.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_model_files(
+    folder: Path, config: ModelConfig, state: dict[str, np.ndarray], tokenizer: Tokenizer, cmvn: Cmvn | None, card: str
+) -> None:
+    """Write a model folder's files into an existing folder."""
+    from safetensors.numpy import save_file
+
+    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+    (folder / "units.txt").write_text(tokenizer.to_text(), encoding="utf-8")
+    if cmvn is not None:
+        (folder / "cmvn.json").write_text(json.dumps(cmvn.to_dict()) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    save_file(state, folder / "model.safetensors")
