@@ -25,16 +25,16 @@ class AttentionDecoder(Protocol):
         hidden_length: np.ndarray,
         tokens: np.ndarray,
         token_lengths: np.ndarray,
-        reversed_tokens: np.ndarray | None,
+        reversed_tokens: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Log-probabilities of the token after each position.
 
         hidden: float32 (1, S, D), the encoder's output of ONE utterance, cut to its length; hidden_length: int64 (1,).
         tokens: int64 (N, L), each row [sos, w1..wn, eos, eos...]; token_lengths: int64 (N,), n + 1: sos counts, the
-        padding does not. reversed_tokens: int64 (N, L), each row [sos, wn..w1, eos, eos...], or None where the
-        right-to-left decoder is not asked for.
+        padding does not. reversed_tokens: int64 (N, L), each row [sos, wn..w1, eos, eos...]; always given, also where
+        what comes of it is not used.
         Returns log-probabilities float (N, L, V), and the same of `reversed_tokens` from the right-to-left decoder,
-        or None if it was not asked for or the model has none. What stands behind a row's length does not matter.
+        None if the model has none. What stands behind a row's length does not matter.
         """
 
 
@@ -72,7 +72,7 @@ def _rescored(nbest, decoder, hidden, ctc_weight, reverse_weight, sos, eos) -> D
     sequences = [hypothesis.tokens for hypothesis in nbest]
     counts = np.array([len(tokens) for tokens in sequences])
     tokens = _padded(sequences, sos, eos)  # (N, L)
-    backwards = _padded([tokens[::-1] for tokens in sequences], sos, eos) if reverse_weight > 0 else None
+    backwards = _padded([tokens[::-1] for tokens in sequences], sos, eos)
     length = np.array([hidden.shape[1]])
     forward, backward = decoder(hidden, length, tokens, counts + 1, backwards)  # (N, L, V)
 
@@ -127,9 +127,9 @@ def attention_search(
         alive = [beam for beam in running if not _ended(beam, eos)]
         if not alive:
             break
-        tokens = np.array([[sos, *beam[1]] for beam in alive], np.int64)
-        token_lengths = np.full(len(alive), size + 1)
-        log_probs, _ = decoder(hidden, np.array([length]), tokens, token_lengths, None)
+        tokens = _padded([beam[1] for beam in alive], sos, eos)
+        backwards = _padded([beam[1][::-1] for beam in alive], sos, eos)
+        log_probs, _ = decoder(hidden, np.array([length]), tokens, np.full(len(alive), size + 1), backwards)
         steps = zip(*(rows.tolist() for rows in most_probable(np.asarray(log_probs)[:, -1], beam_size)), strict=True)
         candidates = []
         for beam in running:  # in the order of the beam, because ties go to the better-ranked
