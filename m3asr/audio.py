@@ -327,22 +327,30 @@ def _decode_pyav(file: BinaryIO, name: str, refusal: str, damaged: Callable[[str
 
 
 def _pyav_blocks(container, stream) -> _Blocks:
-    """Frames as float32 (N, C). Rate and channels may change inside a stream; those of the first frame are kept."""
+    """Frames as float32 (N, C). Rate and channels may change inside a stream; those of the first frame are kept.
+
+    Converted to packed samples, one plane: PyAV reads past the planes of a frame with more than 8 channels.
+    """
     import av
 
     resampler, kind, target = None, None, None
+
+    def samples(frames):
+        return ((target["rate"], frame.to_ndarray().reshape(-1, frame.layout.nb_channels)) for frame in frames)
+
     for frame in container.decode(stream):
         frame.pts = None
         if kind != (frame.format.name, frame.layout.name, frame.rate):
             kind = (frame.format.name, frame.layout.name, frame.rate)
-            target = target or {"format": "fltp", "layout": frame.layout.name, "rate": frame.rate}
+            if frame.layout.nb_channels > 8:
+                raise av.error.InvalidDataError(0, f"{frame.layout.nb_channels} channels where 8 are the most")
+            target = target or {"format": "flt", "layout": frame.layout.name, "rate": frame.rate}
             if resampler is not None:
-                yield from ((target["rate"], rest.to_ndarray().T) for rest in resampler.resample(None))
+                yield from samples(resampler.resample(None))
             resampler = av.AudioResampler(**target)
-        for converted in resampler.resample(frame):
-            yield target["rate"], converted.to_ndarray().T
+        yield from samples(resampler.resample(frame))
     if resampler is not None:
-        yield from ((target["rate"], rest.to_ndarray().T) for rest in resampler.resample(None))
+        yield from samples(resampler.resample(None))
 
 
 def _report_damage(name: str, got: float, expected: float, cause: str, damaged: Callable[[str], None]) -> None:
