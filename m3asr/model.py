@@ -302,9 +302,6 @@ class BiTransformerDecoder(nn.Module):
         self.left_decoder = TransformerDecoder(config, config.num_blocks, width, vocab_size)
         self.right_decoder = TransformerDecoder(config, config.r_num_blocks, width, vocab_size)
 
-    def forward(self, hidden, lengths, tokens, reversed_tokens) -> tuple[Tensor, Tensor]:
-        return self.left_decoder(hidden, lengths, tokens), self.right_decoder(hidden, lengths, reversed_tokens)
-
 
 class Model(nn.Module):
     """Features -> CTC log-probabilities and the hidden sequence that the attention decoder reads."""
@@ -361,7 +358,18 @@ class Model(nn.Module):
         return torch.log_softmax(self.encoder.out_linear(hidden).float(), dim=-1)
 
     def decode(self, hidden, lengths, tokens, reversed_tokens=None) -> tuple[Tensor, Tensor | None]:
-        """Attention decoder: log_probs (N, L, V) of each next token, left to right and (or None) right to left."""
-        if self.config.decoder.r_num_blocks:
-            return self.decoder(hidden, lengths, tokens, reversed_tokens)
-        return self.decoder(hidden, lengths, tokens), None
+        """Attention decoder: log_probs (N, L, V) of each next token, left to right, and right to left if asked for.
+
+        The second is None without `reversed_tokens` or without a right-to-left decoder.
+        """
+        left, right = self.left_decoder, self.right_decoder
+        backward = None if right is None or reversed_tokens is None else right(hidden, lengths, reversed_tokens)
+        return left(hidden, lengths, tokens), backward
+
+    @property
+    def left_decoder(self) -> TransformerDecoder | None:
+        return self.decoder.left_decoder if isinstance(self.decoder, BiTransformerDecoder) else self.decoder
+
+    @property
+    def right_decoder(self) -> TransformerDecoder | None:
+        return self.decoder.right_decoder if isinstance(self.decoder, BiTransformerDecoder) else None

@@ -47,10 +47,11 @@ class EagerEngine:
         return tuple(output.cpu().numpy() for output in outputs)
 
     @torch.inference_mode()
-    def decode(self, hidden, lengths, tokens, token_lengths, reversed_tokens):
+    def decode(self, hidden, lengths, tokens, token_lengths=None, reversed_tokens=None):
         if self.model.decoder is None:
             raise ModelError("the model has no attention decoder: rescoring is not possible, use greedy or beam")
-        arrays = (self._tensor(np.asarray(a)) for a in (hidden, lengths, tokens, reversed_tokens))
+        backwards = None if reversed_tokens is None else self._tensor(reversed_tokens)
+        arrays = self._tensor(hidden), self._tensor(lengths), self._tensor(tokens), backwards
         return tuple(None if output is None else output.cpu().numpy() for output in self.model.decode(*arrays))
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

@@ -30,9 +30,11 @@ class OnnxEngine:
         self._check()
         weights = folder.weights()
         self._encoder = self._session("encoder.onnx", weights)
-        self._decoder = None
-        if self.config.decoder is not None:
-            self._decoder = self._session("decoder.onnx", weights)
+        self._decoders = [
+            self._session(name, weights)
+            for name in ("decoder.onnx", "reverse_decoder.onnx")
+            if name in self._weight_names
+        ]
 
     def _check(self) -> None:
         rebuild = f"run `m3asr build {self._folder.path} --engine onnx` where torch is installed"
@@ -86,17 +88,14 @@ class OnnxEngine:
             return np.zeros((0, 0, shape[0]), np.float32), np.zeros((0, 0, shape[1]), np.float32), lengths
         return tuple(_run(self._encoder, inputs))
 
-    def decode(self, hidden, lengths, tokens, token_lengths, reversed_tokens):
-        if self._decoder is None:
+    def decode(self, hidden, lengths, tokens, token_lengths=None, reversed_tokens=None):
+        if not self._decoders:
             raise ModelError("the model has no attention decoder: rescoring is not possible, use greedy or beam")
-        inputs = {
-            "hidden": np.asarray(hidden, np.float32),
-            "lengths": np.asarray(lengths, np.int32),
-            "tokens": np.asarray(tokens, np.int64),
-            "reversed_tokens": np.asarray(reversed_tokens, np.int64),
-        }
-        outputs = _run(self._decoder, inputs)
-        return outputs[0], outputs[1] if len(outputs) > 1 else None
+        inputs = {"hidden": np.asarray(hidden, np.float32), "lengths": np.asarray(lengths, np.int32)}
+        forward = _run(self._decoders[0], {**inputs, "tokens": np.asarray(tokens, np.int64)})[0]
+        if reversed_tokens is None or len(self._decoders) == 1:
+            return forward, None
+        return forward, _run(self._decoders[1], {**inputs, "tokens": np.asarray(reversed_tokens, np.int64)})[0]
 
 
 def _run(session: ort.InferenceSession, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

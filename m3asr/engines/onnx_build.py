@@ -21,7 +21,7 @@ from torch.export import Dim
 from m3asr import __version__
 from m3asr.config import ModelConfig
 from m3asr.errors import MissingExtra
-from m3asr.model import Experts, Model
+from m3asr.model import Experts, Model, TransformerDecoder
 
 OPSET = 18
 FORMAT_VERSION = 1
@@ -51,18 +51,8 @@ class _EncoderGraph(nn.Module):
         return self.model(feats, lengths, chunk_size, left_chunks, compat)
 
 
-class _DecoderGraph(nn.Module):
-    def __init__(self, model: Model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, hidden, lengths, tokens, reversed_tokens):
-        log_probs, reversed_log_probs = self.model.decode(hidden, lengths, tokens, reversed_tokens)
-        return log_probs if reversed_log_probs is None else (log_probs, reversed_log_probs)
-
-
 def build(config: ModelConfig, config_digest: str, target: Path) -> None:
-    """Write encoder.onnx, decoder.onnx (if the model has one) and manifest.json into the folder `target`."""
+    """Write encoder.onnx, decoder.onnx and reverse_decoder.onnx (if the model has them) and manifest.json."""
     target.mkdir(parents=True, exist_ok=True)
     with FakeTensorMode():
         # Shapes are all that export needs: no memory is spent on weights.
@@ -71,8 +61,9 @@ def build(config: ModelConfig, config_digest: str, target: Path) -> None:
             if isinstance(module, Experts):
                 model.set_submodule(name, _SymbolicExperts(module))
         graphs = {"encoder.onnx": _encoder(model)}
-        if config.decoder is not None:
-            graphs["decoder.onnx"] = _decoder(model)
+        for name, decoder in (("decoder", model.left_decoder), ("reverse_decoder", model.right_decoder)):
+            if decoder is not None:
+                graphs[f"{name}.onnx"] = _decoder(decoder, model)
     for name, graph in graphs.items():
         ir.save(graph, target / name)
     manifest = {
@@ -102,23 +93,21 @@ def _encoder(model: Model) -> ir.Model:
     return _export(_EncoderGraph(model), args, shapes, names, ["log_probs", "hidden", "out_lengths"])
 
 
-def _decoder(model: Model) -> ir.Model:
-    """Inputs hidden (1, S, D), lengths (1,), tokens (N, L) and, for a bidirectional decoder, reversed_tokens (N, L)."""
-    both = bool(model.config.decoder.r_num_blocks)
-    tokens = torch.zeros(3, 5, dtype=torch.int64)
+def _decoder(decoder: TransformerDecoder, model: Model) -> ir.Model:
+    """Inputs hidden (1, S, D), lengths (1,), tokens (N, L)."""
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
     args = (
         torch.zeros(1, 7, model.config.encoder.attention_dim),
         torch.zeros(1, dtype=torch.int32),
-        tokens,
-        tokens.clone() if both else None,
+        torch.zeros(3, 5, dtype=torch.int64),
     )
-    dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    shapes = ({1: Dim.DYNAMIC}, None, dynamic, dynamic if both else None)
-    outputs = ["log_probs", "reversed_log_probs"][: 1 + both]
-    return _export(_DecoderGraph(model), args, shapes, ["hidden", "lengths", "tokens", "reversed_tokens"], outputs)
+    shapes = ({1: Dim.DYNAMIC}, None, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC})
+    return _export(decoder, args, shapes, ["hidden", "lengths", "tokens"], ["log_probs"], f"{prefix}.")
 
 
-def _export(module: nn.Module, args, shapes, inputs: list[str], outputs: list[str]) -> ir.Model:
+def _export(module: nn.Module, args, shapes, inputs: list[str], outputs: list[str], prefix: str = "") -> ir.Model:
+    """Export a module whose parameters are `prefix` + their names in the model's state_dict."""
+    parameters = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
     inputs = [name for name, arg in zip(inputs, args, strict=True) if isinstance(arg, torch.Tensor)]
     # It warns of optional packages that have nothing to do with this model.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
@@ -141,11 +130,9 @@ def _export(module: nn.Module, args, shapes, inputs: list[str], outputs: list[st
             raise MissingExtra("building ONNX graphs", "torch") from None
     model = onnx_program.model
     for name, value in list(model.graph.initializers.items()):
-        if isinstance(value.const_value, ir.ExternalTensor):
-            continue
-        if name.startswith("model."):
+        if name in parameters:
             del model.graph.initializers[name]
-            value.name = name.removeprefix("model.")
+            value.name = prefix + name.removeprefix("model.")
             _make_external(value, value.name, value.const_value.shape)
             model.graph.initializers[value.name] = value
     for node in list(model.graph):
