@@ -1,0 +1,121 @@
+"""Matrix products and convolutions: what computes in the low precision, and what Q/DQ quantisation wraps."""
+
+import torch
+import torch.nn.functional as F
+
+from . import layers as L
+from .table import converter
+
+aten = torch.ops.aten
+
+
+@converter(F.linear, aten.linear, kind="matmul")
+def linear(net, x, weight, bias=None):
+    x_node, w_node = net.quantised(net.operand(x), net.operand(weight), 0)
+    if x.dim() == 1:
+        x_node = L.reshape(x_node, (1, x.shape[0]))
+    out = L.matmul(x_node, w_node, transpose_b=True)
+    if bias is not None:
+        out = out + net.operand(bias)
+    return L.reshape(out, (weight.shape[0],)) if x.dim() == 1 else out
+
+
+def _product(net, a, b):
+    a_node, b_node = net.operands(a, b)
+    if a.dim() == 1:
+        a_node = L.reshape(a_node, (1, a.shape[0]))
+    if b.dim() == 1:
+        b_node = L.reshape(b_node, (b.shape[0], 1))
+    out = L.matmul(a_node, b_node)
+    if a.dim() == 1:
+        out = L.reshape(out, [*out.shape[:-2], out.shape[-1]])
+    if b.dim() == 1:
+        out = L.reshape(out, out.shape[:-1])
+    return out
+
+
+@converter(
+    torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot,
+    kind="matmul",
+)
+def matmul(net, a, b):
+    dtype = net.result_type(a, b)
+    if not dtype.is_floating_point:  # TensorRT multiplies float matrices only; float32 is exact up to 2^24
+        a_node, b_node = (L.cast(net.node(v), torch.float32) for v in (a, b))
+        return L.cast(_product_nodes(a_node, b_node, a.dim(), b.dim()), net.package.dtype(dtype))
+    return _product(net, a, b)
+
+
+def _product_nodes(a, b, a_dim, b_dim):
+    a = L.reshape(a, (1, *a.shape)) if a_dim == 1 else a
+    b = L.reshape(b, (*b.shape, 1)) if b_dim == 1 else b
+    out = L.matmul(a, b)
+    out = L.reshape(out, [*out.shape[:-2], out.shape[-1]]) if a_dim == 1 else out
+    return L.reshape(out, out.shape[:-1]) if b_dim == 1 else out
+
+
+@converter(torch.Tensor.__rmatmul__)
+def rmatmul(net, a, b):
+    return torch.matmul(b, a)
+
+
+def _scaled(net, value, factor):
+    return value if factor == 1 else value * factor
+
+
+@converter(aten.addmm, aten.addmv, aten.baddbmm, kind="matmul")
+def addmm(net, bias, a, b, *, beta=1, alpha=1):
+    product = _scaled(net, _product(net, a, b), alpha)
+    return product + _scaled(net, net.operand(bias), beta)
+
+
+@converter(aten.addbmm, kind="matmul")
+def addbmm(net, bias, a, b, *, beta=1, alpha=1):
+    return torch.matmul(a, b).sum(0) * alpha + bias * beta
+
+
+def _dims(net, values):
+    return net.trt.Dims([int(v) for v in values])
+
+
+@converter(aten.convolution, kind="matmul")
+def convolution(net, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+    from .ops_shape import sized
+
+    shape = sized(net)
+    spatial = weight.dim() - 2
+    batched = x.dim() == weight.dim()
+    stride, padding, dilation = (list(v) * (spatial if len(v) == 1 else 1) for v in (stride, padding, dilation))
+    output_padding = list(output_padding) * (spatial if len(output_padding) == 1 else 1)
+    x_node, w_node = net.operand(x), net.operand(weight)
+    if not batched:
+        x_node = L.reshape(x_node, (1, *x_node.shape))
+        shape = (1, *shape)
+    x_node, w_node = net.quantised(x_node, w_node, 1 if transposed else 0)
+    if spatial == 1:  # TensorRT convolves in 2 or 3 dimensions
+        x_node = L.reshape(x_node, (*x_node.shape, 1))
+        w_node = L.reshape(w_node, (*w_node.shape, 1))
+        shape = (*shape, 1)
+        stride, padding, dilation, output_padding = ([*v, n] for v, n in ((stride, 1), (padding, 0), (dilation, 1), (output_padding, 0)))
+    kernel = [*weight.shape[2:], *([1] if spatial == 1 else [])]
+    maps = int(weight.shape[1] * groups if transposed else weight.shape[0])
+    kind = "deconvolution_nd" if transposed else "convolution_nd"
+    layer = net.layer(kind, x_node.tensor, maps, _dims(net, kernel), net.trt.Weights())
+    layer.set_input(1, w_node.tensor)
+    layer.stride_nd, layer.dilation_nd = _dims(net, stride), _dims(net, dilation)
+    layer.num_groups = int(groups)
+    layer.pre_padding = _dims(net, padding)
+    if transposed:  # less padding after the image is what torch calls output padding
+        layer.post_padding = _dims(net, [max(p - o, 0) for p, o in zip(padding, output_padding, strict=True)])
+    else:
+        layer.post_padding = _dims(net, padding)
+    short = [max(o - p, 0) for p, o in zip(padding, output_padding, strict=True)] if transposed else [0] * len(padding)
+    inner = [s - e for s, e in zip(shape[2:], short, strict=True)]
+    out = net.output(layer, [*shape[:2], *inner])
+    if any(short):  # output padding beyond the padding: rows that no kernel position reaches
+        out = L.slice_(out, [0] * out.rank, shape, [1] * out.rank, fill=0.0)
+    if spatial == 1:
+        out = L.reshape(out, shape[:-1])
+    if bias is not None:
+        out = out + L.reshape(net.operand(bias), (1, maps, *[1] * spatial))
+    return out if batched else L.reshape(out, out.shape[1:])

@@ -1,0 +1,2 @@
+def with_plugins(package, run):
+    return run(lambda tracer, network: None)

@@ -1,0 +1,235 @@
+"""A module's forward becomes a network: `trace`, and the Network it returns."""
+
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+# The converters register themselves.
+from . import (  # noqa: F401
+    layers,
+    ops_attention,
+    ops_elementwise,
+    ops_index,
+    ops_matmul,
+    ops_nn,
+    ops_recurrent,
+    ops_reduce,
+    ops_shape,
+)
+from .errors import TraceError
+from .graph import Node
+from .package import Package
+from .precision import Precision
+from .sizes import is_fixed
+from .tensor import SymTensor
+from .tracer import Tracer
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a network: a dtype ("float32", "int32", "int64", "float16", "bool") and its sizes.
+
+    A size is a number, or a name such as "T" whose range is given to `build` or `trace`; one name means one size.
+    """
+
+    dtype: str
+    dims: tuple = ()
+
+    @property
+    def torch_dtype(self):
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if not isinstance(dtype, torch.dtype):
+            raise TraceError(f"unknown dtype {self.dtype!r} of an input; use a torch name such as 'float32'")
+        return dtype
+
+
+@dataclass
+class Network:
+    """A finished INetworkDefinition with what is needed to build, read and evaluate it.
+
+    Attributes:
+        network: the INetworkDefinition; builder, package: what made it.
+        inputs: name -> Input; outputs: names in order; profiles: list of {size name: (min, opt, max)}.
+        values: constant layer name -> torch tensor (TensorRT cannot read bf16 and fp8 constants back).
+    """
+
+    package: Package
+    builder: object
+    network: object
+    inputs: dict
+    outputs: list
+    profiles: list
+    values: dict
+    structure: object = None
+    alive: list = field(default_factory=list)
+
+    def interpret(self, inputs, layers=None):
+        """Evaluates every layer in torch on the CPU.
+
+        Args:
+            inputs: name -> tensor (a positional list or tuple works too), any sizes within range.
+            layers: None, or a dict that receives {layer name: first output} of every layer that was evaluated.
+
+        Returns:
+            name -> tensor of each output.
+        """
+        from .interpret import Interpreter
+
+        if not isinstance(inputs, dict):
+            inputs = dict(zip(self.inputs, inputs, strict=True))
+        return Interpreter(self.network, self.package, self.values).run(inputs, layers)
+
+    def __len__(self):
+        return self.network.num_layers
+
+
+def trace(module, inputs, ranges=None, *, precision="fp32", keep_float32=(), outputs=None, quantize=None, package=None):
+    """Runs `module`'s own forward on symbolic tensors and writes down the network.
+
+    Args:
+        module: a torch.nn.Module in eval mode, or any function of tensors.
+        inputs: {argument name: Input}; names that are no arguments of forward are passed in order.
+        ranges: {size name: (min, opt, max)} or a list of those, one for each optimisation profile.
+        precision: "fp32", "fp16" or "bf16"; see `Precision`.
+        keep_float32: shell patterns of module paths that compute in float32 whatever the precision.
+        outputs: names for the results in order; else keys of a returned dict, else "output0", "output1", ...
+        quantize: a `Quantization` from `calibrate`, for Q/DQ around linear layers and convolutions.
+        package: "tensorrt", "tensorrt_rtx" or None for what is installed.
+
+    Raises:
+        UncoveredOperation: forward calls something without a converter; the message says where and how to add it.
+        TraceError: forward depends on sizes or data in a way that a network cannot.
+    """
+    package = package if isinstance(package, Package) else Package(package)
+    precision = Precision(precision, tuple(keep_float32))
+    profiles = ranges if isinstance(ranges, (list, tuple)) else [ranges or {}]
+    profiles = [{n: r if isinstance(r, (tuple, list)) else (r, r, r) for n, r in p.items()} for p in profiles]
+    _check_inputs(inputs, profiles)
+    from .plugin_parser import with_plugins
+
+    return with_plugins(
+        package, lambda prepare: _trace(module, inputs, profiles, precision, outputs, quantize, package, prepare)
+    )
+
+
+def _check_inputs(inputs, profiles):
+    names = {d for i in inputs.values() for d in i.dims if isinstance(d, str)}
+    for profile in profiles:
+        missing = names - set(profile)
+        if missing:
+            raise TraceError(
+                f"no range for the size {', '.join(sorted(missing))}; add ranges={{'{min(missing)}': (min, opt, max)}}"
+            )
+    for name, given in inputs.items():
+        if not isinstance(given, Input):
+            raise TraceError(f"input {name!r} is {given!r}; describe it as Input(dtype, dims)")
+
+
+def whole_range(profiles):
+    """Every profile at once: the smallest minimum, the first usual size, the largest maximum."""
+    return {
+        name: (min(p[name][0] for p in profiles), profiles[0][name][1], max(p[name][2] for p in profiles))
+        for name in profiles[0]
+    }
+
+
+def _trace(module, inputs, profiles, precision, outputs, quantize, package, prepare):
+    builder = package.builder()
+    network = package.network(builder)
+    tracer = Tracer(package, network, whole_range(profiles), precision)
+    tracer.quantization = quantize
+    prepare(tracer, network)
+    symbolic = {name: _add_input(tracer, name, given) for name, given in inputs.items()}
+    args, kwargs = _arguments(module, symbolic)
+    if isinstance(module, torch.nn.Module) and module.training:
+        raise TraceError(f"{type(module).__name__} is in training mode; call .eval() before building")
+    with _module_paths(tracer, module), tracer.tracing():
+        result = module(*args, **kwargs)
+        names = _mark_outputs(tracer, result, outputs)
+    return Network(
+        package, builder, network, dict(inputs), names, profiles, tracer.values, alive=[tracer, module], structure=None
+    )
+
+
+def _add_input(tracer, name, given):
+    dtype = given.torch_dtype
+    dims = [tracer.sizes.named[d] if isinstance(d, str) else int(d) for d in given.dims]
+    shape = tracer.trt.Dims([int(d) if is_fixed(d) else -1 for d in dims])
+    tensor = tracer.network.add_input(name, tracer.package.dtype(dtype), shape)
+    node = Node(tracer, tensor, dims)
+    for i, d in enumerate(given.dims):
+        if isinstance(d, str):
+            if hasattr(tensor, "set_dimension_name"):
+                tensor.set_dimension_name(i, d)
+            if not is_fixed(dims[i]):
+                tracer.symbols.setdefault(dims[i].node.expr, (node, i))
+    with tracer.asking_torch(), tracer.fakes:
+        fake = torch.empty(dims, dtype=dtype)
+    return SymTensor(tracer, fake, node=node)
+
+
+def _arguments(module, symbolic):
+    forward = module.forward if isinstance(module, torch.nn.Module) else module
+    try:
+        parameters = inspect.signature(forward).parameters
+    except (TypeError, ValueError):
+        return list(symbolic.values()), {}
+    named = {
+        n for n, p in parameters.items() if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    }
+    if set(symbolic) <= named:
+        return [], symbolic
+    return list(symbolic.values()), {}
+
+
+class _module_paths:
+    """While it is entered, the tracer's path follows the module that runs."""
+
+    def __init__(self, tracer, module):
+        self.tracer, self.handles = tracer, []
+        self.names = {}
+        if isinstance(module, torch.nn.Module):
+            self.names = {id(m): n for n, m in module.named_modules()}
+
+    def __enter__(self):
+        def enter(module, *_):
+            self.tracer.path.append(self.names.get(id(module), type(module).__name__))
+
+        def leave(module, *_):
+            self.tracer.path.pop()
+
+        hooks = torch.nn.modules.module
+        self.handles = [
+            hooks.register_module_forward_pre_hook(enter),
+            hooks.register_module_forward_hook(leave, always_call=True),
+        ]
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+def _mark_outputs(tracer, result, names):
+    if isinstance(result, dict) and names is None:
+        names = [k for k, v in result.items() if isinstance(v, torch.Tensor)]
+    tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+    if not tensors:
+        tensors = [t for t in tree_leaves(vars(result)) if isinstance(t, torch.Tensor)] if hasattr(result, "__dict__") else []
+    if not tensors:
+        raise TraceError(f"forward returned no tensor but {type(result).__name__}")
+    if names is None:
+        names = [f"output{i}" for i in range(len(tensors))]
+    if len(names) != len(tensors):
+        raise TraceError(f"{len(names)} output names {list(names)} for {len(tensors)} results of forward")
+    for name, tensor in zip(names, tensors, strict=True):
+        node = tracer.node(tensor)
+        tracer.operation = f"output {name}"
+        # Its own layer: an input or constant cannot be an output, nor one tensor two, and names stay the layers' own.
+        wanted = tracer.package.dtype(tensor.dtype)
+        layer = tracer.layer("cast", node.tensor, wanted) if node.dtype != wanted else tracer.layer("identity", node.tensor)
+        out = layer.get_output(0)
+        out.name = name
+        tracer.network.mark_output(out)
+    return list(names)

@@ -1,0 +1,404 @@
+"""Runs a forward on symbolic tensors and sends every torch call to its converter.
+
+Two doors. `__torch_function__` sees the call as the user wrote it (F.scaled_dot_product_attention, torch.lstm); where
+the table has no row for that, torch takes the call apart itself and the pieces arrive at the second door,
+`__torch_dispatch__`, as aten operations. Sizes and dtypes of every result are torch's own (FakeTensorMode).
+"""
+
+import contextlib
+import types
+
+import torch
+from torch._decomp import decomposition_table
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from . import layers, sizes, table
+from .errors import TraceError, UncoveredOperation
+from .graph import Graph, Node
+from .tensor import SymTensor
+
+aten = torch.ops.aten
+
+
+class _Everything(TorchDispatchMode):
+    """Catches calls without a symbolic tensor in them: torch.arange(x.shape[1]), torch.zeros(...)."""
+
+    def __init__(self, tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        with self:  # converters written as torch calls create tensors too
+            return self.tracer.dispatch(function, args, kwargs or {})
+
+
+class Tracer(Graph):
+    """One trace. Also the `net` that converters get: `operand`, `type`s, and all of Graph."""
+
+    def __init__(self, package, network, ranges, precision):
+        super().__init__(package, network)
+        self.precision = precision
+        self.sizes = sizes.NamedSizes(ranges)
+        self.sizes.where = self.where
+        self.fakes = FakeTensorMode(shape_env=self.sizes, allow_non_fake_inputs=True)
+        self.active = False
+        self.quantization = None
+        self.forced = 0  # >0 inside a converter that computes in float32 throughout
+        self.calls = []  # one entry per converter now running: (converter kind, function, args, kwargs, operands)
+
+    # running
+
+    @contextlib.contextmanager
+    def tracing(self):
+        self.active = True
+        try:
+            with torch.no_grad(), _Everything(self):
+                yield
+        finally:
+            self.active = False
+
+    @contextlib.contextmanager
+    def asking_torch(self):
+        """Size questions inside come from torch, not from the user's forward."""
+        self.sizes.internal += 1
+        try:
+            yield
+        finally:
+            self.sizes.internal -= 1
+
+    def function(self, function, args, kwargs):
+        """First door: the call as written."""
+        convert = table.find(function)
+        if convert is not None:
+            return self.convert(convert, function, args, kwargs)
+        body = _body_of(function)
+        if body is not None:
+            with self.asking_torch():
+                return body(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass(), self.asking_torch():
+            return function(*args, **kwargs)
+
+    def dispatch(self, function, args, kwargs):
+        """Second door: an aten (or custom) operation."""
+        with self.asking_torch():
+            flat, _ = tree_flatten((args, kwargs))
+            symbolic = any(isinstance(a, SymTensor) and a.const is None for a in flat)
+            symbolic |= any(isinstance(a, (torch.SymInt, torch.SymFloat)) and not sizes.is_fixed(a) for a in flat)
+            schema = function._schema
+            written = [
+                i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+            ]
+            if written:
+                return self.in_place(function, args, kwargs, symbolic, written)
+            if not symbolic:
+                result = self.fold(function, args, kwargs)
+            else:
+                result = self.symbolic(function, args, kwargs)
+            if any(r.alias_info is not None for r in schema.returns) and args and isinstance(args[0], SymTensor):
+                self.remember_views(function, args, kwargs, result)
+            return result
+
+    def symbolic(self, function, args, kwargs):
+        convert = table.find(function)
+        if convert is not None:
+            return self.convert(convert, function, args, kwargs)
+        decomposed = decomposition_table.get(function)
+        if decomposed is not None:
+            return decomposed(*args, **kwargs)
+        result = function.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        raise UncoveredOperation(
+            f"{self.where()}no converter for {table.name_of(function)}({self._describe(args, kwargs)}); add one with "
+            f"@trt.converter({table.name_of(function).rsplit('.', 1)[0]}), written with other torch functions or with "
+            "TensorRT layers, or wrap a kernel with @trt.plugin"
+        )
+
+    def _describe(self, args, kwargs):
+        def text(a):
+            if isinstance(a, torch.Tensor):
+                shape = ", ".join(self.sizes.readable(sizes.expression(s)) for s in a.shape)
+                return f"{str(a.dtype).removeprefix('torch.')}[{shape}]"
+            return "(" + ", ".join(map(text, a)) + ")" if isinstance(a, (list, tuple)) else repr(a)
+
+        return ", ".join([*map(text, args), *(f"{k}={text(v)}" for k, v in kwargs.items())])
+
+    # constants
+
+    def fold(self, function, args, kwargs):
+        """Nothing symbolic goes in, so the result is computed now."""
+        real = tree_map(lambda a: self._plain(a), (args, kwargs))
+        with _disable_current_modes():
+            out = function(*real[0], **real[1])
+        return tree_map(lambda t: self.wrap_const(t) if isinstance(t, torch.Tensor) else t, out)
+
+    def _plain(self, a):
+        if isinstance(a, SymTensor):
+            return a.const
+        if isinstance(a, (torch.SymInt, torch.SymFloat)):
+            return int(a) if isinstance(a, torch.SymInt) else float(a)
+        return a
+
+    def wrap_const(self, tensor):
+        if isinstance(tensor, SymTensor):
+            return tensor
+        return SymTensor(self, self.fake_like(tensor), const=tensor)
+
+    def fake_like(self, tensor):
+        with _disable_current_modes(), self.fakes:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+    # converters
+
+    def convert(self, convert, function, args, kwargs):
+        """Calls a converter and wraps what it returns; nodes get the sizes and dtype that torch gives the same call."""
+        flat, _ = tree_flatten((args, kwargs))
+        operands = [a for a in flat if isinstance(a, SymTensor) and a.const is None and a.dtype.is_floating_point]
+        forces = convert.kind == "float32"
+        self.forced += forces
+        self.calls.append((convert.kind, function, args, kwargs, operands))
+        previous = self.operation
+        self.operation = previous if previous and len(self.calls) > 1 else getattr(function, "__name__", str(function))
+        self.operation = self.operation.split(".")[0]
+        try:
+            result = convert(self, *args, **kwargs)
+            self.forced -= forces
+            forces = False
+            return self.wrap(result, function, args, kwargs)
+        finally:
+            self.forced -= forces
+            self.calls.pop()
+            self.operation = previous
+
+    def wrap(self, result, function, args, kwargs):
+        flat, spec = tree_flatten(result)
+        if not any(isinstance(r, Node) for r in flat):
+            return tree_map(self.release, result) if self.calls[-1][0] == "float32" else result
+        fake = self.fake_call(function, args, kwargs)
+        fake_flat, fake_spec = tree_flatten(fake)
+        if len(fake_flat) != len(flat):
+            raise TraceError(
+                f"{self.where()}the converter of {table.name_of(function)} returned {len(flat)} results where torch "
+                f"returns {len(fake_flat)}"
+            )
+        wrapped = [self.wrap_node(n, f) if isinstance(n, Node) else n for n, f in zip(flat, fake_flat, strict=True)]
+        return tree_unflatten(wrapped, fake_spec)
+
+    def release(self, result):
+        """Out of a float32 converter a result goes back to the type of what went in."""
+        if isinstance(result, SymTensor) and result.const is None and result.dtype in (torch.float32, torch.float64):
+            node = layers.cast(result.node, self.out_type)
+            return SymTensor(self, result.fake, node=node, pinned=self.pinned)
+        return result
+
+    def tensor(self, node, dtype):
+        """A node as a symbolic tensor, for converters whose function torch cannot evaluate on symbolic sizes."""
+        with _disable_current_modes(), self.fakes, self.asking_torch():
+            fake = torch.empty(node.shape, dtype=dtype)
+        return self.wrap_node(node, fake)
+
+    def wrap_node(self, node, fake):
+        if node.rank != fake.dim():
+            raise TraceError(
+                f"{self.where()}the converter of {self.operation} gave sizes {node.shape} where torch gives {fake.shape}"
+            )
+        pinned = fake.dtype == torch.float32 and self.pinned and not self.keeps
+        if fake.dtype in (torch.float32, torch.float64):
+            target = node.dtype if self.calls and self.calls[-1][0] == "matmul" else self.out_type
+        else:
+            target = self.package.dtype(fake.dtype)
+        node = layers.cast(node, target)
+        return SymTensor(self, fake, node=Node(self, node.tensor, fake.shape), pinned=pinned)
+
+    def fake_call(self, function, args, kwargs):
+        def fake(a):
+            if isinstance(a, SymTensor):
+                return a.fake
+            if isinstance(a, torch.Tensor) and not isinstance(a, FakeTensor):
+                return self.fake_like(a)
+            return a
+
+        fake_args, fake_kwargs = tree_map(fake, (args, kwargs))
+        with _disable_current_modes(), torch._C.DisableTorchFunctionSubclass(), self.fakes, self.asking_torch():
+            return function(*fake_args, **fake_kwargs)
+
+    # types
+
+    @property
+    def keeps(self):
+        return self.forced > 0 or self.precision.keeps(self.module_path)
+
+    @property
+    def pinned(self):
+        """Every tensor that goes into the running call is held in float32 (or the module is)."""
+        operands = self.calls[-1][4] if self.calls else []
+        return self.keeps or (bool(operands) and all(o.pinned for o in operands))
+
+    @property
+    def out_type(self):
+        """The type a float result travels in: float32, or the low type once anything in it is low."""
+        operands = self.calls[-1][4] if self.calls else []
+        if not self.pinned:
+            low = [o.node.dtype for o in operands if o.node.dtype != self.trt.float32]
+            if low:
+                return low[0]
+        return self.trt.float32
+
+    @property
+    def float_type(self):
+        """The type the running call computes floats in."""
+        kind = self.calls[-1][0] if self.calls else "plain"
+        if kind == "float32" or self.pinned:
+            return self.trt.float32
+        if kind == "matmul":
+            return self.package.dtype(self.precision.low)
+        return self.out_type
+
+    def compute_type(self, dtype):
+        """The TensorRT type in which the running call computes a torch dtype."""
+        if dtype in (torch.float32, torch.float64):
+            return self.float_type
+        if dtype in (torch.float16, torch.bfloat16) and self.calls and self.calls[-1][0] == "float32":
+            return self.trt.float32
+        return self.package.dtype(dtype)
+
+    def operand(self, x, dtype=None):
+        """A tensor or number as a Node in the type to compute in; `dtype` (torch) defaults to the tensor's own."""
+        if isinstance(x, Node):
+            return x if dtype is None else layers.cast(x, self.compute_type(dtype))
+        if isinstance(x, torch.Tensor):
+            return self.node(x, self.compute_type(x.dtype if dtype is None else dtype))
+        if dtype is None:
+            dtype = torch.float32 if isinstance(x, (float, torch.SymFloat)) else torch.int64
+        return self.scalar(x, self.compute_type(dtype))
+
+    def node(self, x, dtype=None):
+        """A tensor as a Node, as it is or cast to a TensorRT type."""
+        if isinstance(x, SymTensor):
+            if x.const is None:
+                return x.node if dtype is None else layers.cast(x.node, dtype)
+            x = x.const
+        return self.constant(x, self.package.dtype(x.dtype) if dtype is None else dtype)
+
+    def result_type(self, *values):
+        """torch's type promotion over tensors and numbers."""
+
+        def plain(v):
+            if isinstance(v, SymTensor):
+                return v.fake
+            return (1.0 if isinstance(v, torch.SymFloat) else 1) if isinstance(v, (torch.SymInt, torch.SymFloat)) else v
+
+        values = [plain(v) for v in values]
+        with _disable_current_modes(), torch._C.DisableTorchFunctionSubclass():
+            if len(values) == 1:
+                values.append(values[0])
+            dtype = torch.result_type(*values[:2])
+            for v in values[2:]:
+                dtype = torch.promote_types(dtype, torch.result_type(v, v))
+        return dtype
+
+    @contextlib.contextmanager
+    def plainly(self):
+        """Inside, torch computes on real tensors undisturbed by the trace."""
+        with _disable_current_modes():
+            yield
+
+    def quantised(self, x, weight, axis):
+        """x and weight through Q/DQ when this module is to be quantised; weight scales lie along `axis`."""
+        return (x, weight) if self.quantization is None else self.quantization.wrap(self, x, weight, axis)
+
+    def operands(self, *values, dtype=None):
+        """Tensors and numbers as nodes of one type: torch's promotion, then the type to compute in."""
+        dtype = self.result_type(*values) if dtype is None else dtype
+        return [self.operand(v, dtype) for v in values]
+
+    # views and writing in place
+
+    def remember_views(self, function, args, kwargs, result):
+        """Results that look into args[0] are tied to it, so that writing to either shows in the other."""
+        results = result if isinstance(result, (list, tuple)) else [result]
+        for i, view in enumerate(results):
+            if not isinstance(view, SymTensor) or view is args[0]:
+                continue
+
+            def replay(base, i=i):
+                again = self.dispatch(function, (base, *args[1:]), kwargs)
+                return again[i] if isinstance(again, (list, tuple)) else again
+
+            view.base, view.replay, view.seen = args[0], replay, args[0].version
+
+    def in_place(self, function, args, kwargs, symbolic, written):
+        name = function._schema.name.split("::")[1]
+        target = args[0] if written == [0] else None
+        if not symbolic and target is not None and isinstance(target, SymTensor):
+            new = self.fold(self._functional(function), args, kwargs)
+        elif not symbolic and not any(isinstance(a, torch.Tensor) and not isinstance(a, SymTensor) for a in args):
+            return self.fold(function, args, kwargs)
+        elif target is None or not isinstance(target, SymTensor):
+            raise TraceError(
+                f"{self.where()}{name} writes into a tensor of the module (or into out=); a network has no state. Pass "
+                "the tensor in as an input and return the new one"
+            )
+        else:
+            new = self.dispatch(self._functional(function), args, kwargs)
+        if len(new.shape) != target.dim() or not all(map(sizes.same, new.shape, target.shape)):
+            raise TraceError(f"{self.where()}{name} changes the sizes of a tensor in place; use the form without '_'")
+        if new.dtype != target.dtype:
+            new = new.to(target.dtype)
+        self.write(target, new)
+        return target
+
+    def _functional(self, function):
+        name = function._schema.name.split("::")[1]
+        if name == "copy_":
+            return aten.copy.default
+        if name == "zero_":
+            return aten.zeros_like.default
+        packet = getattr(aten, name.rstrip("_") if name.endswith("_") else name, None)
+        overload = getattr(packet, function._overloadname, None)
+        if overload is None or not name.endswith("_"):
+            raise UncoveredOperation(f"{self.where()}the in-place operation {name} has no form without '_' to use instead")
+        return overload
+
+    def write(self, target, new):
+        """`target` takes the value of `new`; a view passes it on into its base."""
+        target.become(new)
+        if target.base is None:
+            return
+        base = target.base
+        # Where each element of the view lies in its base: the same view of 0, 1, 2, ...
+        count = 1
+        for s in base.shape:
+            count = count * s
+        with torch._C.DisableTorchFunctionSubclass():
+            positions = torch.arange(count).view(base.shape)
+            index = target.replay(positions)
+            flat = base.reshape(-1).scatter(0, index.reshape(-1), new.reshape(-1))
+            self.write(base, flat.view(base.shape))
+        target.seen = base.version
+
+
+_BODIES = {}
+COMPOSED = ("torch.nn.functional", "torch.functional")
+
+
+def _body_of(function):
+    """A Python function of torch.nn.functional without its opening question "does anybody override me?".
+
+    Its body then runs on symbolic tensors, and the functions it calls come to the first door one by one.
+    """
+    if not isinstance(function, types.FunctionType) or function.__module__ not in COMPOSED:
+        return None
+    if function not in _BODIES:
+        asks = [n for n in function.__code__.co_names if n.startswith("has_torch_function")]
+        body = None
+        if asks:
+            no = {name: lambda *_: False for name in asks}
+            body = types.FunctionType(
+                function.__code__, {**function.__globals__, **no}, None, function.__defaults__, function.__closure__
+            )
+            body.__kwdefaults__ = function.__kwdefaults__
+        _BODIES[function] = body
+    return _BODIES[function]
