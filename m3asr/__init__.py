@@ -1,3 +1,24 @@
-"""Conformer mixture-of-experts speech recognition: one model, several engines."""
+"""Conformer mixture-of-experts speech recognition: one model, several engines.
+
+>>> import m3asr
+>>> m3asr.load().transcribe("speech.wav").text  # doctest: +SKIP
+"""
+
+from m3asr.decode import Word
+from m3asr.errors import AudioError, M3asrError, MissingExtra, ModelError
+from m3asr.formats import Segment, Transcript
+from m3asr.transcribe import DecodeOptions, Transcriber, load
 
 __version__ = "0.1.0"
+__all__ = [
+    "AudioError",
+    "DecodeOptions",
+    "M3asrError",
+    "MissingExtra",
+    "ModelError",
+    "Segment",
+    "Transcriber",
+    "Transcript",
+    "Word",
+    "load",
+]

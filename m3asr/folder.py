@@ -124,3 +124,4 @@ def write_model_files(
         (folder / "cmvn.json").write_text(json.dumps(cmvn.to_dict()) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
     save_file(state, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)  # the library makes it private

@@ -40,21 +40,23 @@ class Engine(Protocol):
         hidden: np.ndarray,
         lengths: np.ndarray,
         tokens: np.ndarray,
-        token_lengths: np.ndarray,
-        reversed_tokens: np.ndarray,
+        token_lengths: np.ndarray | None = None,
+        reversed_tokens: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The attention decoder over one utterance: hidden (1, S, D), lengths (1,), tokens int64 (N, L) from sos on,
         reversed_tokens likewise right to left -> log_probs (N, L, V), and the same right to left or None.
         """
 
 
-def available() -> dict[str, str]:
-    """Which engines can run here: name -> "" or the reason why not."""
-    reasons = {"onnx": "", "eager": ""}
-    for name, package, extra in (("onnx", "onnxruntime", None), ("eager", "torch", "torch")):
+def available() -> dict[str, tuple[str, str]]:
+    """Which engines can run here: name -> (device, "" or the reason why not)."""
+    engines = {}
+    for name, package, extra in (("onnx", "onnxruntime", ""), ("eager", "torch", "torch")):
+        reason = ""
         if importlib.util.find_spec(package) is None:
-            reasons[name] = f"{package} is not installed" + (f": pip install 'm3asr[{extra}]'" if extra else "")
-    return reasons
+            reason = f"{package} is not installed" + (f": pip install 'm3asr[{extra}]'" if extra else "")
+        engines[name] = ("CPU", reason)
+    return engines
 
 
 def load_engine(folder: ModelFolder, name: str = "auto", *, threads: int = 0) -> Engine:

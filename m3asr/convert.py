@@ -1,0 +1,71 @@
+"""A training folder becomes a model folder; an engine is added to one. Needs torch, unlike running the result."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from m3asr import __version__
+from m3asr.checkpoint import Checkpoint
+from m3asr.config import EncoderConfig, ModelConfig
+from m3asr.folder import ModelFolder, write_model_files, written_aside
+
+
+def write_model_folder(checkpoint: Checkpoint, target: Path, *, onnx: bool = True, overwrite: bool = False) -> None:
+    """Write a model folder at once or not at all. Raises ModelError if `target` is there, unless `overwrite`."""
+    state = {name: value.numpy() for name, value in checkpoint.state.items()}
+    with written_aside(target, overwrite=overwrite) as folder:
+        write_model_files(folder, checkpoint.config, state, checkpoint.tokenizer, checkpoint.cmvn, card(checkpoint))
+        if onnx:
+            build_onnx(ModelFolder.read(folder))
+
+
+def build_onnx(folder: ModelFolder) -> Path:
+    """Build the onnx engine beside the model, replacing an older one only when the new one is whole."""
+    from m3asr.engines import onnx_build
+
+    target = folder.path / "engines" / "onnx"
+    target.parent.mkdir(exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".onnx.", dir=target.parent))
+    try:
+        onnx_build.build(folder.config, folder.config_digest(), aside)
+        aside.chmod(0o755)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def card(checkpoint: Checkpoint) -> str:
+    """The model card: what this folder was made from and what the network is."""
+    config = checkpoint.config
+    parameters = sum(value.numel() for value in checkpoint.state.values())
+    notes = "".join(f"- {note}\n" for note in checkpoint.notes)
+    return (
+        f"# {'3M-ASR' if config.family == '3m' else 'WeNet'} model\n\n"
+        f"Converted by m3asr {__version__} from {', '.join(path.name for path in checkpoint.source)}.\n\n"
+        f"- {parameters:,} parameters, {config.vocab_size} units\n"
+        f"- encoder: {_stack(config.encoder)}\n"
+        + (f"- embedding network: {_stack(config.encoder.embed)}\n" if config.encoder.embed else "")
+        + f"- attention decoder: {_decoder(config)}\n"
+        + f"- features: {config.fbank.num_mel_bins} mel bins, CMVN {config.cmvn}\n"
+        + (f"\n## Notes of the conversion\n\n{notes}" if notes else "")
+    )
+
+
+def _stack(encoder: EncoderConfig) -> str:
+    experts = f", {encoder.moe.num_experts} experts of {encoder.moe.hidden_units}" if encoder.moe else ""
+    streaming = ", causal" if encoder.causal else ""
+    return (
+        f"{encoder.num_blocks} blocks of width {encoder.attention_dim}, {encoder.attention_heads} heads{experts}, "
+        f"{encoder.input_layer}, kernel {encoder.cnn_module_kernel}, {encoder.cnn_module_norm}{streaming}"
+    )
+
+
+def _decoder(config: ModelConfig) -> str:
+    if config.decoder is None:
+        return "none"
+    right = f" and {config.decoder.r_num_blocks} right to left" if config.decoder.r_num_blocks else ""
+    return f"{config.decoder.num_blocks} blocks{right}"
