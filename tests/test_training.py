@@ -1,0 +1,244 @@
+"""The training recipe's own mathematics: features, resampling, experts, losses. No training happens here."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from m3asr import ops  # noqa: E402
+from m3asr.config import FbankConfig  # noqa: E402
+from m3asr.model import Model  # noqa: E402
+from training import losses, moe  # noqa: E402
+from training.augment import Augment, AugmentConfig, fast_size  # noqa: E402
+from training.data import Planner, Speech, Utterance, resample  # noqa: E402
+from training.evaluate import collapse, word_errors  # noqa: E402
+from training.fbank import fbank, frame_count, mel_filters  # noqa: E402
+from training.network import compact, read_folder, tiny, write_folder  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def signal(seconds: float, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    time = np.arange(int(seconds * 16000)) / 16000
+    tone = sum(np.sin(2 * math.pi * f * time + f) for f in (130.0, 900.0, 2600.0, 7100.0))
+    return (0.1 * tone * np.sin(3 * time) + 0.02 * random.standard_normal(len(time))).astype(np.float32)
+
+
+@pytest.mark.parametrize("config", [FbankConfig(), FbankConfig(num_mel_bins=40)])
+@pytest.mark.parametrize("samples", [400, 559, 560, 16001])
+def test_fbank_equals_kaldi(config, samples):
+    knf = pytest.importorskip("kaldi_native_fbank")
+    waveform = signal(2.0)[:samples] * 32768
+    options = knf.FbankOptions()
+    options.frame_opts.dither = 0.0
+    options.frame_opts.samp_freq = config.sample_rate
+    options.mel_opts.num_bins = config.num_mel_bins
+    options.energy_floor = 0.0
+    kaldi = knf.OnlineFbank(options)
+    kaldi.accept_waveform(config.sample_rate, waveform.tolist())
+    kaldi.input_finished()
+    expected = np.stack([kaldi.get_frame(i) for i in range(kaldi.num_frames_ready)])
+    features = fbank(torch.from_numpy(waveform).unsqueeze(0), mel_filters(config), config)[0].numpy()
+    assert features.shape == expected.shape == (frame_count(samples, config), config.num_mel_bins)
+    np.testing.assert_allclose(features, expected, atol=1e-3)
+
+
+def test_warped_filters_move_the_bands():
+    config = FbankConfig()
+    peak = {w: mel_filters(config, w).argmax(dim=0)[30].item() for w in (0.9, 1.0, 1.1)}
+    assert peak[0.9] > peak[1.0] > peak[1.1]
+
+
+@pytest.mark.parametrize("speed", [0.85, 1.15])
+def test_resample_keeps_a_tone_and_shifts_it(speed):
+    time = torch.arange(32000, dtype=torch.float64) / 16000
+    flat = (8000 * torch.sin(2 * math.pi * 1000 * time)).to(torch.int16)
+    out = resample(flat, speed, chunk=10_000).double()
+    expected = 8000 * torch.sin(2 * math.pi * 1000 * speed * torch.arange(len(out), dtype=torch.float64) / 16000)
+    inner = slice(100, -100)
+    error = (out - expected)[inner].square().mean().sqrt() / expected[inner].square().mean().sqrt()
+    assert error < 0.01
+
+
+def test_render_lays_pieces_where_they_belong():
+    flat = np.arange(1, 2001, dtype=np.int16)
+    speech = Speech(flat, [0.9, 1.0], CPU)
+    first, size = speech.place(Utterance("a", "", 500, 100), 1)
+    starts = torch.tensor([[10, 300], [0, 1 << 40]])
+    sources = torch.tensor([[first, first + 5], [first + 7, 0]])
+    sizes = torch.tensor([[size, 50], [20, 0]])
+    rows = (speech.render(starts, sources, sizes, 400) * 32768).round().int().numpy()
+    expected = np.zeros((2, 400), dtype=np.int32)
+    expected[0, 10:110], expected[0, 300:350], expected[1, :20] = flat[500:600], flat[505:555], flat[507:527]
+    np.testing.assert_array_equal(rows, expected)
+
+
+def test_planner_joins_without_losing_text():
+    class Words:
+        def encode(self, text):
+            return [int(x) + 2 for x in text.split()]
+
+    utterances = [Utterance(str(i), str(i), 1000 * i, 900) for i in range(50)]
+    speech = Speech(np.zeros(60_000, np.int16), [1.0], CPU)
+    planner = Planner(speech, utterances, Words(), batch_seconds=12.0, seed=3, joined=0.5)
+    seen, stream = [], planner.batches(False)
+    for _ in range(40):
+        batch = next(stream)
+        assert (batch.lengths <= batch.samples).all() and len(batch.texts) * batch.samples <= 12 * 16000
+        for b, text in enumerate(batch.texts):
+            tokens = batch.tokens[b, : batch.host_token_lengths[b]].tolist()
+            assert tokens == [int(x) + 2 for x in text.split()]
+            present = batch.starts[b] < (1 << 40)
+            assert (batch.sources[b][present] == 1000 * (torch.tensor(tokens) - 2)).all()
+            ends = batch.starts[b][present] + batch.sizes[b][present]
+            assert (ends <= batch.lengths[b]).all() and (ends[:-1] <= batch.starts[b][present][1:]).all()
+            seen += tokens
+    assert len(set(seen)) == 50
+
+
+@pytest.mark.parametrize("seconds", [1.5, 3.17])
+def test_augmentation_is_finite_and_stays_inside(seconds):
+    config = AugmentConfig(
+        reverberation=1.0, noise=1.0, babble=1.0, channel=1.0, telephone=1.0, modulated_noise=1.0, clip=0.5
+    )
+    rooms = torch.zeros(2, 8000)
+    rooms[:, 0] = 1.0
+    samples = int(seconds * 16000)
+    waveform = torch.from_numpy(signal(seconds)).repeat(4, 1)
+    lengths = torch.tensor([samples, samples - 5000, 700, 400])
+    waveform *= torch.arange(samples) < lengths.unsqueeze(-1)
+    waveform[3] = 0.0  # silence must not become NaN
+    out = Augment(config, CPU, 0, rooms)(waveform, lengths)
+    assert out.isfinite().all() and out.abs().max() <= 1.01
+    assert all(out[b, n:].abs().max() == 0 for b, n in enumerate(lengths[1:], 1) for n in [lengths[b]])
+    assert (out[:3] - waveform[:3]).abs().max() > 0.01
+
+
+def test_fast_size():
+    for size in (1, 24000, 352001):
+        n = fast_size(size, multiple=2)
+        assert n >= size and n % 8 == 0 and n < size * 1.2 + 8
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_trained_experts_equal_the_reference(keep):
+    torch.manual_seed(0)
+    config = tiny(20, 0.0, False)
+    encoder = replace(config.encoder, moe=replace(config.encoder.moe, keep_expert_output=keep))
+    reference = Model(replace(config, encoder=encoder)).eval()
+    moe.start_routers(reference)
+    trained = Model(reference.config).eval()
+    trained.load_state_dict(reference.state_dict())
+    routing = moe.install(trained)
+    features, lengths = torch.randn(3, 61, 80), torch.tensor([61, 40, 23], dtype=torch.int32)
+    torch.testing.assert_close(trained(features, lengths)[0], reference(features, lengths)[0], rtol=1e-5, atol=1e-5)
+    assert len(routing.probs) == 2 and len({int(i) for p in routing.probs for i in p.argmax(-1).flatten()}) > 1
+
+    x, embedding = torch.randn(2, 9, 64), torch.randn(2, 9, 32)
+    gradients = []
+    for model in (reference, trained):
+        layer = model.encoder.blocks[0].feed_forward
+        layer(x, embedding).square().sum().backward()
+        gradients.append([p.grad for p in layer.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_router_stays_float32_under_autocast():
+    model = Model(tiny(20, 0.0, False)).eval()
+    moe.start_routers(model)
+    routing = moe.install(model)
+    layer = model.encoder.blocks[0].feed_forward
+    x, embedding = torch.randn(2, 9, 64), torch.randn(2, 9, 32)
+    expected = torch.softmax(layer.router_logits(x, embedding), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x, embedding)
+    assert torch.equal(routing.probs[0], expected)
+
+
+def test_dense_start_goes_on_as_copies():
+    torch.manual_seed(0)
+    model = Model(tiny(20, 0.0, False)).eval()
+    moe.start_routers(model)
+    routing = moe.install(model)
+    features, lengths = torch.randn(2, 41, 80), torch.tensor([41, 30], dtype=torch.int32)
+    routing.dense = True
+    before = model(features, lengths)[0]
+    moe.copy_first_expert(model)
+    routing.dense, routing.blend = False, 0.0  # gates have not faded in yet: nothing may change
+    torch.testing.assert_close(model(features, lengths)[0], before, rtol=1e-5, atol=1e-5)
+    routing.blend = 1.0
+    assert (model(features, lengths)[0] - before).abs().max() > 1e-3
+
+
+def test_router_losses_at_their_extremes():
+    valid = torch.ones(1, 8, dtype=torch.bool)
+    even, one_each = torch.full((1, 8, 4), 0.25), torch.eye(4).repeat(2, 1).unsqueeze(0)
+    collapsed = torch.eye(4)[:1].expand(8, 4).unsqueeze(0)
+    assert losses.sparsity(even, valid) == pytest.approx(2.0) and losses.sparsity(one_each, valid) == pytest.approx(1)
+    assert losses.importance(one_each, valid) == pytest.approx(1) and losses.importance(collapsed, valid) == 4
+    assert moe.load_entropy(one_each, valid) == pytest.approx(1) and abs(moe.load_entropy(collapsed, valid)) < 1e-6
+    half = valid.clone()
+    half[:, 1:] = False  # padding does not count
+    assert losses.importance(one_each, half) == pytest.approx(4)
+
+
+def test_decoder_tokens_and_smoothed_loss():
+    tokens = torch.tensor([[3, 4, 0], [5, 6, 7]])
+    inputs, targets, valid = losses.decoder_tokens(tokens, torch.tensor([2, 3]), sos=9)
+    assert inputs.tolist() == [[9, 3, 4, 0], [9, 5, 6, 7]] and targets.tolist() == [[3, 4, 9, 0], [5, 6, 7, 9]]
+    assert valid.tolist() == [[True, True, True, False], [True] * 4]
+    log_probs = torch.log_softmax(torch.randn(2, 4, 10), dim=-1)
+    expected = torch.nn.functional.cross_entropy(
+        log_probs[valid], targets[valid], label_smoothing=0.1, reduction="mean"
+    )
+    torch.testing.assert_close(losses.attention(log_probs, targets, valid, 0.1), expected)
+
+
+def test_greedy_and_word_errors():
+    assert collapse([0, 5, 5, 0, 5, 6, 0]) == [5, 5, 6] and collapse([]) == []
+    assert word_errors("a b c".split(), "a x c d".split()) == 2 and word_errors([], ["a"]) == 1
+
+
+def test_folder_round_trip(tmp_path):
+    class Symbols:
+        model = b"bpe"
+
+        def lines(self):
+            return "<blank> 0\n"
+
+    config = tiny(20, 0.1, False)
+    model = Model(config)
+    mean = torch.randn(80)
+    write_folder(tmp_path / "m", config, model.state_dict(), Symbols(), mean, torch.ones(80))
+    read, bpe, read_mean, _ = read_folder(tmp_path / "m")
+    assert bpe == b"bpe" and read.config == config
+    torch.testing.assert_close(read_mean, mean)
+    for name, value in read.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name].half().float())
+    broken = {name: torch.full_like(value, 1e6) for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="not finite"):
+        write_folder(tmp_path / "m", config, broken, Symbols(), mean, torch.ones(80))
+    assert read_folder(tmp_path / "m")[0].config == config  # the older folder is still whole
+
+
+def test_compact_model_fits_the_package():
+    with torch.device("meta"):
+        size = sum(p.numel() for p in Model(compact(384, 0.1, False)).parameters())
+    assert 2 * size < 38.5e6
+
+
+def test_ctc_ignores_padding():
+    log_probs = torch.log_softmax(torch.randn(1, 12, 8), dim=-1)
+    tokens = torch.tensor([[2, 3, 0]])
+    alone = losses.ctc(log_probs[:, :9], torch.tensor([9]), tokens[:, :2], torch.tensor([2]))
+    padded = losses.ctc(log_probs, torch.tensor([9]), tokens, torch.tensor([2]))
+    torch.testing.assert_close(alone, padded)
+    assert ops.subsampled_lengths(torch.tensor([41]), ((3, 2), (3, 2))).item() == 9

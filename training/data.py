@@ -1,0 +1,312 @@
+"""Packed speech -> batches on the device: decoding, text units, and which utterances go together.
+
+A batch's waveform never exists on the host: the host plans (which utterance, from which sample on, at which speed) and
+the device gathers the samples. Nothing here knows features or models.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import mmap
+import multiprocessing
+import queue
+import threading
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RATE = 16000
+BLANK, UNK = 0, 1
+# Batches have few distinct lengths, so that memory is reused and the convolutions are tuned once for each.
+LENGTHS = [int(s * RATE) for s in (1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 22)]
+SILENCE, MAX_SECONDS = 0.6, 21.0
+
+
+@dataclass(frozen=True)
+class Utterance:
+    id: str
+    text: str
+    offset: int  # first sample in the flat array
+    size: int  # samples
+
+
+def read_manifest(folders: list[Path]) -> list[dict]:
+    """The lines of every train.jsonl.gz whose shard lies in one of the folders, with the shard's path."""
+    shards = {path.name: path for folder in folders for path in sorted(folder.glob("*.zip"))}
+    lines: dict[str, dict] = {}
+    for folder in folders:
+        for manifest in sorted(folder.glob("*.jsonl.gz")):
+            with gzip.open(manifest, "rt", encoding="utf-8") as file:
+                for line in map(json.loads, file):
+                    if line["shard"] in shards:
+                        lines[line["id"]] = {**line, "path": shards[line["shard"]]}
+    if not lines:
+        raise SystemExit(f"no utterance found: {', '.join(map(str, folders))} need *.zip shards and a *.jsonl.gz")
+    return [lines[key] for key in sorted(lines)]
+
+
+def _decode_shard(task) -> list[tuple[int, int]]:
+    import soundfile
+
+    path, slots = task
+    flat = np.frombuffer(_decode_shard.memory, dtype=np.int16)
+    sizes = []
+    with zipfile.ZipFile(path) as archive:
+        for index, name, offset, room in slots:
+            samples, rate = soundfile.read(io.BytesIO(archive.read(f"{name}.opus")), dtype="int16")
+            if rate != RATE:
+                raise ValueError(f"{path.name}:{name} has {rate} Hz, expected {RATE}")
+            size = min(len(samples), room)
+            flat[offset : offset + size] = samples[:size]
+            sizes.append((index, size))
+    return sizes
+
+
+def decode(lines: list[dict], processes: int) -> tuple[np.ndarray, list[Utterance]]:
+    """Ogg Opus -> one flat int16 array (shared between the processes, never copied) and where each utterance lies."""
+    gap = 32  # zeros between neighbours, more than a resampling filter reaches
+    offsets, total = [], 0
+    for line in lines:
+        offsets.append(total)
+        total += int(line["seconds"] * RATE) + 64 + gap
+    _decode_shard.memory = mmap.mmap(-1, 2 * total)  # anonymous and shared: the forked processes write into it
+    tasks: dict[tuple, list] = {}
+    for i, (line, offset) in enumerate(zip(lines, offsets, strict=True)):
+        room = int(line["seconds"] * RATE) + 64
+        tasks.setdefault((line["path"], i % 4), []).append((i, line["id"], offset, room))
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        done = pool.map(_decode_shard, [(path, slots) for (path, _), slots in tasks.items()], chunksize=1)
+    sizes = dict(pair for shard in done for pair in shard)
+    utterances = [Utterance(x["id"], x["text"], offsets[i], sizes[i]) for i, x in enumerate(lines)]
+    return np.frombuffer(_decode_shard.memory, dtype=np.int16), utterances
+
+
+def split(utterances: list[Utterance], count: int) -> tuple[list[Utterance], list[Utterance]]:
+    """(training, development): `count` utterances by a fixed seed, and no development text in training."""
+    picked = set(np.random.default_rng(20220408).permutation(len(utterances))[:count].tolist())
+    development = [u for i, u in enumerate(utterances) if i in picked]
+    texts = {u.text for u in development}
+    return [u for i, u in enumerate(utterances) if i not in picked and u.text not in texts], development
+
+
+class Units:
+    """Text <-> tokens: <blank> 0, <unk> 1, byte pair pieces, <sos/eos> last (the 3M-ASR convention)."""
+
+    def __init__(self, model: bytes):
+        import sentencepiece
+
+        self.model = model
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        symbols = [self.pieces.id_to_piece(i) for i in range(1, self.pieces.get_piece_size())]
+        self.symbols = ["<blank>", "<unk>", *symbols, "<sos/eos>"]
+        self.sos = len(self.symbols) - 1
+
+    @classmethod
+    def train(cls, texts: list[str], vocab_size: int) -> Units:
+        import sentencepiece
+
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=vocab_size - 2,  # the model's own <unk> is one of ours; <blank> and <sos/eos> are not its
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+        return cls(out.getvalue())
+
+    def encode(self, text: str) -> list[int]:
+        return [i + 1 for i in self.pieces.encode(text)]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(self.symbols[i] for i in tokens if i != self.sos).replace("▁", " ").strip()
+
+    def lines(self) -> str:
+        return "".join(f"{symbol} {i}\n" for i, symbol in enumerate(self.symbols))
+
+
+def resample(flat: Tensor, speed: float, chunk: int = 1 << 24, taps: int = 16) -> Tensor:
+    """Play an int16 signal `speed` times as fast, by a Hann-windowed sinc (pitch moves too, as on a tape)."""
+    if speed == 1.0:
+        return flat
+    size, cut = int(flat.numel() / speed), min(1.0, 1.0 / speed)
+    out = torch.empty(size, dtype=torch.int16, device=flat.device)
+    for start in range(0, size, chunk):
+        position = torch.arange(start, min(start + chunk, size), device=flat.device, dtype=torch.float64) * speed
+        base = position.floor()
+        fraction, base = (position - base).float(), base.long()
+        value = torch.zeros_like(fraction)
+        for tap in range(1 - taps // 2, taps // 2 + 1):
+            distance = fraction - tap
+            weight = cut * torch.sinc(cut * distance) * torch.cos(distance * (math.pi / (taps + 2))).square()
+            value += weight * flat[(base + tap).clamp(0, flat.numel() - 1)]
+        out[start : start + chunk] = value.round().clamp(-32768, 32767).to(torch.int16)
+    return out
+
+
+class Speech:
+    """All samples on the device, once for every speed; `render` cuts a batch out of them."""
+
+    def __init__(self, flat: np.ndarray, speeds: list[float], device: torch.device):
+        source = torch.from_numpy(flat).to(device)
+        self.speeds = speeds
+        sizes = [source.numel() if s == 1.0 else int(source.numel() / s) for s in speeds]
+        self.first = np.concatenate(([0], np.cumsum(sizes)[:-1]))  # where each speed's copy starts
+        self.samples = torch.empty(sum(sizes), dtype=torch.int16, device=device)
+        for first, size, speed in zip(self.first, sizes, speeds, strict=True):
+            self.samples[first : first + size] = resample(source, speed)
+
+    def place(self, utterance: Utterance, speed_index: int) -> tuple[int, int]:
+        """(first sample, samples) of the utterance at a speed."""
+        speed = self.speeds[speed_index]
+        return int(self.first[speed_index]) + int(utterance.offset / speed), int(utterance.size / speed)
+
+    def render(self, starts: Tensor, sources: Tensor, sizes: Tensor, samples: int) -> Tensor:
+        """Pieces laid into rows: piece k of row b begins at starts[b, k] (ascending) -> float32 (B, samples), +-1."""
+        time = torch.arange(samples, device=self.samples.device).expand(len(starts), -1).contiguous()  # (B, N)
+        piece = (torch.searchsorted(starts, time, right=True) - 1).clamp(min=0)
+        inside = time - starts.gather(1, piece)
+        valid = (inside >= 0) & (inside < sizes.gather(1, piece))
+        index = torch.where(valid, sources.gather(1, piece) + inside, 0)
+        return self.samples[index].float().mul_(1 / 32768).masked_fill_(~valid, 0.0)
+
+
+@dataclass
+class Batch:
+    """Where the samples come from, and the targets. Tensors on the device, except the `host_` lengths."""
+
+    starts: Tensor  # int64 (B, K)
+    sources: Tensor  # int64 (B, K)
+    sizes: Tensor  # int64 (B, K)
+    lengths: Tensor  # int64 (B,) samples
+    tokens: Tensor  # int64 (B, L), padded with 0
+    token_lengths: Tensor  # int64 (B,)
+    host_lengths: Tensor
+    host_token_lengths: Tensor
+    samples: int  # padded length
+    texts: list[str]
+
+    def to(self, device: torch.device) -> Batch:
+        names = ("starts", "sources", "sizes", "lengths", "tokens", "token_lengths")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return Batch(**{**self.__dict__, **moved})
+
+
+def collate(rows: list, samples: int, pin: bool) -> Batch:
+    """rows: (pieces [(start, source, size)], length, tokens, text)."""
+    width = max(len(row[0]) for row in rows)
+    pieces = np.zeros((3, len(rows), width), dtype=np.int64)
+    pieces[0] = 1 << 40  # an absent piece never begins
+    longest = -(-max(len(row[2]) for row in rows) // 8) * 8
+    tokens = np.zeros((len(rows), longest), dtype=np.int64)
+    for b, row in enumerate(rows):
+        pieces[:, b, : len(row[0])] = np.array(row[0]).T
+        tokens[b, : len(row[2])] = row[2]
+    lengths = torch.tensor([row[1] for row in rows])
+    token_lengths = torch.tensor([len(row[2]) for row in rows])
+    starts, sources, sizes, tokens = (torch.from_numpy(x) for x in (*pieces, tokens))
+    moved = [starts, sources, sizes, lengths, tokens, token_lengths]
+    if pin:
+        moved = [x.pin_memory() for x in moved]
+    return Batch(*moved, lengths, token_lengths, samples, [row[3] for row in rows])
+
+
+class Planner:
+    """An endless stream of batches: utterances alone or joined by silence, sorted into lengths as they come."""
+
+    def __init__(self, speech: Speech, utterances, units: Units, batch_seconds: float, seed: int, joined=0.4):
+        self.speech, self.utterances, self.joined = speech, utterances, joined
+        self.tokens = {u.id: units.encode(u.text) for u in utterances}
+        self.batch_samples = int(batch_seconds * RATE)
+        self.random = np.random.default_rng(seed)
+
+    def examples(self):
+        """Endless (pieces, length, tokens, text), epoch after epoch."""
+        random, pending = self.random, []
+        while True:
+            for i in random.permutation(len(self.utterances)).tolist():
+                pending.append(self.utterances[i])
+                if random.random() < self.joined and len(pending) < 8:
+                    continue
+                yield from self.join(pending)
+                pending = []
+
+    def join(self, utterances):
+        pieces, tokens, texts, time = [], [], [], self.silence()
+        for utterance in utterances:
+            source, size = self.speech.place(utterance, int(self.random.integers(len(self.speech.speeds))))
+            if pieces and time + size > MAX_SECONDS * RATE:
+                yield pieces, time, tokens, " ".join(texts)
+                pieces, tokens, texts, time = [], [], [], self.silence()
+            pieces.append((time, source, size))
+            tokens = tokens + self.tokens[utterance.id]
+            texts.append(utterance.text)
+            time += size + self.silence()
+        yield pieces, min(time, LENGTHS[-1]), tokens, " ".join(texts)
+
+    def silence(self) -> int:
+        return int(self.random.random() ** 2 * SILENCE * RATE)
+
+    def batches(self, pin: bool):
+        waiting: dict[int, list] = {}
+        for row in self.examples():
+            samples = next(x for x in LENGTHS if x >= row[1])
+            rows = waiting.setdefault(samples, [])
+            rows.append(row)
+            if len(rows) >= max(1, self.batch_samples // samples):
+                yield collate(rows, samples, pin)
+                waiting[samples] = []
+
+    def prefetched(self, depth: int, pin: bool):
+        """The same stream, planned by a thread ahead of its use."""
+        ready: queue.Queue = queue.Queue(depth)
+
+        def work():
+            for batch in self.batches(pin):
+                ready.put(batch)
+
+        threading.Thread(target=work, daemon=True).start()
+        while True:
+            yield ready.get()
+
+
+def plain_batches(speech: Speech, utterances, units: Units, batch_seconds: float) -> list[Batch]:
+    """Every utterance once, as it is, 0.1 s of silence around it: for evaluation."""
+    at_speed_1, edge, waiting, batches = speech.speeds.index(1.0), RATE // 10, {}, []
+    for utterance in sorted(utterances, key=lambda u: u.size):
+        source, size = speech.place(utterance, at_speed_1)
+        samples = next((x for x in LENGTHS if x >= size + 2 * edge), -(-(size + 2 * edge) // RATE) * RATE)
+        row = ([(edge, source, size)], size + 2 * edge, units.encode(utterance.text), utterance.text)
+        waiting.setdefault(samples, []).append(row)
+    for samples, rows in waiting.items():
+        step = max(1, int(batch_seconds * RATE) // samples)
+        batches += [collate(rows[i : i + step], samples, False) for i in range(0, len(rows), step)]
+    return batches
+
+
+def read_audio(folder: Path) -> tuple[np.ndarray, list[Utterance]]:
+    """A folder with manifest.jsonl (id, text) and 16 kHz flac files, as `decode` gives it. For evaluation only."""
+    import soundfile
+
+    chunks, utterances, total = [], [], 0
+    for line in map(json.loads, (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()):
+        samples, rate = soundfile.read(folder / f"{line['id']}.flac", dtype="int16")
+        if rate != RATE or samples.ndim != 1:
+            raise SystemExit(f"{line['id']}.flac: expected 16 kHz mono, found {rate} Hz and shape {samples.shape}")
+        utterances.append(Utterance(line["id"], line["text"], total, len(samples)))
+        chunks += [samples, np.zeros(32, np.int16)]
+        total += len(samples) + 32
+    return np.concatenate(chunks), utterances

@@ -1,0 +1,407 @@
+"""Train a compact 3M-ASR for a given number of minutes: `python3 -m training.train --help`.
+
+The clock drives everything: learning rate, the change from dense to experts, the end. A run therefore always finishes
+its schedule, however fast the device is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from m3asr import ops
+from m3asr.config import FbankConfig, ModelConfig
+from m3asr.model import Model
+from training import losses, moe
+from training.augment import Augment, AugmentConfig, read_rooms
+from training.data import Batch, Planner, Speech, Units, decode, plain_batches, read_audio, read_manifest, split
+from training.evaluate import greedy_wer
+from training.fbank import fbank, frame_count, mel_filters
+from training.network import SIZES, read_folder, write_folder
+
+LOSSES = ("total", "ctc", "attention", "embedding_ctc", "sparsity", "importance")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--speech", type=Path, nargs="+", required=True, help="folders with *.zip and *.jsonl.gz")
+    parser.add_argument("--out", type=Path, required=True, help="log.jsonl, checkpoint.pt and model/ go here")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of the whole run, start and end included")
+    parser.add_argument("--size", choices=SIZES, default="compact")
+    parser.add_argument("--streaming", action="store_true", help="causal convolution, random attention chunks")
+    parser.add_argument("--vocab", type=int, default=384, help="units, the three special ones included")
+    parser.add_argument("--batch-seconds", type=float, default=1200.0, help="padded audio a step")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--warmup", type=int, default=1000, help="steps")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--clip", type=float, default=2.0, help="largest gradient norm")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, a step")
+    parser.add_argument("--dense-fraction", type=float, default=0.2, help="of the time before experts are routed to")
+    parser.add_argument("--blend-fraction", type=float, default=0.1, help="of the time in which gates fade in")
+    parser.add_argument("--sparsity", type=float, default=losses.LossWeights.sparsity)
+    parser.add_argument("--importance", type=float, default=losses.LossWeights.importance)
+    parser.add_argument("--embedding-ctc", type=float, default=losses.LossWeights.embedding_ctc)
+    parser.add_argument("--speeds", type=float, nargs="+", default=[0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15])
+    parser.add_argument("--joined", type=float, default=0.4, help="chance that an utterance is joined to the next")
+    parser.add_argument("--rooms", type=Path, help="folder of measured impulse responses, 16 kHz wav")
+    parser.add_argument("--no-augment", action="store_true", help="speech as it is, for trying things out")
+    parser.add_argument("--dev", type=int, default=300, help="utterances kept out of training")
+    parser.add_argument("--human", type=Path, help="folder with manifest.jsonl and flac files: only evaluated")
+    parser.add_argument("--limit", type=int, help="use only so many utterances")
+    parser.add_argument("--eval-seconds", type=float, default=150.0, help="between evaluations and checkpoints")
+    parser.add_argument("--log-steps", type=int, default=50)
+    parser.add_argument("--init", type=Path, help="model folder to start from, as trained experts")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="for decoding")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+class FrontEnd:
+    """Batch -> features after CMVN, all on the device."""
+
+    def __init__(self, config: FbankConfig, device: torch.device):
+        self.config = config
+        warps = torch.linspace(-1, 1, 13) * AugmentConfig.max_warp + 1
+        self.bank = torch.stack([mel_filters(config, float(w)) for w in warps]).to(device)  # (13, 256, bins)
+        self.filters = mel_filters(config).to(device)
+        self.mean = torch.zeros(config.num_mel_bins, device=device)
+        self.istd = torch.ones(config.num_mel_bins, device=device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, speech: Speech, augment: Augment | None) -> tuple[Tensor, Tensor]:
+        """-> features float32 (B, T, F), lengths int32 (B,)."""
+        waveform = speech.render(batch.starts, batch.sources, batch.sizes, batch.samples)
+        filters = self.filters
+        if augment is not None:
+            waveform = augment(waveform, batch.lengths)
+            filters = augment.pick_filters(len(waveform), self.bank)
+        features = (fbank(waveform * 32768.0, filters, self.config) - self.mean) * self.istd
+        lengths = frame_count(batch.lengths, self.config)
+        if augment is not None:
+            features = augment.mask(features, lengths)
+        return features, lengths.int()
+
+    def measure(self, batches: Iterator[Batch], count: int, speech: Speech, augment: Augment | None) -> None:
+        """Set mean and istd from `count` batches (before masking: masked frames are the mean by definition)."""
+        total = torch.zeros(3, self.config.num_mel_bins, dtype=torch.float64, device=self.mean.device)
+        for _ in range(count):
+            batch = next(batches).to(self.mean.device)
+            waveform = speech.render(batch.starts, batch.sources, batch.sizes, batch.samples)
+            if augment is not None:
+                waveform = augment(waveform, batch.lengths)
+            features = fbank(waveform * 32768.0, self.filters, self.config).double()
+            inside = ops.frame_mask(frame_count(batch.lengths, self.config), features.shape[1]).unsqueeze(-1)
+            total[0] += (features * inside).sum(dim=(0, 1))
+            total[1] += (features.square() * inside).sum(dim=(0, 1))
+            total[2] += inside.sum()
+        mean = total[0] / total[2]
+        self.mean = mean.float()
+        self.istd = (total[1] / total[2] - mean.square()).clamp(min=1e-8).rsqrt().float()
+
+
+def batch_loss(
+    model: Model, routing: moe.Routing, features: Tensor, lengths: Tensor, batch: Batch, weights: losses.LossWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> loss, its parts in the order of LOSSES (detached), entropy of each layer's expert load (layers,)."""
+    config, routing.probs = model.config, []
+    embedding = []
+    hook = model.encoder.embed.register_forward_hook(lambda module, inputs, output: embedding.append(output))
+    chunk = 0
+    if config.encoder.use_dynamic_chunk and model.training:
+        draw = int(torch.randint(50, ()))
+        chunk = 0 if draw >= 25 else draw + 1
+    hidden, out_lengths = model.encode(features, lengths, chunk)
+    hook.remove()
+    host_frames = frame_count(batch.host_lengths, config.fbank)
+    host_lengths = ops.subsampled_lengths(host_frames, config.encoder.subsampling)
+    targets = (host_lengths, batch.tokens, batch.host_token_lengths)
+    ctc = losses.ctc(model.log_probs(hidden), *targets)
+    logits = model.encoder.embed.out_linear(embedding[0]).float()
+    embedding_ctc = losses.ctc(torch.log_softmax(logits, dim=-1), *targets)
+    inputs, outputs, valid = losses.decoder_tokens(batch.tokens, batch.token_lengths, config.sos)
+    log_probs, _ = model.decode(hidden, out_lengths, inputs)
+    attention = losses.attention(log_probs.float(), outputs, valid, weights.label_smoothing)
+    frames = ops.frame_mask(out_lengths, hidden.shape[1])
+    zero = torch.zeros((), device=hidden.device)
+    sparsity = sum((losses.sparsity(p, frames) for p in routing.probs), zero)
+    importance = sum((losses.importance(p, frames) for p in routing.probs), zero)
+    total = (
+        weights.ctc * ctc
+        + weights.attention * attention
+        + weights.embedding_ctc * embedding_ctc
+        + weights.sparsity * sparsity
+        + weights.importance * importance
+    )
+    layers = max(1, len(routing.probs))
+    parts = torch.stack((total, ctc, attention, embedding_ctc, sparsity / layers, importance / layers)).detach()
+    with torch.no_grad():
+        entropies = [moe.load_entropy(p, frames) for p in routing.probs]
+    return total, parts, torch.stack(entropies) if entropies else zero.expand(len(moe.moe_layers(model)))
+
+
+def make_optimizer(model: Model, args) -> torch.optim.AdamW:
+    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith("bias")]
+    rest = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith("bias")]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+
+
+class Run:
+    """One training run: everything that a checkpoint holds, and the clock."""
+
+    def __init__(self, args):
+        self.args, self.device = args, torch.device(args.device)
+        self.started = time.monotonic()
+        self.before = 0.0  # seconds of the runs that this one resumes
+        self.step, self.routed = 0, False
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.benchmark = True
+        args.out.mkdir(parents=True, exist_ok=True)
+        saved = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True) if args.resume else None
+
+        flat, utterances = decode(read_manifest(args.speech)[: args.limit], args.processes)
+        self.training, self.development = split(utterances, args.dev)
+        self.say(f"decoded {sum(u.size for u in utterances) / 57.6e6:.2f} h, {len(utterances)} utterances")
+        start = None
+        if saved is not None:
+            bpe = saved["bpe"]
+        elif args.init:
+            start, bpe, mean, istd = read_folder(args.init)
+        else:
+            bpe = Units.train([u.text for u in self.training], args.vocab).model
+        self.units = Units(bpe)
+        self.speech = Speech(flat, args.speeds, self.device)
+        self.say(f"{self.speech.samples.numel() * 2 / 1e9:.1f} GB of samples at {len(args.speeds)} speeds")
+
+        rooms = read_rooms(args.rooms, self.device) if args.rooms else None
+        self.make_augment = lambda seed: None if args.no_augment else Augment(AugmentConfig(), self.device, seed, rooms)
+        self.front_end = FrontEnd(FbankConfig(), self.device)
+        if saved is not None:
+            config = ModelConfig.from_dict(json.loads(saved["config"]))
+            self.front_end.mean, self.front_end.istd = saved["mean"].to(self.device), saved["istd"].to(self.device)
+        elif start is not None:
+            config = start.config
+            self.front_end.mean, self.front_end.istd = mean.to(self.device), istd.to(self.device)
+        else:
+            config = SIZES[args.size](len(self.units.symbols), args.dropout, args.streaming)
+            planner = Planner(self.speech, self.training, self.units, min(args.batch_seconds, 400.0), args.seed + 1)
+            self.front_end.measure(planner.batches(False), 40, self.speech, self.make_augment(args.seed + 1))
+            self.say("CMVN measured")
+
+        self.model, self.average = Model(config), Model(config)
+        moe.start_routers(self.model)
+        if start is not None:
+            self.model.load_state_dict(start.state_dict())
+            self.routed = True
+        self.average.load_state_dict(self.model.state_dict())
+        for model in (self.model, self.average):
+            model.to(self.device).to(memory_format=torch.channels_last)
+        self.average.requires_grad_(False)
+        self.routings = [moe.install(self.model), moe.install(self.average)]
+        self.optimizer = make_optimizer(self.model, args)
+        if saved is not None:
+            self.model.load_state_dict(saved["model"])
+            self.average.load_state_dict(saved["average"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.before, self.routed = saved["step"], saved["elapsed"], saved["routed"]
+        self.config = config
+        if self.device.type == "cuda":
+            torch.zeros((), device=self.device).item()
+
+    def say(self, text: str) -> None:
+        print(f"[{self.elapsed():7.1f} s] {text}", flush=True)
+
+    def elapsed(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def progress(self) -> float:
+        """Part of the time that has passed; the end keeps 20 s (or a tenth) for the last evaluation and the export."""
+        total = self.args.minutes * 60
+        return min(1.0, self.elapsed() / (total - min(20.0, 0.1 * total)))
+
+    def set_schedule(self) -> float:
+        """Learning rate, and how the experts are used, for the time it is."""
+        args, progress = self.args, self.progress()
+        lr = args.lr * min(1.0, (self.step + 1) / args.warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if not self.routed and progress >= args.dense_fraction:
+            if args.dense_fraction > 0:
+                moe.copy_first_expert(self.model, self.optimizer)
+                moe.copy_first_expert(self.average)
+                self.say(f"step {self.step}: experts start as copies of the dense feed-forward")
+            self.routed = True
+        fade = args.blend_fraction if args.dense_fraction > 0 and not args.init else 0.0
+        for routing in self.routings:
+            routing.dense = not self.routed
+            routing.blend = min(1.0, (progress - args.dense_fraction) / fade) if fade > 0 else 1.0
+        return lr
+
+    def train_step(self, batch: Batch, augment: Augment | None, weights) -> tuple[Tensor, Tensor, Tensor]:
+        """-> parts of the loss, entropies, gradient norm; nothing of it is waited for."""
+        features, lengths = self.front_end(batch, self.speech, augment)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss, parts, entropies = batch_loss(self.model, self.routings[0], features, lengths, batch, weights)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        # A batch with a broken gradient is left out, on the device: the fused optimizer looks at this flag.
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
+        averages, parameters = list(self.average.parameters()), list(self.model.parameters())
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1.0 - decay)
+        return parts, entropies, norm.detach()
+
+    def save(self) -> None:
+        """The checkpoint to resume from, and the averaged weights as a model folder."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "elapsed": self.elapsed(),
+            "routed": self.routed,
+            "config": self.config.to_json(),
+            "bpe": self.units.model,
+            "mean": self.front_end.mean.cpu(),
+            "istd": self.front_end.istd.cpu(),
+        }
+        torch.save(state, self.args.out / "checkpoint.part")
+        os.replace(self.args.out / "checkpoint.part", self.args.out / "checkpoint.pt")
+        self.export()
+
+    def export(self) -> int:
+        mean, istd = self.front_end.mean.cpu(), self.front_end.istd.cpu()
+        return write_folder(self.args.out / "model", self.config, self.average.state_dict(), self.units, mean, istd)
+
+
+class Evaluation:
+    """Development sets of a run: as it is, through a fixed augmentation, and people if given."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        seconds = min(400.0, run.args.batch_seconds)
+        batches = plain_batches(run.speech, run.development, run.units, seconds)
+        self.sets = {"dev": (run.speech, batches, False)}
+        if not run.args.no_augment:
+            self.sets["dev_augmented"] = (run.speech, batches, True)
+        if run.args.human:
+            flat, people = read_audio(run.args.human)
+            speech = Speech(flat, [1.0], run.device)
+            self.sets["human"] = (speech, plain_batches(speech, people, run.units, seconds), False)
+
+    def __call__(self, model: Model, show: int = 0) -> dict[str, float]:
+        run, results = self.run, {}
+        for name, (speech, batches, augmented) in self.sets.items():
+            augment = Augment(AugmentConfig(), run.device, 7) if augmented else None
+
+            def front_end(batch, speech=speech, augment=augment):
+                # Masking features is a hardship of training only.
+                batch = batch.to(run.device)
+                if augment is None:
+                    return run.front_end(batch, speech, None)
+                waveform = augment(
+                    speech.render(batch.starts, batch.sources, batch.sizes, batch.samples), batch.lengths
+                )
+                features = fbank(waveform * 32768.0, run.front_end.filters, run.front_end.config)
+                lengths = frame_count(batch.lengths, run.front_end.config).int()
+                return (features - run.front_end.mean) * run.front_end.istd, lengths
+
+            results[name] = round(greedy_wer(model, batches, front_end, run.units, show if not augmented else 0), 2)
+        return results
+
+
+def main() -> None:
+    args = arguments()
+    run = Run(args)
+    stop = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stop.append(True))
+    evaluation = Evaluation(run)
+    weights = losses.LossWeights(sparsity=args.sparsity, importance=args.importance, embedding_ctc=args.embedding_ctc)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    run.say(f"{parameters / 1e6:.2f} million parameters; {len(run.training)} training, {len(run.development)} dev")
+    (args.out / "run.json").write_text(
+        json.dumps(
+            {**vars(args), "weights": asdict(weights), "augment": asdict(AugmentConfig())}, default=str, indent=1
+        )
+    )
+    log = (args.out / "log.jsonl").open("a", encoding="utf-8")
+
+    def write(**values) -> None:
+        log.write(json.dumps({"step": run.step, "elapsed": round(run.elapsed(), 1), **values}) + "\n")
+        log.flush()
+
+    planner = Planner(run.speech, run.training, run.units, args.batch_seconds, args.seed + run.step, args.joined)
+    augment = run.make_augment(args.seed + run.step + 2)
+    cuda = run.device.type == "cuda"
+    run.model.train()
+    seconds, window, mark, next_eval = 0.0, [], time.monotonic(), run.elapsed() + args.eval_seconds
+    for batch in planner.prefetched(16, cuda):
+        if run.progress() >= 1.0 or stop:
+            break
+        lr = run.set_schedule()
+        window.append(run.train_step(batch.to(run.device), augment, weights))
+        run.step += 1
+        seconds += float(batch.host_lengths.sum()) / 16000
+        if run.step % args.log_steps == 0:
+            parts = torch.stack([w[0] for w in window]).mean(dim=0).tolist()  # waits for the device
+            entropy = [round(x, 3) for x in window[-1][1].tolist()]
+            norms = torch.stack([w[2] for w in window])
+            spent, finite = time.monotonic() - mark, norms.isfinite()
+            values = {name: round(value, 4) for name, value in zip(LOSSES, parts, strict=True)}
+            values |= {
+                "lr": lr,
+                "grad_norm": round(norms[finite].mean().item(), 3) if finite.any() else None,
+                "skipped": int((~finite).sum()),
+                "load_entropy": entropy,
+                "blend": round(run.routings[0].blend, 3) if run.routed else None,
+                "step_ms": round(1000 * spent / len(window), 1),
+                "audio_per_second": round(seconds / spent),
+                "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,
+            }
+            write(**values)
+            shown = " ".join(f"{name} {values[name]:.3f}" for name in LOSSES)
+            run.say(
+                f"step {run.step} {shown} lr {lr:.2e} {values['step_ms']} ms {values['audio_per_second']} x real time"
+            )
+            seconds, window, mark = 0.0, [], time.monotonic()
+        if run.elapsed() >= next_eval:
+            wer = evaluation(run.average)
+            run.model.train()
+            run.save()
+            write(wer=wer)
+            run.say(f"step {run.step} WER {wer}")
+            next_eval = run.elapsed() + args.eval_seconds
+            seconds, window, mark = 0.0, [], time.monotonic()
+
+    run.set_schedule()
+    wer = evaluation(run.average, show=5)
+    run.save()
+    write(wer=wer, final=True)
+    run.say(f"step {run.step} final WER {wer}")
+    size = run.export()
+    if run.routed:
+        # The model that users get: float16 weights, the package's own forward, nothing of this folder in it.
+        shipped = read_folder(args.out / "model")[0].to(run.device)
+        wer = evaluation(shipped)
+        write(wer=wer, exported=True)
+        run.say(f"exported model: {size / 1e6:.1f} MB, WER {wer}")
+
+
+if __name__ == "__main__":
+    main()
