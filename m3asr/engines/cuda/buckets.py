@@ -1,0 +1,26 @@
+"""Which batch shapes are captured: a small set, so that memory and the number of captures stay bounded."""
+
+from __future__ import annotations
+
+# (up to, in steps of): subsampled frames of a bucket. Steps grow with the size, so padding stays near an eighth.
+_STEPS = ((128, 16), (256, 32), (512, 64), (1024, 128), (2048, 256))
+_LAST_STEP = 512
+
+
+def bucket_frames(frames: int) -> int:
+    """The bucket's subsampled frames for a batch of at most `frames`."""
+    frames = max(frames, 1)
+    for limit, step in _STEPS:
+        if frames <= limit:
+            return -(-frames // step) * step
+    return -(-frames // _LAST_STEP) * _LAST_STEP
+
+
+def bucket_batch(batch: int) -> int:
+    """The bucket's number of utterances: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
+    size = 1
+    while size < batch:
+        if size + size // 2 >= batch and size > 1:
+            return size + size // 2
+        size *= 2
+    return size

@@ -1,0 +1,218 @@
+"""(features, lengths) -> (log_probs, hidden, lengths) on one GPU."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3asr.engines.cuda.buckets import bucket_batch, bucket_frames
+from m3asr.engines.cuda.forward import Forward
+from m3asr.engines.cuda.packing import TYPES, Packer, check_supported, lengthen_tables
+from m3asr.errors import ModelError
+from m3asr.model import Model
+
+# Positional tables start with this many rows and double when a longer utterance comes.
+FIRST_POSITIONS = 1024
+
+
+class EncoderGraph:
+    """The encoder for one batch shape, with its inputs and outputs in fixed places.
+
+    Write `features` float32 (B, T, F) and `lengths` int32 (B,), call `replay`, read `log_probs` float32 (B, S, V),
+    `hidden` float32 (B, S, D) and `out_lengths` int32 (B,). What stands past a length does not matter. On a device
+    without CUDA graphs `replay` launches the kernels one by one.
+    """
+
+    def __init__(self, forward: Forward, batch: int, frames: int, bins: int, chunk, device, pool):
+        self.features = torch.zeros(batch, frames, bins, device=device)
+        self.lengths = torch.full((batch,), frames, dtype=torch.int32, device=device)
+        self.graph = None
+        if device.type == "cuda":
+            # Once outside the capture, where kernels are compiled and loaded.
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                forward(self.features, self.lengths, chunk)
+            torch.cuda.current_stream(device).wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.outputs = forward(self.features, self.lengths, chunk)
+        else:
+            self._run = lambda: forward(self.features, self.lengths, chunk)
+            self.outputs = None
+
+    def replay(self) -> None:
+        if self.graph is None:
+            self.outputs = self._run()
+        else:
+            self.graph.replay()
+
+    @property
+    def log_probs(self) -> Tensor:
+        return self.outputs[0]
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.outputs[1]
+
+    @property
+    def out_lengths(self) -> Tensor:
+        return self.outputs[2]
+
+
+class CudaEngine:
+    """The model by fused kernels under CUDA graphs.
+
+    model: a `Model`, a `ModelFolder`, or a path to one. precision: "fp32", "bf16" or "fp16"; the router is always
+    float32. warm: (batch, frames) pairs to capture now instead of when they first come. graphs: how many batch shapes
+    are kept; the least used goes first. Raises ModelError for a model that the kernels do not cover.
+    """
+
+    name = "cuda"
+
+    def __init__(self, model, precision="bf16", device="cuda", warm=(), *, graphs=32, regime="auto", pdl=None):
+        if precision not in TYPES:
+            raise ModelError(f"the cuda engine has no precision {precision!r}; available: {', '.join(TYPES)}")
+        if isinstance(model, str | Path):
+            from m3asr.folder import ModelFolder
+
+            model = ModelFolder.read(model)
+        if isinstance(model, Model):
+            state = model.state_dict()
+        else:
+            state = {name: torch.from_numpy(value) for name, value in model.weights().items()}
+        self.config, self.precision = model.config, precision
+        check_supported(self.config)
+        self._device = torch.device(device)
+        if self._device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ModelError("the cuda engine needs an NVIDIA GPU and found none: use the onnx engine")
+            if self._device.index is None:
+                self._device = torch.device("cuda", torch.cuda.current_device())
+            properties = torch.cuda.get_device_properties(self._device)
+            self.device = properties.name
+            pdl = properties.major >= 9 if pdl is None else pdl
+        else:
+            self.device = "Triton's interpreter on the CPU"
+            pdl = False
+        try:
+            weights = Packer(self.config, state, precision, self._device).weights()
+        except KeyError as error:
+            raise ModelError(f"the model's weights lack {error.args[0]}, which its config.json asks for") from None
+        self.forward = Forward(self.config, weights, precision, pdl, regime)
+        self._positions = 0
+        self._decoder = self._load_decoder(state)
+        self._graphs: OrderedDict[tuple, EncoderGraph] = OrderedDict()
+        self._most_graphs = graphs
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        for batch, frames in warm:
+            self.graph_for(batch, frames)
+
+    @torch.inference_mode()
+    def graph_for(self, batch: int, frames: int, chunk_size: int = 0, left_chunks: int = -1) -> EncoderGraph:
+        """The captured encoder whose bucket holds `batch` utterances of at most `frames` features."""
+        encoder = self.config.encoder
+        size = bucket_frames(self._subsampled(frames))
+        batch = bucket_batch(batch)
+        frames = (size - 1) * encoder.subsampling_rate + encoder.min_frames
+        key = (batch, frames, self._chunk(size, chunk_size, left_chunks))
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        self._hold_positions(size)
+        while len(self._graphs) >= self._most_graphs:
+            self._graphs.popitem(last=False)
+        graph = EncoderGraph(self.forward, batch, frames, encoder.input_dim, key[2], self._device, self._pool)
+        self._graphs[key] = graph
+        return graph
+
+    @torch.inference_mode()
+    def __call__(self, features, lengths, *, compat=False, chunk_size=0, left_chunks=-1):
+        """features float32 (B, T, F), lengths int32 (B,) -> log_probs float32 (B, S, V), hidden float32 (B, S, D),
+        lengths int32 (B,): numpy arrays for numpy arrays, tensors on the device for tensors.
+
+        Frames past an utterance's length hold finite numbers of no meaning. Raises ModelError for bad input.
+        """
+        if compat:
+            raise ModelError("the cuda engine has no compat mode (original lengths and padding): use the eager engine")
+        encoder = self.config.encoder
+        as_numpy = isinstance(features, np.ndarray)
+        if as_numpy:
+            from m3asr.engines import padded
+
+            features, lengths = padded(features, lengths, encoder.input_dim, encoder.min_frames)
+            features, lengths = torch.from_numpy(features), torch.from_numpy(lengths)
+        elif features.dim() != 3 or features.shape[2] != encoder.input_dim or lengths.shape != features.shape[:1]:
+            raise ModelError(
+                f"features have shape {tuple(features.shape)} and lengths {tuple(lengths.shape)}: "
+                f"the model reads (batch, frames, {encoder.input_dim}) and one length each"
+            )
+        batch, frames, _ = features.shape
+        size = self._subsampled(max(frames, encoder.min_frames))
+        if batch == 0:
+            outputs = (
+                torch.zeros(0, size, self.config.vocab_size),
+                torch.zeros(0, size, encoder.attention_dim),
+                torch.zeros(0, dtype=torch.int32),
+            )
+        else:
+            graph = self.graph_for(batch, frames, chunk_size, left_chunks)
+            graph.features[:batch, :frames].copy_(features)
+            graph.lengths.zero_()
+            graph.lengths[:batch].copy_(lengths)
+            graph.replay()
+            # Copies: the graph's own outputs are overwritten by its next run.
+            outputs = (
+                graph.log_probs[:batch, :size].clone(),
+                graph.hidden[:batch, :size].clone(),
+                graph.out_lengths[:batch].clone(),
+            )
+        return tuple(output.cpu().numpy() for output in outputs) if as_numpy else outputs
+
+    @torch.inference_mode()
+    def decode(self, hidden, lengths, tokens, token_lengths, reversed_tokens):
+        """The attention decoder, by the model's own PyTorch in float32 on the same device; see `engines.Engine`."""
+        if self._decoder is None:
+            raise ModelError("the model has no attention decoder: rescoring is not possible, use greedy or beam")
+        arrays = (torch.as_tensor(a).to(self._device) for a in (hidden, lengths, tokens, reversed_tokens))
+        return tuple(None if output is None else output.cpu().numpy() for output in self._decoder.decode(*arrays))
+
+    def _subsampled(self, frames: int) -> int:
+        encoder = self.config.encoder
+        return max(1, (frames - encoder.min_frames) // encoder.subsampling_rate + 1)
+
+    def _chunk(self, size: int, chunk_size: int, left_chunks: int) -> tuple[int, int] | None:
+        """(size, left) of the chunks that queries see, as `ops.chunk_mask` has them; None: everything."""
+        encoder = self.config.encoder
+        if not encoder.use_dynamic_chunk:
+            chunk_size = encoder.static_chunk_size
+        if chunk_size <= 0:
+            return None
+        # More chunks to the left than there are is all of them; the cap keeps the products in 32 bits.
+        chunk_size = min(int(chunk_size), size)
+        return chunk_size, size if left_chunks < 0 else min(int(left_chunks), size)
+
+    def _hold_positions(self, size: int) -> None:
+        if size <= self._positions:
+            return
+        self._positions = max(FIRST_POSITIONS, 1 << (size - 1).bit_length())
+        for stack in (self.forward.weights.main, self.forward.weights.embed):
+            if stack is not None:
+                lengthen_tables(stack, self._positions, self.forward.dtype)
+        # Graphs hold the addresses of the tables that were just replaced.
+        self._graphs.clear()
+
+    def _load_decoder(self, state: dict[str, Tensor]) -> Model | None:
+        if self.config.decoder is None:
+            return None
+        with torch.device("meta"):
+            model = Model(self.config)
+        own = {name: value.float().to(self._device) for name, value in state.items() if name.startswith("decoder.")}
+        missing, _ = model.load_state_dict(own, strict=False, assign=True)
+        if missing := [name for name in missing if name.startswith("decoder.")]:
+            raise ModelError(f"the model's weights lack {missing[0]}, which its config.json asks for")
+        return model.eval()

@@ -1,0 +1,226 @@
+"""The encoder as a sequence of kernel launches, for one batch shape.
+
+Nothing here waits for the device or reads from it, so a run can be captured in a graph. Intermediate tensors are made
+with `torch.empty` and every element that is read was written before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3asr.config import ModelConfig
+from m3asr.engines.cuda import tiles
+from m3asr.engines.cuda.packing import TYPES, Block, Stack, Subsampling, Weights
+from m3asr.kernels.attention import attention
+from m3asr.kernels.depthwise import depthwise
+from m3asr.kernels.experts_few import experts_few
+from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
+from m3asr.kernels.linear import linear
+from m3asr.kernels.log_softmax import log_softmax
+from m3asr.kernels.norm import norm
+from m3asr.kernels.norm_linear import norm_linear
+from m3asr.kernels.router import route
+from m3asr.kernels.subsampling import first_convolution, next_convolution
+
+
+@dataclass
+class Shape:
+    """Sizes of a batch: B utterances of S subsampled frames, and its lengths on the device."""
+
+    batch: int
+    frames: int
+    lengths: Tensor  # int32 (B,), in subsampled frames
+    chunk: tuple[int, int] | None
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.frames
+
+
+class Forward:
+    """features, lengths -> log_probs, hidden, out_lengths, by Triton kernels.
+
+    `regime` "few" or "many" fixes the kind of kernels; "auto" chooses by the number of tokens. `trace`, if set, is
+    called with ("blocks", block, x), x the block's output before its final norm, and ("routes", block, expert_idx).
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, precision: str, pdl: bool, regime: str = "auto"):
+        self.config, self.weights, self.pdl, self.regime = config, weights, pdl, regime
+        self.dtype = TYPES[precision]
+        self.wide = precision == "fp32"
+        # Three tf32 products keep float32's accuracy; plain tf32 would not.
+        self.dot = self.router_dot = "tf32x3"
+        if not self.wide:
+            self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
+        self.trace = None
+
+    def __call__(self, features: Tensor, lengths: Tensor, chunk: tuple[int, int] | None = None):
+        """features float32 (B, T, F), lengths int32 (B,) -> log_probs float32 (B, S, V), hidden float32 (B, S, D),
+        out_lengths int32 (B,). T at least the receptive field; chunk = (size, left), left >= 0, or None.
+        """
+        encoder = self.config.encoder
+        frames = (features.shape[1] - encoder.min_frames) // encoder.subsampling_rate + 1
+        out_lengths = torch.empty_like(lengths)
+        shape = Shape(features.shape[0], frames, out_lengths, chunk)
+        streams = []
+        for front in self.weights.subsamplings:
+            streams += self._subsample(features, lengths, shape, front)
+        heard = None
+        if self.weights.embed is not None:
+            _, embedding = self._stack(streams[0], shape, self.weights.embed, None)  # float32 (N, D')
+            if self.weights.heard is not None:
+                heard = self._new((shape.tokens, self.weights.heard.weight.shape[0]), torch.float32)
+                tile = self._tiles(shape, embedding.shape[1], embedding.shape[1]).heard
+                self._linear(embedding, self.weights.heard, heard, tile=tile, dot=self.router_dot)
+        y, hidden = self._stack(streams[-1], shape, self.weights.main, heard)
+        head = self.weights.head
+        log_probs = self._new((shape.tokens, head.weight.shape[0]), torch.float32)
+        tile = self._tiles(shape, hidden.shape[1], hidden.shape[1])
+        # The head reads the hidden sequence in the compute type.
+        self._linear(y, head, log_probs, tile=tile.head)
+        log_softmax(log_probs, tile=tile.log_softmax, pdl=self.pdl)
+        return log_probs.unflatten(0, (shape.batch, frames)), hidden.unflatten(0, (shape.batch, frames)), out_lengths
+
+    def _few(self, shape: Shape) -> bool:
+        return self.regime == "few" or (self.regime == "auto" and shape.tokens <= tiles.FEW_TOKENS and not self.wide)
+
+    def _tiles(self, shape: Shape, width: int, hidden: int) -> tiles.Tiles:
+        return (tiles.few if self._few(shape) else tiles.many)(shape.tokens, width, hidden, self.wide)
+
+    def _new(self, shape, dtype=None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.weights.head.weight.device)
+
+    def _linear(self, a, layer, out, **options) -> None:
+        options.setdefault("dot", self.dot)
+        linear(a, layer.weight, layer.bias, out, pdl=self.pdl, **options)
+
+    def _subsample(self, features, lengths, shape: Shape, front: Subsampling) -> list[Tensor]:
+        """The residual stream float32 (N, D) of each stack."""
+        encoder = self.config.encoder
+        groups, _, width = front.first.weight.shape
+        tile = self._tiles(shape, width, width)
+        time, bins = features.shape[1], encoder.input_dim // encoder.conv_subsample_in_ch
+        x = features
+        for i, (kernel, stride) in enumerate(encoder.subsampling):
+            time, bins = (time - kernel) // stride + 1, (bins - kernel) // stride + 1
+            out = self._new((groups, shape.batch, time, bins, width))
+            if i == 0:
+                first_convolution(
+                    x, lengths, front.first.weight, front.first.bias, out, shape.lengths, kernel=kernel, stride=stride,
+                    receptive_field=encoder.min_frames, rate=encoder.subsampling_rate, tile=tile.first_convolution,
+                    cmvn=self.weights.cmvn,
+                )  # fmt: skip
+            else:
+                layer = front.following[i - 1]
+                next_convolution(
+                    x, layer.weight, layer.bias, out, kernel=kernel, stride=stride, tile=tile.next_convolution,
+                    dot=self.dot, pdl=self.pdl,
+                )  # fmt: skip
+            x = out
+        out = self._new((groups, shape.tokens, width), torch.float32)
+        self._linear(x.reshape(groups, shape.tokens, -1), front.out, out, tile=tile.subsampling_out)
+        return list(out.unbind(0))
+
+    def _stack(self, x: Tensor, shape: Shape, stack: Stack, heard: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All blocks and the last norm: -> hidden in the compute type (N, D), hidden float32 (N, D)."""
+        config, prior = stack.config, None
+        for i, block in enumerate(stack.blocks):
+            experts = config.moe.num_experts if block.router else 0
+            mine = heard[:, i * experts : (i + 1) * experts] if block.router else None
+            x = self._block(x, shape, config, block, prior, mine)
+            prior = (*block.final_norm, config.norm_eps)
+            if self.trace is not None:
+                self.trace("blocks", block, x)
+        y, hidden = self._new(x.shape), self._new(x.shape, torch.float32)
+        prior = None if prior is None else (*prior, x)
+        tile = self._tiles(shape, x.shape[1], x.shape[1]).norm
+        norm(x, y, eps=config.norm_eps, tile=tile, prior=prior, affine=(*stack.after_norm, hidden), pdl=self.pdl)
+        return y, hidden
+
+    def _block(self, x, shape: Shape, config, block: Block, prior, heard) -> Tensor:
+        """One block without its final norm, which the next reader applies as its `prior`; x is overwritten."""
+        width, scale = x.shape[1], 0.5 if block.macaron_up else 1.0
+        mask = (shape.lengths, shape.frames)
+        if block.macaron_up:
+            hidden = block.macaron_up.weight.shape[0]
+            h = self._new((x.shape[0], hidden))
+            x = self._up(x, shape, config, block.macaron_up, h, prior, activation=config.activation_type)
+            prior = None
+            tile = self._tiles(shape, width, hidden).residual
+            self._linear(h, block.macaron_down, x, tile=tile, residual_scale=0.5)
+        tile = self._tiles(shape, width, width)
+        qkv = self._new((x.shape[0], 3 * width))
+        table = None if block.key_table is None else (block.key_table, shape.frames)
+        x = self._up(x, shape, config, block.qkv, qkv, prior, table=table)
+        context = self._new((shape.batch, shape.frames, width))
+        attention(
+            qkv.view(shape.batch, shape.frames, -1), shape.lengths, context, heads=config.attention_heads,
+            tile=tile.attention, key_bias=block.key_bias, chunk=shape.chunk, dot=self.dot, pdl=self.pdl,
+        )  # fmt: skip
+        self._linear(context.view(-1, width), block.attention_out, x, tile=tile.residual, residual_scale=1.0)
+        glu, conv = self._new(x.shape), self._new(x.shape)
+        self._up(x, shape, config, block.pointwise_1, glu, None, glu=mask)
+        depthwise(
+            glu, block.depthwise, block.depthwise_bias, conv, frames=shape.frames,
+            left=config.cnn_module_kernel - 1 if config.causal else (config.cnn_module_kernel - 1) // 2,
+            activation=config.activation_type, tile=tile.depthwise, before=block.before_first,
+            norm=block.depthwise_norm, pdl=self.pdl,
+        )  # fmt: skip
+        self._linear(conv, block.pointwise_2, x, tile=tile.residual, residual_scale=1.0, mask=mask)
+        if block.router:
+            self._experts(x, shape, config, block, heard, scale)
+        else:
+            hidden = block.up.weight.shape[0]
+            h = self._new((x.shape[0], hidden))
+            self._up(x, shape, config, block.up, h, None, activation=config.activation_type)
+            tile = self._tiles(shape, width, hidden).residual
+            self._linear(h, block.down, x, tile=tile, residual_scale=scale)
+        return x
+
+    def _up(self, x, shape: Shape, config, layer, out, prior, **options) -> Tensor:
+        """out = epilogue(layer(norm(x))); returns x, or its layer norm with `prior` as the new residual stream."""
+        tile = self._tiles(shape, x.shape[1], x.shape[1])
+        if self._few(shape):
+            if prior:
+                prior = (*prior, torch.empty_like(x))
+            norm_linear(
+                x, layer.weight, layer.bias, out, eps=config.norm_eps, prior=prior, dot=self.dot, pdl=self.pdl,
+                tile=tile.gated if "glu" in options else tile.norm_linear, **options,
+            )  # fmt: skip
+            return prior[3] if prior else x
+        y = self._new(x.shape)
+        norm(x, y, eps=config.norm_eps, tile=tile.norm, prior=(*prior, x) if prior else None, pdl=self.pdl)
+        self._linear(y, layer, out, tile=tile.gated if "glu" in options else tile.linear, **options)
+        return x
+
+    def _experts(self, x, shape: Shape, config, block: Block, heard, scale: float) -> None:
+        tokens, width = x.shape
+        experts, hidden, _ = block.up.weight.shape
+        tile = self._tiles(shape, width, hidden)
+        y, gate = self._new(x.shape), self._new((tokens,), torch.float32)
+        expert_idx = self._new((tokens,), torch.int32)
+        route(
+            x, block.router.weight, block.router.bias, heard, shape.lengths, y, expert_idx, gate, frames=shape.frames,
+            eps=config.norm_eps, tile=tile.router, dot=self.router_dot, pdl=self.pdl,
+        )  # fmt: skip
+        if self.trace is not None:
+            self.trace("routes", block, expert_idx)
+        gate = None if config.moe.keep_expert_output else gate
+        up = {"activation": config.activation_type, "tile": tile.expert_up}
+        down = {"residual_scale": scale, "gate": gate, "tile": tile.expert_down}
+        both = {"dot": self.dot, "pdl": self.pdl}
+        if self._few(shape):
+            h = self._new((tokens, hidden))
+            both["early"] = tile.experts_early
+            experts_few(y, block.up.weight, block.up.bias, expert_idx, h, **up, **both)
+            experts_few(h, block.down.weight, block.down.bias, expert_idx, x, **down, **both)
+            return
+        rows = tile.expert_up.m
+        slot_token, tile_expert = slots(tokens, experts, rows, x.device)
+        sort_tokens(expert_idx, slot_token, tile_expert, experts=experts, rows=rows, tile=tile.sort, pdl=self.pdl)
+        h = self._new((slot_token.numel(), hidden))
+        experts_many(y, block.up.weight, block.up.bias, slot_token, tile_expert, h, **up, **both)
+        experts_many(h, block.down.weight, block.down.bias, slot_token, tile_expert, x, **down, **both)

@@ -1,0 +1,108 @@
+"""One layer of all experts for few tokens: the weights are read once, whatever the routing.
+
+A program owns one expert and BLOCK_N of its columns. It loads that slice of the weights once, finds the expert's
+tokens in the list of all choices, and walks through them 16 at a time. Nothing is sorted and the host learns nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from m3asr.kernels.pieces import Tile, activate, dot, wait
+
+
+@triton.jit
+def _experts_few_kernel(
+    a_ptr,
+    w_ptr,
+    b_ptr,
+    expert_ptr,
+    gate_ptr,
+    out_ptr,
+    tokens,
+    columns,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr,
+    EARLY: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    expert = tl.program_id(1)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    k_in = (k < WIDTH)[None, :]
+    col_in = cols < columns
+    w_at = w_ptr + expert.to(tl.int64) * columns * WIDTH + cols[:, None] * WIDTH + k[None, :]
+    if EARLY:
+        w = tl.load(w_at, mask=col_in[:, None] & k_in, other=0.0)  # (BLOCK_N, BLOCK_K)
+    wait(PDL)
+    t = tl.arange(0, BLOCK_T)
+    mine = tl.load(expert_ptr + t, mask=t < tokens, other=-1) == expert
+    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
+    count = tl.sum(mine.to(tl.int32), axis=0)
+    if count > 0:
+        if not EARLY:
+            w = tl.load(w_at, mask=col_in[:, None] & k_in, other=0.0)
+        bias = tl.load(b_ptr + expert * columns + cols, mask=col_in, other=0.0)
+        for first in range(0, count, BLOCK_M):
+            slot = first + tl.arange(0, BLOCK_M)
+            here = mine[None, :] & (rank[None, :] == slot[:, None])
+            token = tl.sum(tl.where(here, t[None, :], 0), axis=1)
+            used = slot < count
+            a = tl.load(a_ptr + token[:, None] * WIDTH + k[None, :], mask=used[:, None] & k_in, other=0.0)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
+            acc = dot(a, tl.trans(w), acc, DOT)  # (BLOCK_M, BLOCK_N)
+            acc = activate(acc, ACTIVATION)
+            out_at = out_ptr + token[:, None] * columns + cols[None, :]
+            out_mask = used[:, None] & col_in[None, :]
+            if GATE:
+                acc *= tl.load(gate_ptr + token, mask=used, other=0.0)[:, None]
+            if RESIDUAL:
+                acc = tl.load(out_at, mask=out_mask, other=0.0) + scale * acc
+            tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+def experts_few(
+    a, weight, bias, expert_idx, out, *, tile: Tile, activation="none", residual_scale=None, gate=None, early=True,
+    dot="ieee", pdl=False,
+) -> None:  # fmt: skip
+    """out[n] = epilogue(weight[e] a[n] + bias[e]) with e = expert_idx[n]; rows with e = -1 stay untouched.
+
+    a (N, K), weight (E, C, K) in the compute type, bias float32 (E, C), expert_idx int32 (N,), out (N, C).
+    activation, then times gate float32 (N,) if given; with `residual_scale`, out += residual_scale * that.
+    early: load the weights before the routing is known, also those of experts without tokens.
+    """
+    tokens, width = a.shape
+    experts, columns, _ = weight.shape
+    assert tile.k >= width, f"a tile of k {tile.k} does not hold the width {width}"
+    _experts_few_kernel[(triton.cdiv(columns, tile.n), experts)](
+        a,
+        weight,
+        bias,
+        expert_idx,
+        gate if gate is not None else bias,
+        out,
+        tokens,
+        columns,
+        1.0 if residual_scale is None else residual_scale,
+        WIDTH=width,
+        BLOCK_T=max(16, triton.next_power_of_2(tokens)),
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        ACTIVATION=activation,
+        RESIDUAL=residual_scale is not None,
+        GATE=gate is not None,
+        EARLY=early,
+        DOT=dot,
+        PDL=pdl,
+        **tile.options(pdl),
+    )

@@ -1,0 +1,178 @@
+"""Experts for many tokens: a counting sort on the device, then one grouped matrix product a layer.
+
+The sort gives every expert a run of slots padded to whole tiles, so a tile belongs to one expert. The number of tiles
+is not known to the host: the grid is the most there can be, and tiles without an expert return at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from m3asr.kernels.pieces import Tile, activate, dot, wait
+
+
+@triton.jit
+def _sort_kernel(
+    expert_ptr,
+    slot_token_ptr,
+    tile_expert_ptr,
+    tokens,
+    tiles,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    wait(PDL)
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for start in range(0, tokens, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        chosen = tl.load(expert_ptr + t, mask=t < tokens, other=-1)
+        # Rows without an expert are counted in the last bin, which no expert has.
+        counts += tl.histogram(tl.where(chosen < 0, BINS - 1, chosen), BINS)
+    blocks = tl.where(bins < EXPERTS, (counts + BLOCK_M - 1) // BLOCK_M, 0)
+    before = tl.sum(tl.where(bins < expert, blocks, 0), axis=0)
+    count = tl.sum(tl.where(bins == expert, counts, 0), axis=0)
+    mine = (count + BLOCK_M - 1) // BLOCK_M
+    done = before * BLOCK_M
+    for start in range(0, tokens, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        here = tl.load(expert_ptr + t, mask=t < tokens, other=-1) == expert
+        rank = tl.cumsum(here.to(tl.int32), axis=0) - 1
+        tl.store(slot_token_ptr + done + rank, t, mask=here)
+        done += tl.sum(here.to(tl.int32), axis=0)
+    unused = done + tl.arange(0, BLOCK_M)
+    tl.store(slot_token_ptr + unused, tl.full((BLOCK_M,), -1, tl.int32), mask=unused < (before + mine) * BLOCK_M)
+    own = tl.arange(0, BLOCK_T)
+    for start in range(0, mine, BLOCK_T):
+        tl.store(tile_expert_ptr + before + start + own, expert + tl.zeros_like(own), mask=start + own < mine)
+    if expert == EXPERTS - 1:
+        for start in range(before + mine, tiles, BLOCK_T):
+            tl.store(tile_expert_ptr + start + own, tl.full((BLOCK_T,), -1, tl.int32), mask=start + own < tiles)
+
+
+def most_tiles(tokens: int, experts: int, rows: int) -> int:
+    """How many tiles of `rows` slots the worst routing needs: each expert may leave one tile part empty."""
+    return min(tokens, triton.cdiv(tokens, rows) + experts)
+
+
+def sort_tokens(expert_idx, slot_token, tile_expert, *, experts, rows, tile: Tile, pdl=False) -> None:
+    """expert_idx int32 (N,) -> slot_token int32 (tiles * rows,), tile_expert int32 (tiles,); -1 where there is none.
+
+    Tokens of one expert keep their order. tiles = `most_tiles(N, experts, rows)`; slots of tiles without an expert
+    are not written.
+    """
+    _sort_kernel[(experts,)](
+        expert_idx,
+        slot_token,
+        tile_expert,
+        expert_idx.numel(),
+        tile_expert.numel(),
+        EXPERTS=experts,
+        BINS=triton.next_power_of_2(experts + 1),
+        BLOCK_M=rows,
+        BLOCK_T=tile.n,
+        PDL=pdl,
+        **tile.options(pdl),
+    )
+
+
+@triton.jit
+def _experts_many_kernel(
+    a_ptr,
+    w_ptr,
+    b_ptr,
+    slot_token_ptr,
+    tile_expert_ptr,
+    gate_ptr,
+    out_ptr,
+    columns,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATHER: tl.constexpr,
+    GATE: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait(PDL)
+    expert = tl.load(tile_expert_ptr + tl.program_id(1))
+    if expert >= 0:
+        slots = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        token = tl.load(slot_token_ptr + slots)
+        used = (token >= 0)[:, None]
+        col_in = (cols < columns)[:, None]
+        rows = tl.where(token >= 0, token, 0) if GATHER else slots
+        a_at = a_ptr + rows.to(tl.int64)[:, None] * WIDTH + k[None, :]
+        w_at = w_ptr + expert.to(tl.int64) * columns * WIDTH + cols[:, None] * WIDTH + k[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, WIDTH, BLOCK_K):
+            inside = (k + start < WIDTH)[None, :]
+            a = tl.load(a_at + start, mask=used & inside, other=0.0)
+            w = tl.load(w_at + start, mask=col_in & inside, other=0.0)
+            acc = dot(a, tl.trans(w), acc, DOT)
+        acc += tl.load(b_ptr + expert * columns + cols, mask=cols < columns, other=0.0)[None, :]
+        acc = activate(acc, ACTIVATION)
+        out_mask = used & (cols < columns)[None, :]
+        if GATHER:
+            out_at = out_ptr + slots.to(tl.int64)[:, None] * columns + cols[None, :]
+        else:
+            out_at = out_ptr + token.to(tl.int64)[:, None] * columns + cols[None, :]
+            if GATE:
+                acc *= tl.load(gate_ptr + token, mask=token >= 0, other=0.0)[:, None]
+            acc = tl.load(out_at, mask=out_mask, other=0.0) + scale * acc
+        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+def experts_many(
+    a, weight, bias, slot_token, tile_expert, out, *, tile: Tile, activation="none", residual_scale=None, gate=None,
+    dot="ieee", pdl=False,
+) -> None:  # fmt: skip
+    """First layer: a (N, K) -> out (slots, C), rows by slot. With `residual_scale`, the second: a (slots, K), and
+    out[token] += residual_scale * gate[token] * (weight[e] a[slot] + bias[e]), out float32 (N, C).
+
+    weight (E, C, K) in the compute type, bias float32 (E, C); slot_token, tile_expert from `sort_tokens` with
+    rows = tile.m. Each token stands in one slot, so no two programs add to the same place.
+    """
+    experts, columns, width = weight.shape
+    assert slot_token.numel() == tile_expert.numel() * tile.m, "the tokens were sorted for another tile height"
+    _experts_many_kernel[(triton.cdiv(columns, tile.n), tile_expert.numel())](
+        a,
+        weight,
+        bias,
+        slot_token,
+        tile_expert,
+        gate if gate is not None else bias,
+        out,
+        columns,
+        1.0 if residual_scale is None else residual_scale,
+        WIDTH=width,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        ACTIVATION=activation,
+        GATHER=residual_scale is None,
+        GATE=gate is not None,
+        DOT=dot,
+        PDL=pdl,
+        **tile.options(pdl),
+    )
+
+
+def slots(tokens: int, experts: int, rows: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty slot_token and tile_expert for `sort_tokens`."""
+    tiles = most_tiles(tokens, experts, rows)
+    return (
+        torch.empty(tiles * rows, dtype=torch.int32, device=device),
+        torch.empty(tiles, dtype=torch.int32, device=device),
+    )

@@ -1,0 +1,157 @@
+"""A linear layer with what follows it: activation, GLU, table, or the sum into the residual stream."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from m3asr.kernels.pieces import Tile, activate, dot, wait
+
+
+@triton.jit
+def _linear_kernel(
+    a_ptr,
+    w_ptr,
+    b_ptr,
+    table_ptr,
+    lengths_ptr,
+    out_ptr,
+    tokens,
+    frames,
+    columns,
+    scale,
+    a_group,
+    w_group,
+    out_group,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr,
+    TABLE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    group = tl.program_id(2).to(tl.int64)
+    a_ptr += group * a_group
+    w_ptr += group * w_group
+    b_ptr += group * columns
+    out_ptr += group * out_group
+    # Neighbouring programs share rows of a: the columns are few, and the weights stay in the cache anyway.
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    row_in = (rows < tokens)[:, None]
+    col_in = (cols < columns)[:, None]
+    a_at = a_ptr + rows.to(tl.int64)[:, None] * WIDTH + k[None, :]
+    w_at = w_ptr + cols[:, None] * WIDTH + k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GLU:
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    bias = tl.load(b_ptr + cols, mask=cols < columns, other=0.0)
+    if BLOCK_K >= WIDTH:
+        # All of the inner dimension at once: the weights are on their way before the wait.
+        inside = (k < WIDTH)[None, :]
+        w = tl.load(w_at, mask=col_in & inside, other=0.0)
+        if GLU:
+            w_gate = tl.load(w_at + columns * WIDTH, mask=col_in & inside, other=0.0)
+        wait(PDL)
+        a = tl.load(a_at, mask=row_in & inside, other=0.0)
+        acc = dot(a, tl.trans(w), acc, DOT)
+        if GLU:
+            gate = dot(a, tl.trans(w_gate), gate, DOT)
+    else:
+        wait(PDL)
+        for start in range(0, WIDTH, BLOCK_K):
+            if WIDTH % BLOCK_K == 0:
+                a = tl.load(a_at + start, mask=row_in, other=0.0)
+                w = tl.load(w_at + start, mask=col_in, other=0.0)
+            else:
+                inside = (k + start < WIDTH)[None, :]
+                a = tl.load(a_at + start, mask=row_in & inside, other=0.0)
+                w = tl.load(w_at + start, mask=col_in & inside, other=0.0)
+            acc = dot(a, tl.trans(w), acc, DOT)
+            if GLU:
+                if WIDTH % BLOCK_K == 0:
+                    w_gate = tl.load(w_at + columns * WIDTH + start, mask=col_in, other=0.0)
+                else:
+                    inside = (k + start < WIDTH)[None, :]
+                    w_gate = tl.load(w_at + columns * WIDTH + start, mask=col_in & inside, other=0.0)
+                gate = dot(a, tl.trans(w_gate), gate, DOT)
+    acc += bias[None, :]
+    out_mask = row_in & (cols < columns)[None, :]
+    if GLU or MASK:
+        valid = (rows % frames) < tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)
+    if GLU:
+        gate += tl.load(b_ptr + columns + cols, mask=cols < columns, other=0.0)[None, :]
+        acc = tl.where(valid[:, None], acc * tl.sigmoid(gate), 0.0)
+    if TABLE:
+        third = columns // 3
+        keys = (cols >= third) & (cols < 2 * third)
+        at = (rows % frames)[:, None] * third + (cols - third)[None, :]
+        acc += tl.load(table_ptr + at, mask=out_mask & keys[None, :], other=0.0).to(tl.float32)
+    acc = activate(acc, ACTIVATION)
+    out_at = out_ptr + rows.to(tl.int64)[:, None] * columns + cols[None, :]
+    if MASK:
+        acc = tl.where(valid[:, None], acc, 0.0)
+    if RESIDUAL:
+        acc = tl.load(out_at, mask=out_mask, other=0.0) + scale * acc
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+def linear(
+    a,
+    weight,
+    bias,
+    out,
+    *,
+    tile: Tile,
+    activation="none",
+    table=None,
+    glu=None,
+    residual_scale=None,
+    mask=None,
+    dot="ieee",
+    pdl=False,
+) -> None:
+    """out = epilogue(a weight^T + bias), or, with `residual_scale`, out += residual_scale * epilogue(...).
+
+    a (N, K) and weight (C, K) in the compute type, bias float32 (C,), out (N, C) of any type; with a leading group
+    dimension on all four, one independent product a group. activation, table, glu: as in `norm_linear`.
+    mask = (lengths int32 (B,), S): the result counts as zero past the length.
+    """
+    groups = a.shape[0] if a.dim() == 3 else 1
+    tokens, width = a.shape[-2:]
+    columns = out.shape[-1]
+    lengths, frames = glu or mask or (bias, table[1] if table else tokens)
+    grid = (triton.cdiv(columns, tile.n), triton.cdiv(tokens, tile.m), groups)
+    _linear_kernel[grid](
+        a,
+        weight,
+        bias,
+        table[0] if table else bias,
+        lengths,
+        out,
+        tokens,
+        frames,
+        columns,
+        1.0 if residual_scale is None else residual_scale,
+        tokens * width,
+        weight.shape[-2] * width,
+        tokens * columns,
+        WIDTH=width,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        ACTIVATION=activation,
+        GLU=glu is not None,
+        TABLE=table is not None,
+        RESIDUAL=residual_scale is not None,
+        MASK=mask is not None,
+        DOT=dot,
+        PDL=pdl,
+        **tile.options(pdl),
+    )

@@ -1,0 +1,125 @@
+"""Layer norm and a linear layer in one kernel, for few tokens.
+
+out = epilogue(normalise(x) W^T + b). The norm's own weight and bias are folded into W and b when they are packed. A
+program owns BLOCK_M rows, whole, and BLOCK_N columns; the weights it needs are one load, issued before it waits for
+the kernel that writes x. Each program repeats the norm of its rows, which costs less than another launch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from m3asr.kernels.pieces import Tile, activate, at_least_16, dot, normalise, wait
+
+
+@triton.jit
+def _norm_linear_kernel(
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    table_ptr,
+    lengths_ptr,
+    prior_w_ptr,
+    prior_b_ptr,
+    out_ptr,
+    prior_out_ptr,
+    tokens,
+    frames,
+    columns,
+    eps,
+    prior_eps,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr,
+    TABLE: tl.constexpr,
+    PRIOR: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    inside = (d < WIDTH)[None, :]
+    w_at = w_ptr + cols[:, None] * WIDTH + d[None, :]
+    w_mask = (cols < columns)[:, None] & inside
+    w = tl.load(w_at, mask=w_mask, other=0.0)  # (BLOCK_N, BLOCK_D)
+    bias = tl.load(b_ptr + cols, mask=cols < columns, other=0.0)
+    if GLU:
+        w_gate = tl.load(w_at + columns * WIDTH, mask=w_mask, other=0.0)
+        bias_gate = tl.load(b_ptr + columns + cols, mask=cols < columns, other=0.0)
+    wait(PDL)
+    x_at = rows[:, None] * WIDTH + d[None, :]
+    x_mask = (rows < tokens)[:, None] & inside
+    x = tl.load(x_ptr + x_at, mask=x_mask, other=0.0)  # (BLOCK_M, BLOCK_D)
+    if PRIOR:
+        prior_w = tl.load(prior_w_ptr + d, mask=d < WIDTH, other=0.0)
+        prior_b = tl.load(prior_b_ptr + d, mask=d < WIDTH, other=0.0)
+        x = normalise(x, inside, WIDTH, prior_eps) * prior_w[None, :] + prior_b[None, :]
+        # One program of each row block stores what the residual stream is from here on.
+        if tl.program_id(0) == 0:
+            tl.store(prior_out_ptr + x_at, x, mask=x_mask)
+    y = normalise(x, inside, WIDTH, eps).to(w.dtype)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
+    acc = dot(y, tl.trans(w), acc, DOT)  # (BLOCK_M, BLOCK_N)
+    if GLU:
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias_gate[None, :]
+        gate = dot(y, tl.trans(w_gate), gate, DOT)
+        valid = (rows % frames) < tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)
+        acc = tl.where(valid[:, None], acc * tl.sigmoid(gate), 0.0)
+    out_mask = (rows < tokens)[:, None] & (cols < columns)[None, :]
+    if TABLE:
+        # One summand a position, for the columns of the keys: the second third.
+        third = columns // 3
+        keys = (cols >= third) & (cols < 2 * third)
+        at = (rows % frames)[:, None] * third + (cols - third)[None, :]
+        acc += tl.load(table_ptr + at, mask=out_mask & keys[None, :], other=0.0).to(tl.float32)
+    acc = activate(acc, ACTIVATION)
+    tl.store(out_ptr + rows[:, None] * columns + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+def norm_linear(
+    x, weight, bias, out, *, eps, tile: Tile, activation="none", table=None, glu=None, prior=None, dot="ieee", pdl=False
+) -> None:
+    """out = epilogue(normalise(x) weight^T + bias).
+
+    x float32 (N, D); weight (C, D) in the compute type, bias float32 (C,); out (N, C), or (N, C/2) with `glu`.
+    activation: after the sum. table = (values (>= S, C/3), S): added to the middle third of the columns at position
+    token % S. glu = (lengths int32 (B,), S): first half times sigmoid of the second, zero past the length.
+    prior = (weight, bias, eps, x_out): x is first replaced by its layer norm, which is also stored in x_out (not x).
+    """
+    tokens, width = x.shape
+    columns = out.shape[1]
+    frames = table[1] if table else glu[1] if glu else tokens
+    prior_w, prior_b, prior_eps, prior_out = prior if prior else (bias, bias, 0.0, x)
+    grid = (triton.cdiv(columns, tile.n), triton.cdiv(tokens, tile.m))
+    _norm_linear_kernel[grid](
+        x,
+        weight,
+        bias,
+        table[0] if table else bias,
+        glu[0] if glu else bias,
+        prior_w,
+        prior_b,
+        out,
+        prior_out,
+        tokens,
+        frames,
+        columns,
+        eps,
+        prior_eps,
+        WIDTH=width,
+        BLOCK_D=at_least_16(width),
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        ACTIVATION=activation,
+        GLU=glu is not None,
+        TABLE=table is not None,
+        PRIOR=prior is not None,
+        DOT=dot,
+        PDL=pdl,
+        **tile.options(pdl),
+    )
