@@ -1,6 +1,7 @@
 """PyTorch is the TensorRT API: networks from unmodified forwards, plugins without CUDA. Knows nothing of speech."""
 
 from . import layers
+from .build import build, serialize
 from .errors import BuildError, PluginError, TensorRTMissing, TraceError, TrtError, UncoveredOperation
 from .table import converter
 from .trace import Input, Network, trace
@@ -14,7 +15,9 @@ __all__ = [
     "TraceError",
     "TrtError",
     "UncoveredOperation",
+    "build",
     "converter",
     "layers",
+    "serialize",
     "trace",
 ]

@@ -266,7 +266,7 @@ def topk(run, layer, given):
     k = int(given[1]) if len(given) > 1 and given[1] is not None else layer.k
     axis = _axes(layer.axes)[0]
     # Ties: the lower index first, as a stable sort gives it.
-    values, indices = torch.sort(given[0], axis, descending=layer.op.name == "MAX", stable=True)
+    values, indices = torch.sort(given[0], dim=axis, descending=layer.op.name == "MAX", stable=True)
     return values.narrow(axis, 0, k), indices.narrow(axis, 0, k).to(torch.int32)
 
 

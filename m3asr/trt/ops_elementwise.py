@@ -87,35 +87,6 @@ def exp2(net, x):
     return torch.exp(x * math.log(2.0))
 
 
-@converter(aten.expm1, kind="float32")
-def expm1(net, x):
-    # tanh keeps the digits that exp(x) - 1 loses near 0: expm1(x) = tanh(x/2) (exp(x) + 1)
-    return torch.where(x.abs() < 1.0, torch.tanh(x / 2) * (torch.exp(x) + 1), torch.exp(x) - 1)
-
-
-@converter(aten.log1p, kind="float32")
-def log1p(net, x):
-    # log(1+x) * x / ((1+x) - 1) repairs the rounding of 1+x (Higham, Accuracy and Stability, 1.14.1)
-    one = x + 1
-    lost = one - 1
-    return torch.where(lost == 0, x, torch.log(one) * x / torch.where(lost == 0, torch.ones_like(lost), lost))
-
-
-@converter(aten.log2, kind="float32")
-def log2(net, x):
-    return torch.log(x) * (1 / math.log(2.0))
-
-
-@converter(aten.log10, kind="float32")
-def log10(net, x):
-    return torch.log(x) * (1 / math.log(10.0))
-
-
-@converter(aten.erfc, kind="float32")
-def erfc(net, x):
-    return 1 - torch.erf(x)
-
-
 @converter(aten.square)
 def square(net, x):
     node = net.operand(x)
@@ -196,31 +167,23 @@ def fmod(net, a, b):
 @converter(aten.pow, kind="float32")
 def pow(net, a, b):
     dtype = net.result_type(a, b)
-    if isinstance(b, (int, float)) and float(b) in (1.0, 2.0, 3.0, 4.0):
+    known = float(b) if isinstance(b, (int, float)) else None
+    if known in (1.0, 2.0, 3.0, 4.0):
         base = net.operand(a, dtype)
         result = base
-        for _ in range(int(b) - 1):
+        for _ in range(int(known) - 1):
             result = result * base
         return result
     if not dtype.is_floating_point:
         power = L.binary("POW", *net.operands(a, b, dtype=torch.float32))
         return L.unary("ROUND", power)
-    if b == 0.5:
+    if known == 0.5:
         return L.unary("SQRT", net.operand(a, dtype))
-    if isinstance(b, (int, float)) and float(b) == -0.5:
+    if known == -0.5:
         return L.unary("RECIP", L.unary("SQRT", net.operand(a, dtype)))
-    if isinstance(b, (int, float)) and float(b) == -1.0:
+    if known == -1.0:
         return L.unary("RECIP", net.operand(a, dtype))
     return L.binary("POW", *net.operands(a, b, dtype=dtype))
-
-
-@converter(aten.atan2, kind="float32")
-def atan2(net, y, x):
-    y, x = torch.broadcast_tensors(y, x)
-    safe = torch.where(x == 0, torch.ones_like(x), x)
-    angle = torch.atan(y / safe)
-    turned = torch.where(x < 0, angle + torch.where(y < 0, -math.pi, math.pi), angle)
-    return torch.where(x == 0, torch.sign(y) * (math.pi / 2), turned)
 
 
 COMPARISONS = {aten.eq: "EQUAL", aten.gt: "GREATER", aten.lt: "LESS"}

@@ -51,10 +51,9 @@ def leaky_relu(net, x, negative_slope=0.01):
     return L.activation("LEAKY_RELU", net.operand(x), alpha=float(negative_slope))
 
 
-@converter(aten.rrelu_with_noise, aten.rrelu_with_noise_functional, aten.rrelu)
-def rrelu(net, x, *arguments, lower=1 / 8, upper=1 / 3, **_):
-    numbers = [a for a in arguments if isinstance(a, float)] or [lower, upper]
-    return F.leaky_relu(x, sum(numbers[:2]) / 2)
+@converter(F.rrelu)
+def rrelu(net, x, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
+    return F.leaky_relu(x, (lower + upper) / 2)
 
 
 @converter(aten.softplus, kind="float32")
@@ -168,6 +167,9 @@ def batch_norm(net, x, running_mean, running_var, weight=None, bias=None, traini
     node = net.operand(x)
     if running_mean is None:
         return _affine(net, _normalised(node, [0, *range(2, x.dim())], eps), weight, bias, shape)
+    if any(getattr(v, "tracer", None) and v.const is None for v in (running_mean, running_var, weight, bias)):
+        mean, var = (L.reshape(net.operand(v), shape) for v in (running_mean, running_var))
+        return _affine(net, (node - mean) / L.unary("SQRT", var + float(eps)), weight, bias, shape)
     # The four statistics fold into one scale and one shift, in float64 so that folding costs no accuracy.
     mean, var, weight, bias = (
         v.const if hasattr(v, "tracer") else v for v in (running_mean, running_var, weight, bias)
@@ -245,6 +247,9 @@ def max_pool(net, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=
     padding, dilation = _tuple(padding, n), _tuple(dilation, n)
     if return_indices:
         raise UncoveredOperation(f"{net.where()}max pooling that returns indices has no TensorRT layer")
+    if n == 1:
+        flat = F.max_pool2d(x.unsqueeze(-1), (*kernel, 1), (*stride, 1), (*padding, 0), (*dilation, 1), ceil_mode)
+        return flat.squeeze(-1)
     if all(d == 1 for d in dilation) and not (ceil_mode and any(padding)):
         return _pool(net, x, "MAX", kernel, stride, padding, ceil_mode)
     return _max_over_shifts(net, x, kernel, stride, padding, dilation)

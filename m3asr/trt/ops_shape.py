@@ -198,6 +198,18 @@ def roll(net, x, shifts, dims=()):
     return x
 
 
+@converter(aten.unfold)
+def unfold(net, x, dimension, size, step):
+    if x.dim() == 0:
+        return x.expand(size)
+    dimension %= x.dim()
+    count = sized(net)[dimension]
+    at = torch.arange(count).unsqueeze(1) * step + torch.arange(size)  # (windows, size)
+    windows = x.index_select(dimension, at.reshape(-1))
+    windows = windows.reshape(*x.shape[:dimension], count, size, *x.shape[dimension + 1 :])
+    return windows.movedim(dimension + 1, -1)
+
+
 # tensors made from sizes
 
 

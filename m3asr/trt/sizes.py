@@ -77,8 +77,11 @@ class NamedSizes(ShapeEnv):
             return answers.pop()
         if fallback_value is not None:
             return sympy.sympify(fallback_value)
+        if self.internal and isinstance(expr, (sympy.Eq, sympy.Ne)):
+            # Torch asks whether two sizes happen to agree to take a short cut; the general way is right for all.
+            return sympy.sympify(isinstance(expr, sympy.Ne))
         text = self.readable(expr)
-        if not expr.is_Boolean:
+        if not isinstance(expr, (sympy.core.relational.Relational, sympy.logic.boolalg.BooleanFunction)):
             raise TraceError(
                 f"{self.where()}the size {text} is needed as one fixed number (range(), int() or a Python loop), but "
                 f"it varies over {self._stated(expr)}; use tensor operations instead, or give it a fixed size"

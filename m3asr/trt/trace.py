@@ -17,6 +17,7 @@ from . import (  # noqa: F401
     ops_recurrent,
     ops_reduce,
     ops_shape,
+    ops_special,
 )
 from .errors import TraceError
 from .graph import Node

@@ -10,6 +10,7 @@ import types
 
 import torch
 from torch._decomp import decomposition_table
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -54,7 +55,7 @@ class Tracer(Graph):
     def tracing(self):
         self.active = True
         try:
-            with torch.no_grad(), _Everything(self):
+            with torch.no_grad(), enable_python_dispatcher(), _Everything(self):
                 yield
         finally:
             self.active = False
@@ -221,7 +222,12 @@ class Tracer(Graph):
             return a
 
         fake_args, fake_kwargs = tree_map(fake, (args, kwargs))
-        with _disable_current_modes(), torch._C.DisableTorchFunctionSubclass(), self.fakes, self.asking_torch():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_disable_current_modes())
+            stack.enter_context(torch._C.DisableTorchFunctionSubclass())
+            stack.enter_context(enable_python_dispatcher())  # the size formulas in Python know symbols, C++ not all
+            stack.enter_context(self.fakes)
+            stack.enter_context(self.asking_torch())
             return function(*fake_args, **fake_kwargs)
 
     # types
@@ -356,8 +362,10 @@ class Tracer(Graph):
             return aten.copy.default
         if name == "zero_":
             return aten.zeros_like.default
-        packet = getattr(aten, name.rstrip("_") if name.endswith("_") else name, None)
-        overload = getattr(packet, function._overloadname, None)
+        packet = getattr(aten, name.rstrip("_"), None)
+        wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
+        overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
+        overload = next((o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == wanted), None)
         if overload is None or not name.endswith("_"):
             raise UncoveredOperation(f"{self.where()}the in-place operation {name} has no form without '_' to use instead")
         return overload
