@@ -87,6 +87,12 @@ class EncoderConfig:
         return rate
 
     @property
+    def can_stream(self) -> bool:
+        """Whether chunks with caches give what the whole utterance gives: causal, and trained on chunks."""
+        chunks = self.use_dynamic_chunk or self.static_chunk_size > 0
+        return chunks and self.causal and (self.embed is None or self.embed.causal)
+
+    @property
     def min_frames(self) -> int:
         """The fewest input frames that give one output frame: its receptive field."""
         frames = 1

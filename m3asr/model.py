@@ -11,6 +11,7 @@ N hypotheses, L tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,27 @@ class MoEFeedForward(nn.Module):
         return y.unflatten(0, (x.shape[0], x.shape[1]))
 
 
+@dataclass
+class Cache:
+    """What a block remembers of the frames before a chunk. Its forward leaves here what is to be remembered next.
+
+    attention (B, H, t, 2K+1): key with position, value and key bias of each earlier frame; after the forward those
+    of the chunk alone (B, H, S, 2K+1), which the caller appends. conv (B, D, kernel-1): the last inputs of
+    pointwise_conv1, zeros at the start of a stream; replaced.
+    """
+
+    attention: Tensor
+    conv: Tensor
+
+    def extend(self, k: Tensor, v: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v (B, H, S, K), key_bias (B, H, 1, S) or None -> the same over t + S frames."""
+        bias = torch.zeros_like(k[..., :1]) if key_bias is None else key_bias.transpose(-2, -1)
+        earlier, self.attention = self.attention, torch.cat((k, v, bias), dim=-1)
+        width = k.shape[-1]
+        k, v, bias = torch.cat((earlier, self.attention), dim=2).split((width, width, 1), dim=-1)
+        return k, v, bias.transpose(-2, -1)
+
+
 class Attention(nn.Module):
     """Multi-head attention: self (with or without positional terms) and cross."""
 
@@ -119,14 +141,15 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, S, D) -> (B, H, S, K)
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor, pos: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor, pos=None, cache: Cache | None = None) -> Tensor:
         q = self.split(self.linear_q(x))
-        k, v = self.split(self.linear_k(memory)), self.split(self.linear_v(memory))
+        k, v, key_bias = self.split(self.linear_k(memory)), self.split(self.linear_v(memory)), None
         if self.rel_pos:
-            p = self.split(self.linear_pos(pos))  # (1, H, S, K)
-            context = ops.rel_pos_attention(q, k, v, p, self.pos_bias_u, self.pos_bias_v, mask)
-        else:
-            context = ops.attention(q, k, v, mask)
+            p = self.split(self.linear_pos(pos))  # (1 or B, H, S, K)
+            k, key_bias = ops.rel_pos_keys(k, p, self.pos_bias_u, self.pos_bias_v)
+        if cache is not None:
+            k, v, key_bias = cache.extend(k, v, key_bias)
+        context = ops.attention(q, k, v, mask, key_bias)
         return self.linear_out(context.transpose(1, 2).flatten(2))
 
 
@@ -146,11 +169,16 @@ class ConvModule(nn.Module):
         self.pointwise_conv2 = nn.Conv1d(width, width, 1)
         self.activation = ops.ACTIVATIONS[config.activation_type]
 
-    def forward(self, x: Tensor, frames: Tensor, glu_frames: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frames: Tensor, glu_frames: Tensor, cache: Cache | None = None) -> Tensor:
         x = x.transpose(1, 2).masked_fill(~frames.unsqueeze(1), 0.0)  # (B, D, S)
         if self.left_padding:
+            if cache is None:
+                x = nn.functional.pad(x, (self.left_padding, 0))
+            else:
+                x = torch.cat((cache.conv, x), dim=2)
+                cache.conv = x[..., -self.left_padding :]
             # Causal: nothing after a frame reaches it, so padding needs no second masking.
-            x = nn.functional.glu(self.pointwise_conv1(nn.functional.pad(x, (self.left_padding, 0))), dim=1)
+            x = nn.functional.glu(self.pointwise_conv1(x), dim=1)
         else:
             # Padding is GLU(bias) by now and would reach the last frames through the depthwise convolution.
             x = nn.functional.glu(self.pointwise_conv1(x), dim=1).masked_fill(~glu_frames.unsqueeze(1), 0.0)
@@ -187,12 +215,12 @@ class ConformerBlock(nn.Module):
         self.ff_scale = 0.5 if self.macaron else 1.0
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, pos, attention_mask, frames, glu_frames, embedding=None) -> Tensor:
+    def forward(self, x, pos, attention_mask, frames, glu_frames, embedding=None, cache=None) -> Tensor:
         if self.macaron:
             x = x + self.ff_scale * self.dropout(self.feed_forward_macaron(self.norm_ff_macaron(x)))
         y = self.norm_mha(x)
-        x = x + self.dropout(self.self_attn(y, y, attention_mask, pos))
-        x = x + self.dropout(self.conv_module(self.norm_conv(x), frames, glu_frames))
+        x = x + self.dropout(self.self_attn(y, y, attention_mask, pos, cache))
+        x = x + self.dropout(self.conv_module(self.norm_conv(x), frames, glu_frames, cache))
         y = self.norm_ff(x)
         y = self.feed_forward(y) if embedding is None else self.feed_forward(y, embedding)
         x = x + self.ff_scale * self.dropout(y)
@@ -225,26 +253,30 @@ class Encoder(nn.Module):
         if config.embed is not None:
             self.embed = Encoder(config.embed, vocab_size)
 
-    def forward(self, features: Tensor, attention_mask: Tensor, frames: Tensor, glu_frames: Tensor) -> Tensor:
-        """features (B, T, F), attention_mask bool (B, 1, 1 or S, S) -> hidden (B, S, D).
+    def forward(self, features, attention_mask, frames, glu_frames, caches=None, offsets=None) -> Tensor:
+        """features (B, T, F), attention_mask bool (B, 1, 1 or S, t + S) -> hidden (B, S, D).
 
         frames bool (B, S): the frames of the utterance. glu_frames bool (B, S): the frames that are kept after the
         GLU: the same for batch-invariant results, all of them as the original code has it (specification 2.6).
+        For a chunk of a stream: caches, a list of one `Cache` a block for this stack and, behind it, one for the
+        embedding network; offsets int (B,), the position of the chunk's first frame.
         """
+        own, embeds = ([None] * len(self.blocks), None) if caches is None else (caches[0], caches[1:])
         embedding = None
         if self.config.embed is not None:
             # Detached as in 3M-ASR: the embedding network learns from its own loss alone.
-            embedding = self.embed(features, attention_mask, frames, glu_frames).detach()
+            embedding = self.embed(features, attention_mask, frames, glu_frames, embeds, offsets).detach()
         x, pos = self.subsampling(features), None
         if self.config.pos_enc_layer_type == "rel_pos":
             x = x * math.sqrt(x.shape[-1])
-            pos = ops.positional_encoding(x.shape[1], self.config.attention_dim, device=x.device)
-            pos = pos.to(x.dtype).unsqueeze(0)  # (1, S, D)
+            start = 0 if offsets is None else offsets.unsqueeze(-1)
+            pos = ops.positional_encoding(x.shape[1], self.config.attention_dim, start, device=x.device).to(x.dtype)
+            pos = pos.unsqueeze(0) if offsets is None else pos  # (1 or B, S, D)
         elif self.config.selfattention_layer_type == "rel_selfattn":
             pos = torch.zeros_like(x[:1])
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, pos, attention_mask, frames, glu_frames, embedding)
+        for block, cache in zip(self.blocks, own, strict=True):
+            x = block(x, pos, attention_mask, frames, glu_frames, embedding, cache)
         return self.after_norm(x)
 
 
@@ -333,13 +365,7 @@ class Model(nn.Module):
         """Everything up to the CTC head: -> hidden (B, S, D), out_lengths int32 (B,)."""
         config = self.config.encoder
         compat = self.config.compat if compat is None else compat
-        features = features.masked_fill(~ops.frame_mask(lengths, features.shape[1]).unsqueeze(-1), 0.0)
-        if self.cmvn is not None:
-            features = self.cmvn(features)
-        size = features.shape[1]
-        for kernel, stride in config.subsampling:
-            size = (size - kernel) // stride + 1
-        out_lengths = ops.subsampled_lengths(lengths, config.subsampling)
+        features, size, out_lengths = self._prepared(features, lengths)
         if compat is not False and self.config.family == "3m":
             original = ops.subsampled_lengths(lengths, config.subsampling, features.shape[1])
             out_lengths = torch.where(torch.as_tensor(compat, device=lengths.device), original, out_lengths)
@@ -352,6 +378,44 @@ class Model(nn.Module):
             chunk = ops.chunk_mask(size, config.static_chunk_size, left_chunks, features.device)
             attention_mask = attention_mask & chunk
         return self.encoder(features, attention_mask, frames, glu_frames), out_lengths
+
+    def stream(self, features: Tensor, lengths: Tensor, offsets: Tensor, cached: Tensor, *caches: Tensor):
+        """The next chunk of each of B streams -> log_probs, hidden, out_lengths as in `forward`, then new caches.
+
+        features (B, T, F), lengths (B,) of the chunk, right context of the subsampling included; only a stream's last
+        chunk may be shorter than T. offsets int64 (B,): frames of the stream before this chunk, (S); cached int64
+        (B,): how many of them the cache holds, at its end. caches: attention (blocks, B, H, t, 2K+1) and conv
+        (blocks, B, D, kernel-1) of the main stack, then of the embedding network (see `Cache`); the new ones come in
+        the same order, attention for the chunk alone (blocks, B, H, S, 2K+1). Equal to `forward` with chunks of S
+        frames, provided that the cache holds the frames which `ops.chunk_mask` shows (specification 3.4). Needs
+        `config.encoder.can_stream`.
+        """
+        features, size, out_lengths = self._prepared(features, lengths)
+        frames = ops.frame_mask(out_lengths, size)  # (B, S)
+        earlier = caches[0].shape[3]
+        from_end = torch.arange(earlier, 0, -1, device=features.device)  # (t,)
+        attention_mask = torch.cat((from_end <= cached.unsqueeze(-1), frames), dim=1)  # (B, t + S)
+        stacks = [
+            [Cache(*tensors) for tensors in zip(attention, conv, strict=True)]
+            for attention, conv in zip(caches[::2], caches[1::2], strict=True)
+        ]
+        hidden = self.encoder(features, attention_mask.unsqueeze(1).unsqueeze(1), frames, frames, stacks, offsets)
+        new = [
+            torch.stack(tensors)
+            for blocks in stacks
+            for tensors in ([cache.attention for cache in blocks], [cache.conv for cache in blocks])
+        ]
+        return self.log_probs(hidden), hidden, out_lengths, *new
+
+    def _prepared(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, int, Tensor]:
+        """Features without what stands past their length, normalised; S; lengths after the subsampling."""
+        features = features.masked_fill(~ops.frame_mask(lengths, features.shape[1]).unsqueeze(-1), 0.0)
+        if self.cmvn is not None:
+            features = self.cmvn(features)
+        size = features.shape[1]
+        for kernel, stride in self.config.encoder.subsampling:
+            size = (size - kernel) // stride + 1
+        return features, size, ops.subsampled_lengths(lengths, self.config.encoder.subsampling)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """CTC head: (B, S, D) -> float32 (B, S, V)."""

@@ -70,7 +70,8 @@ def chunk_mask(size, chunk_size, left_chunks, device=None) -> Tensor:
 def positional_encoding(size, width: int, offset=0, device=None) -> Tensor:
     """Sinusoidal table float32 (size, width): pe[p, 2i] = sin(p w_i), pe[p, 2i+1] = cos(p w_i), w_i = 1e4^(-2i/width).
 
-    Positions start at `offset`. (Vaswani et al. 2017, section 3.5; specification 2.3.)
+    Positions start at `offset`, a number, or an integer tensor (B, 1) that gives a table each: (B, size, width).
+    (Vaswani et al. 2017, section 3.5; specification 2.3.)
     """
     rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / width))
     position = torch.arange(size, device=device).to(torch.float32) + offset
@@ -92,16 +93,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, key_bias: Tensor | 
     return torch.matmul(weights.to(v.dtype), v)
 
 
-def rel_pos_attention(q, k, v, p, pos_bias_u, pos_bias_v, mask) -> Tensor:
-    """Attention with the checkpoints' positional terms: scores = (q + u) k^T + (q + v) p^T.
+def rel_pos_keys(k: Tensor, p: Tensor, pos_bias_u: Tensor, pos_bias_v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys that hold their positional terms: k + p (B, H, S, K), and the bias of each key (B, H, 1, S).
 
-    Since there is no relative shift, p has the index of the key, and this is q (k + p)^T + (u k^T + v p^T): ordinary
-    attention over k + p with one bias a key (specification 2.5). q, k, v (B, H, S, K); p (1, H, S, K);
-    pos_bias_u, pos_bias_v (H, K) -> (B, H, S, K).
+    The checkpoints' scores are (q + u) k^T + (q + v) p^T. Since there is no relative shift, p has the index of the
+    key, and this is q (k + p)^T + (u k^T + v p^T): ordinary attention over k + p with one bias a key (specification
+    2.5). k (B, H, S, K); p (1 or B, H, S, K); pos_bias_u, pos_bias_v (H, K).
     """
     u, w = pos_bias_u.unsqueeze(-2), pos_bias_v.unsqueeze(-2)  # (H, 1, K)
     key_bias = torch.matmul(u, k.transpose(-2, -1)) + torch.matmul(w, p.transpose(-2, -1))  # (B, H, 1, S)
-    return attention(q, k + p, v, mask, key_bias)
+    return k + p, key_bias
+
+
+def rel_pos_attention(q, k, v, p, pos_bias_u, pos_bias_v, mask) -> Tensor:
+    """Attention with the checkpoints' positional terms (see `rel_pos_keys`): shapes as there, q (B, H, Q, K)."""
+    k, key_bias = rel_pos_keys(k, p, pos_bias_u, pos_bias_v)
+    return attention(q, k, v, mask, key_bias)
 
 
 def route(logits: Tensor) -> tuple[Tensor, Tensor]:
