@@ -1,8 +1,8 @@
 """3M-ASR and WeNet training folders -> (config, weights under our names, units, CMVN).
 
-The only file that knows foreign key names and yaml settings. Whatever the originals can write but this project does
-not run is refused here by name, so that nothing downstream computes something else silently. Nothing is unpickled
-but tensors.
+The only file that knows foreign key names; `recipe.py` knows their yaml settings. Whatever the originals can write but
+this project does not run is refused by name, so that nothing downstream computes something else silently. Nothing is
+unpickled but tensors.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from m3asr.config import ACTIVATIONS, SUBSAMPLINGS, DecoderConfig, EncoderConfig, FbankConfig, ModelConfig, MoEConfig
+from m3asr.config import ModelConfig
 from m3asr.errors import ModelError
 from m3asr.features import Cmvn
 from m3asr.model import Model
+from m3asr.recipe import model_config
 from m3asr.tokenizer import Tokenizer
 
 CONFIG_NAMES = ("train.yaml", "config.yaml")
@@ -29,49 +30,6 @@ CHECKPOINT_NAMES = ("final.pt", "final.nnet", "model.pt", "avg.pt", "average.pt"
 # Numbered checkpoints of 3M-ASR (model.epoch-E.step-S) and of WeNet (epoch_E.pt, step_S.pt, E.pt).
 NUMBERED = re.compile(r"(?:model\.epoch-(\d+)\.step-(\d+)|(?:epoch_|step_)?(\d+)\.pt)")
 
-# Settings that change the network and that this project runs in one way only.
-FIXED = {
-    "normalize_before": True,
-    "concat_after": False,
-    "use_cnn_module": True,
-    "positionwise_conv_kernel_size": 1,
-    "query_bias": True,
-    "key_bias": True,
-    "value_bias": True,
-    "conv_bias": True,
-    "mlp_bias": True,
-    "layer_norm_type": "layer_norm",
-    "mlp_type": "position_wise_feed_forward",
-    "n_kv_head": None,
-    "head_dim": None,
-    "conv_inner_factor": 2,
-    "final_norm": True,
-    "use_output_layer": True,
-    "src_attention": True,
-    "src_query_bias": True,
-    "src_key_bias": True,
-    "src_value_bias": True,
-    "blank_idx": 0,
-}
-# Settings that change training only, or only how the same numbers are computed.
-TRAINING_ONLY = {
-    "dropout_rate",
-    "positional_dropout_rate",
-    "attention_dropout_rate",
-    "self_attention_dropout_rate",
-    "src_attention_dropout_rate",
-    "use_dynamic_left_chunk",
-    "gradient_checkpointing",
-    "use_sdpa",
-    "n_expert",
-    "n_expert_per_token",
-    "n_expert_activated",
-    "embed_scale",
-    "aux_scale",
-    "tie_word_embedding",
-    "output_dim_domain",
-    "output_dim_acc",
-}
 # Tensors of training that inference never reads.
 DROPPED = re.compile(
     r"(^|\.)(concat_linear[12]?|decoder_[12]|after_norm_(6|12)|criterion\w*)\."
@@ -123,7 +81,7 @@ def read_checkpoint(
         # Encoder-only training, and embedding networks cut out by the original's strip tool.
         state = {f"encoder.{key}": value for key, value in state.items()}
     state = {_rename_out(key): value for key, value in state.items() if not DROPPED.search(key)}
-    model_config = _model_config(family, values, state, config_path, notes)
+    model_config = model_config(family, values, state, config_path, notes)
 
     stats = None
     if family == "wenet" and "cmvn.mean" not in state and values.get("cmvn", values.get("cmvn_file")):
@@ -306,195 +264,6 @@ def _checked(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]
 def _some(names: list[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
-def _model_config(family, values, state, path, notes) -> ModelConfig:
-    model_conf = values.get("model_conf") or {}
-    if family == "wenet":
-        if values.get("encoder", "conformer") != "conformer":
-            raise ModelError(f"{path.name}: encoder {values['encoder']} is not supported, only conformer")
-        if values.get("model", "asr_model") != "asr_model":
-            raise ModelError(f"{path.name}: model {values['model']} is not supported, only asr_model")
-        if model_conf.get("apply_non_blank_embedding"):
-            raise ModelError(f"{path.name}: model_conf.apply_non_blank_embedding is not supported")
-        encoder_conf = values.get("encoder_conf") or {}
-        decoder_conf = values.get("decoder_conf") or {}
-    else:
-        # Encoder-only protos take the encoder's settings directly.
-        encoder_conf = model_conf.get("encoder_conf", model_conf) or {}
-        decoder_conf = model_conf.get("decoder_conf") or {}
-    dataset_conf = values.get("dataset_conf") or {}
-    fbank_conf = dataset_conf.get("fbank_conf") or {}
-    if dataset_conf.get("feats_type", "fbank") != "fbank":
-        raise ModelError(f"{path.name}: feats_type {dataset_conf['feats_type']} is not supported, only fbank")
-    bins = fbank_conf.get("num_mel_bins", values.get("input_dim", 80))
-    input_dim = values.get("input_dim", bins) if family == "wenet" else bins
-    encoder = _encoder_config(family, encoder_conf, "encoder.", state, input_dim, path, notes)
-    vocab_size = _shape(state, "encoder.out_linear.weight")[0]
-    decoder = _decoder_config(family, decoder_conf, state, path, notes)
-    fbank = FbankConfig(
-        num_mel_bins=bins,
-        frame_length=float(fbank_conf.get("frame_length", 25)),
-        frame_shift=float(fbank_conf.get("frame_shift", 10)),
-        sample_rate=int((dataset_conf.get("resample_conf") or {}).get("resample_rate", 16000)),
-        window_type=str(fbank_conf.get("window_type", "povey")),
-    )
-    reverse = float(model_conf.get("reverse_weight") or 0.0)
-    return ModelConfig(
-        family=family,
-        vocab_size=vocab_size,
-        encoder=encoder,
-        decoder=decoder,
-        fbank=fbank,
-        reverse_weight=reverse if decoder is not None and decoder.r_num_blocks else 0.0,
-    )
-
-
-def _shape(state: dict[str, Tensor], key: str) -> tuple[int, ...]:
-    if key not in state:
-        raise ModelError(f"the checkpoint has no tensor {key}: it is not a complete model")
-    return tuple(state[key].shape)
-
-
-def _count(state: dict[str, Tensor], prefix: str) -> int:
-    """Number of blocks under `prefix`N. ; raises if the numbering has holes."""
-    found = {int(match[1]) for key in state if (match := re.match(re.escape(prefix) + r"(\d+)\.", key))}
-    if found != set(range(len(found))):
-        raise ModelError(f"the checkpoint's blocks {prefix}* are numbered {sorted(found)}: some are missing")
-    return len(found)
-
-
-def _refuse(conf: dict, where: str, known: set[str]) -> None:
-    for name, value in conf.items():
-        if name in FIXED:
-            if value is not None and value != FIXED[name]:
-                raise ModelError(f"{where}.{name}: {value} is not supported, only {FIXED[name]}")
-        elif name not in known and name not in TRAINING_ONLY:
-            raise ModelError(
-                f"{where}.{name}: {value} is an unknown setting: the network it makes cannot be reproduced"
-            )
-
-
-def _prefer(shape_value, conf: dict, name: str, where: str, notes: list[str]):
-    """What the tensors' shapes say wins; a yaml that says otherwise is reported."""
-    if conf.get(name) is not None and conf[name] != shape_value:
-        notes.append(f"{where}.{name} says {conf[name]}, the tensors say {shape_value}: took {shape_value}")
-    return shape_value
-
-
-def _encoder_config(family, conf, prefix, state, input_dim, path, notes) -> EncoderConfig:
-    where = f"{path.name}: {prefix.rstrip('.')}"
-    known = set(EncoderConfig.__dataclass_fields__) | {"output_size", "moe_conf", "embed_conf"}
-    _refuse(conf, where, known)
-    input_layer = conf.get("input_layer", "conv2d")
-    if input_layer not in SUBSAMPLINGS:
-        raise ModelError(f"{where}.input_layer: {input_layer} is not supported, only {', '.join(SUBSAMPLINGS)}")
-    # WeNet's constructor defaults to absolute positions, 3M-ASR's to rel_pos.
-    pos = conf.get("pos_enc_layer_type", "rel_pos")
-    if pos not in ("rel_pos", "no_pos"):
-        raise ModelError(f"{where}.pos_enc_layer_type: {pos} is not supported, only rel_pos and no_pos")
-    attention = "rel_selfattn" if f"{prefix}blocks.0.self_attn.linear_pos.weight" in state else "selfattn"
-    declared = conf.get("selfattention_layer_type", "rel_selfattn")
-    if declared not in ("rel_selfattn", "selfattn") or (pos == "rel_pos" and attention == "selfattn"):
-        raise ModelError(f"{where}: selfattention_layer_type {declared} with {pos} is not supported")
-    activation = conf.get("activation_type", "swish")
-    if activation not in ACTIVATIONS:
-        raise ModelError(f"{where}.activation_type: {activation} is not supported, only {', '.join(ACTIVATIONS)}")
-    if any(key.startswith(f"{prefix}blocks.0.feed_forward_macaron.router") for key in state):
-        raise ModelError(f"{where}: experts in the macaron feed-forward are not supported, only in the second one")
-
-    width = _shape(state, f"{prefix}after_norm.weight")[0]
-    width_name = "output_size" if family == "wenet" else "attention_dim"
-    _prefer(width, conf, width_name, where, notes)
-    heads = conf.get("attention_heads", 4)
-    if attention == "rel_selfattn":
-        heads = _prefer(
-            _shape(state, f"{prefix}blocks.0.self_attn.pos_bias_u")[0], conf, "attention_heads", where, notes
-        )
-    macaron = f"{prefix}blocks.0.feed_forward_macaron.w_1.weight" in state
-    norm = "batch_norm" if f"{prefix}blocks.0.conv_module.norm.running_mean" in state else "layer_norm"
-    kernel = _shape(state, f"{prefix}blocks.0.conv_module.depthwise_conv.weight")[2]
-    causal = bool(conf.get("causal", False))
-    if not causal and kernel % 2 == 0:
-        raise ModelError(f"{where}.cnn_module_kernel: {kernel} must be odd unless the convolution is causal")
-    moe = _moe_config(conf.get("moe_conf") or {}, prefix, state, where, notes)
-    dense = "feed_forward_macaron" if moe is not None else "feed_forward"
-    linear_units = moe.hidden_units if moe is not None else 0
-    if moe is None or macaron:
-        linear_units = _shape(state, f"{prefix}blocks.0.{dense}.w_1.weight")[0]
-    if moe is None:
-        _prefer(linear_units, conf, "linear_units", where, notes)
-    embed = None
-    if moe is not None:
-        embed = _encoder_config(family, conf.get("embed_conf") or {}, f"{prefix}embed.", state, input_dim, path, notes)
-        if embed.input_layer != input_layer:
-            raise ModelError(f"{where}: the embedding network's input_layer {embed.input_layer} is not {input_layer}")
-    return EncoderConfig(
-        input_dim=input_dim,
-        attention_dim=width,
-        attention_heads=heads,
-        num_blocks=_prefer(_count(state, f"{prefix}blocks."), conf, "num_blocks", where, notes),
-        linear_units=linear_units,
-        input_layer=input_layer,
-        conv_subsample_in_ch=_shape(state, f"{prefix}subsampling.conv.0.weight")[1],
-        pos_enc_layer_type=pos,
-        selfattention_layer_type=attention,
-        activation_type=activation,
-        macaron_style=_prefer(macaron, conf, "macaron_style", where, notes),
-        cnn_module_kernel=_prefer(kernel, conf, "cnn_module_kernel", where, notes),
-        cnn_module_norm=_prefer(norm, conf, "cnn_module_norm", where, notes),
-        causal=causal,
-        static_chunk_size=int(conf.get("static_chunk_size", 0)),
-        use_dynamic_chunk=bool(conf.get("use_dynamic_chunk", False)),
-        norm_eps=float(conf.get("norm_eps", 1e-5)) if family == "wenet" else 1e-12,
-        cnn_norm_eps=float(conf.get("norm_eps", 1e-5)) if family == "wenet" and norm == "layer_norm" else 1e-5,
-        moe=moe,
-        embed=embed,
-    )
-
-
-def _moe_config(conf: dict, prefix: str, state, where: str, notes: list[str]) -> MoEConfig | None:
-    first = f"{prefix}blocks.0.feed_forward."
-    if f"{first}router_weights" not in state:
-        return None
-    experts, hidden, _ = _shape(state, f"{first}experts.w_1.weight")
-    per_rank = conf.get("num_experts")
-    if per_rank and experts % per_rank:
-        notes.append(f"{where}.moe_conf.num_experts says {per_rank} a rank, the tensors hold {experts} in total")
-    elif per_rank and per_rank != experts:
-        notes.append(f"{experts} experts: {per_rank} on each of {experts // per_rank} training ranks")
-    return MoEConfig(
-        num_experts=experts,
-        hidden_units=_prefer(hidden, conf, "hidden_units", f"{where}.moe_conf", notes),
-        router_with_bias=_prefer(f"{first}router_bias" in state, conf, "router_with_bias", f"{where}.moe_conf", notes),
-        keep_expert_output=bool(conf.get("keep_expert_output", False)),
-    )
-
-
-def _decoder_config(family, conf, state, path, notes) -> DecoderConfig | None:
-    if not any(key.startswith("decoder.") for key in state):
-        return None
-    where = f"{path.name}: decoder_conf"
-    _refuse(conf, where, set(DecoderConfig.__dataclass_fields__) | {"input_layer"})
-    if conf.get("input_layer", "embed") != "embed":
-        raise ModelError(f"{where}.input_layer: {conf['input_layer']} is not supported, only embed")
-    bidirectional = any(key.startswith("decoder.left_decoder.") for key in state)
-    left = "decoder.left_decoder." if bidirectional else "decoder."
-    activation = conf.get("activation_type", "relu")
-    if activation not in ACTIVATIONS:
-        raise ModelError(f"{where}.activation_type: {activation} is not supported, only {', '.join(ACTIVATIONS)}")
-    units = _shape(state, f"{left}decoders.0.feed_forward.w_1.weight")[0]
-    return DecoderConfig(
-        attention_heads=int(conf.get("attention_heads", 4)),
-        linear_units=_prefer(units, conf, "linear_units", where, notes),
-        num_blocks=_prefer(_count(state, f"{left}decoders."), conf, "num_blocks", where, notes),
-        r_num_blocks=_count(state, "decoder.right_decoder.decoders.") if bidirectional else 0,
-        activation_type=activation,
-        norm_eps=float(conf.get("norm_eps", 1e-5)) if family == "wenet" else 1e-12,
-    )
 
 
 def _vocabulary(path: Path, values: dict, config: ModelConfig, family: str) -> tuple[ModelConfig, Tokenizer]:
