@@ -81,7 +81,7 @@ def read_checkpoint(
         # Encoder-only training, and embedding networks cut out by the original's strip tool.
         state = {f"encoder.{key}": value for key, value in state.items()}
     state = {_rename_out(key): value for key, value in state.items() if not DROPPED.search(key)}
-    model_config = model_config(family, values, state, config_path, notes)
+    network = model_config(family, values, state, config_path, notes)
 
     stats = None
     if family == "wenet" and "cmvn.mean" not in state and values.get("cmvn", values.get("cmvn_file")):
@@ -89,19 +89,19 @@ def read_checkpoint(
         stats = Cmvn.read(cmvn)
         state["cmvn.mean"], state["cmvn.istd"] = torch.tensor(stats.mean), torch.tensor(stats.istd)
     if family == "wenet":
-        model_config = replace(model_config, cmvn="inside" if "cmvn.mean" in state else "none")
+        network = replace(network, cmvn="inside" if "cmvn.mean" in state else "none")
         stats = None
     elif use_cmvn:
         stats = Cmvn.read(cmvn or _find(folder, CMVN_NAMES, "CMVN file", "--cmvn, or say --no-cmvn"))
-        if len(stats.mean) != model_config.encoder.input_dim:
+        if len(stats.mean) != network.encoder.input_dim:
             raise ModelError(
-                f"the CMVN statistics have {len(stats.mean)} bins, the model reads {model_config.encoder.input_dim}"
+                f"the CMVN statistics have {len(stats.mean)} bins, the model reads {network.encoder.input_dim}"
             )
     else:
-        model_config = replace(model_config, cmvn="none")
+        network = replace(network, cmvn="none")
 
-    model_config, tokenizer = _vocabulary(units_path, values, model_config, family)
-    return Checkpoint(model_config, _checked(state, model_config), tokenizer, stats, sources, notes)
+    network, tokenizer = _vocabulary(units_path, values, network, family)
+    return Checkpoint(network, _checked(state, network), tokenizer, stats, sources, notes)
 
 
 def _find(folder: Path, names: tuple[str, ...], what: str, option: str) -> Path:
