@@ -81,7 +81,10 @@ def read_checkpoint(
         # Encoder-only training, and embedding networks cut out by the original's strip tool.
         state = {f"encoder.{key}": value for key, value in state.items()}
     state = {_rename_out(key): value for key, value in state.items() if not DROPPED.search(key)}
-    network = model_config(family, values, state, config_path, notes)
+    try:
+        network = model_config(family, values, state, config_path, notes)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{config_path}: a setting has an unexpected value ({error})") from None
 
     stats = None
     if family == "wenet" and "cmvn.mean" not in state and values.get("cmvn", values.get("cmvn_file")):

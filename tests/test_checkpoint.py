@@ -232,6 +232,14 @@ def test_unsupported_settings_are_refused_by_name(wenet, setting, value):
         read_checkpoint(wenet)
 
 
+@pytest.mark.parametrize("setting,value", [("norm_eps", "small"), ("static_chunk_size", [1]), ("attention_heads", 5)])
+def test_settings_of_another_type(wenet, setting, value):
+    edit_yaml(wenet, lambda values: values["encoder_conf"].__setitem__(setting, value))
+    edit_yaml(wenet, lambda values: values["decoder_conf"].__setitem__("attention_heads", 5))
+    with pytest.raises(ModelError, match="train.yaml"):
+        read_checkpoint(wenet)
+
+
 def test_wenet_sos_is_its_special_token(wenet):
     assert read_checkpoint(wenet).config.sos == 2
     edit_yaml(wenet, lambda values: values["tokenizer_conf"].pop("special_tokens"))
