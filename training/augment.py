@@ -148,7 +148,7 @@ class Augment:
 
     def modulate(self, x: Tensor, _, lengths: Tensor) -> Tensor:
         """Noise that follows the signal, as waveform coders make it (modulated noise reference unit, ITU-T P.810)."""
-        q = self.uniform(x.shape[0], 1, low=8.0, high=40.0)  # dB
+        q = self.uniform(x.shape[0], 1, low=12.0, high=40.0)  # dB
         return x * (1.0 + 10 ** (-q / 20) * self.normal(*x.shape))
 
     def telephone(self, x: Tensor, _, lengths: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 RATE = 16000
 BLANK, UNK = 0, 1
-# Batches have few distinct lengths, so that memory is reused and the convolutions are tuned once for each.
+# Batches have few distinct lengths, so that memory is reused and plans (FFT, convolution) are made once for each.
 LENGTHS = [int(s * RATE) for s in (1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 22)]
 SILENCE, MAX_SECONDS = 0.6, 21.0
 

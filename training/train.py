@@ -168,7 +168,6 @@ class Run:
         self.before = 0.0  # seconds of the runs that this one resumes
         self.step, self.routed = 0, False
         torch.manual_seed(args.seed)
-        torch.backends.cudnn.benchmark = True
         args.out.mkdir(parents=True, exist_ok=True)
         saved = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True) if args.resume else None
 

@@ -1,0 +1,132 @@
+"""One minute on the device before a long run: do the parts agree with the host, how long does each take, what fits.
+
+`python3 -m training.smoke --speech FOLDER...` takes the options of train.py and prints one line a measurement.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+
+import torch
+
+from training import losses
+from training.data import LENGTHS, Planner
+from training.fbank import fbank, mel_filters
+from training.train import Run, arguments, batch_loss
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(device: torch.device, repeats: int, work) -> float:
+    """Milliseconds a call, after one call to warm up."""
+    work()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    synchronize(device)
+    return 1000 * (time.perf_counter() - start) / repeats
+
+
+def check_samples(run: Run) -> None:
+    """The last utterance at the last speed lies past 2^31 samples in a full set: gathering must still find it."""
+    utterance = run.training[-1]
+    first, size = run.speech.place(utterance, len(run.speech.speeds) - 1)
+    one = torch.zeros(1, 1, dtype=torch.int64, device=run.device)
+    row = run.speech.render(one, one + first, one + size, size)[0]
+    expected = run.speech.samples[first : first + size].float() / 32768
+    print(f"samples: {run.speech.samples.numel()} in all, last at {first}, gather equal: {torch.equal(row, expected)}")
+
+
+def check_fbank(run: Run, waveform: torch.Tensor) -> None:
+    config = run.front_end.config
+    ours = fbank(waveform[:4] * 32768, run.front_end.filters, config).cpu()
+    host = fbank(waveform[:4].cpu() * 32768, mel_filters(config), config)
+    print(f"fbank: largest difference to the host {(ours - host).abs().max():.2e}")
+
+
+def main() -> None:
+    args = arguments()
+    run = Run(args)
+    device, cuda = run.device, args.device.startswith("cuda")
+    print(torch.__version__, torch.cuda.get_device_name() if cuda else "cpu", f"start took {run.elapsed():.1f} s")
+    check_samples(run)
+    weights = losses.LossWeights()
+    augment = run.make_augment(3)
+    planner = Planner(run.speech, run.training, run.units, args.batch_seconds, 5, args.joined)
+    start = time.perf_counter()
+    batches = list(itertools.islice(planner.batches(cuda), 12))
+    rows = sum(len(b.texts) for b in batches) / len(batches)
+    print(
+        f"planner: {1000 * (time.perf_counter() - start) / len(batches):.1f} ms a batch of {rows:.0f} rows on the host"
+    )
+
+    batch = batches[0].to(device)
+    waveform = run.speech.render(batch.starts, batch.sources, batch.sizes, batch.samples)
+    check_fbank(run, waveform)
+    repeats = 5 if cuda else 1
+    filters = run.front_end.filters
+    features, lengths = run.front_end(batch, run.speech, augment)
+    run.routings[0].dense = False
+
+    def forward():
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            return batch_loss(run.model, run.routings[0], features, lengths, batch, weights)[0]
+
+    parts = {
+        "render": lambda: run.speech.render(batch.starts, batch.sources, batch.sizes, batch.samples),
+        "augment": lambda: augment and augment(waveform, batch.lengths),
+        "fbank": lambda: fbank(waveform, filters, run.front_end.config),
+        "front end": lambda: run.front_end(batch, run.speech, augment),
+        "forward": forward,
+        "forward+backward": lambda: forward().backward(),
+    }
+    for name, work in parts.items():
+        print(f"{name}: {timed(device, repeats, work):.1f} ms for {batch.tokens.shape[0]} x {batch.samples / 16000} s")
+    run.optimizer.zero_grad(set_to_none=True)
+
+    for seconds in (args.batch_seconds / 2, args.batch_seconds, args.batch_seconds * 2):
+        planner = Planner(run.speech, run.training, run.units, seconds, 6, args.joined)
+        stream = planner.prefetched(8, cuda)
+        shapes: set[int] = set()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(12 if cuda else 1):  # plans are made at each first shape
+            first = next(stream)
+            shapes.add(first.samples)
+            run.train_step(first.to(device), augment, weights)
+        synchronize(device)
+        start, audio, steps, losses_ = time.perf_counter(), 0.0, 20 if cuda else 2, []
+        for _ in range(steps):
+            step_batch = next(stream)
+            shapes.add(step_batch.samples)
+            audio += float(step_batch.host_lengths.sum()) / 16000
+            losses_.append(run.train_step(step_batch.to(device), augment, weights)[0])
+            run.step += 1
+        synchronize(device)
+        spent = time.perf_counter() - start
+        memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        numbers = {
+            "batch_seconds": seconds,
+            "step_ms": round(1000 * spent / steps, 1),
+            "audio_per_second": round(audio / spent),
+            "filled": round(audio / steps / seconds, 3),
+            "memory_gib": round(memory, 1),
+            "shapes": f"{len(shapes)} of {len(LENGTHS)}",
+            "loss": [round(losses_[i][0].item(), 3) for i in (0, -1)],
+        }
+        print(json.dumps(numbers), flush=True)
+    if cuda:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run.train_step(batch, augment, weights)
+            synchronize(device)
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+
+
+if __name__ == "__main__":
+    main()
