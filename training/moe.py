@@ -21,7 +21,7 @@ from m3asr.ops import ACTIVATIONS
 
 @dataclass
 class Routing:
-    """How the experts of a model are used now, and what the routers said in the last forward."""
+    """How the experts of a model are used now, and what the routers said (the user empties `probs`)."""
 
     dense: bool = False  # every token through expert 0, unscaled: an ordinary Conformer
     blend: float = 1.0  # the output is scaled by 1 + blend * (gate - 1)
@@ -47,7 +47,8 @@ def _forward(module: MoEFeedForward, routing: Routing, x: Tensor, embedding: Ten
         return F.linear(activation(F.linear(x, w_1[0], b_1[0])), w_2[0], b_2[0])
     with torch.autocast(x.device.type, enabled=False):  # the router is float32, always
         probs = torch.softmax(module.router_logits(x, embedding), dim=-1)  # (B, S, E)
-    routing.probs.append(probs)
+    if torch.is_grad_enabled():  # evaluation does not ask for them, and would pile them up
+        routing.probs.append(probs)
     gate, expert_idx = probs.max(dim=-1)
     hidden = activation(F.linear(x, w_1.flatten(0, 1), b_1.flatten()))  # (B, S, E*F)
     chosen = F.one_hot(expert_idx, w_1.shape[0]).to(hidden.dtype)  # (B, S, E)
