@@ -150,7 +150,7 @@ def _next_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     bias = tl.load(b_ptr + group * WIDTH + cols, mask=cols < WIDTH, other=0.0)
     wait(PDL)
-    for step in range(0, KERNEL * STEPS):
+    for step in range(KERNEL * STEPS):
         run = step // STEPS
         offset = step % STEPS * BLOCK_K
         if RUN % BLOCK_K == 0:

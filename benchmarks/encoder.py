@@ -1,0 +1,364 @@
+"""How right and how fast the CUDA engine's encoder is on this card: `python -m benchmarks.encoder --out DIR`.
+
+For each input: eager PyTorch in float32 with a loop over experts, eager bfloat16 with grouped products, the same in a
+CUDA graph, the engine in each precision, and the floor: the larger of the bytes that must be read over the measured
+copy bandwidth and the arithmetic over the measured matrix rate. Times are GPU medians in milliseconds; inputs are
+random and rotate. Errors are relative to eager float32 with tf32 off. The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import baselines
+from benchmarks.card import copy_bandwidth, flops, gemm_peak, timed, weight_bytes
+from benchmarks.models import preset, random_model
+from m3asr import ops
+from m3asr.engines.cuda import CudaEngine
+
+INPUTS = ("1x206", "1x1024", "1x2048", "16x1024", "64x1024")
+# Milliseconds, bf16, set for an H100 with 2.97 TB/s of copy bandwidth.
+GOALS = {"1x206": 0.55, "1x1024": 0.75, "1x2048": 1.0, "16x1024": 3.2, "64x1024": 11.0}
+ROTATING = 3
+
+
+def inputs_for(name: str, bins: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    batch, frames = map(int, name.split("x"))
+    generator = torch.Generator("cuda").manual_seed(batch * frames)
+    lengths = torch.full((batch,), frames, dtype=torch.int32, device="cuda")
+    return [
+        (torch.randn(batch, frames, bins, device="cuda", generator=generator), lengths.clone()) for _ in range(ROTATING)
+    ]
+
+
+class Reference:
+    """Eager float32 results for one input: outputs, block outputs, and each router's choice."""
+
+    def __init__(self, model, features, lengths):
+        self.blocks, self.routes = [], []
+        hooks = [
+            block.register_forward_hook(lambda _m, _i, out: self.blocks.append(out))
+            for stack in filter(None, (getattr(model.encoder, "embed", None), model.encoder))
+            for block in stack.blocks
+        ]
+        route = ops.route
+
+        def recorded(logits):
+            gate, expert_idx = route(logits)
+            self.routes.append(expert_idx)
+            return gate, expert_idx
+
+        ops.route = recorded
+        try:
+            self.log_probs, self.hidden, self.lengths = model(features, lengths)
+        finally:
+            ops.route = route
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def experts_hit(self) -> list[int]:
+        return [int(r.unique().numel()) for r in self.routes]
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def check(engine: CudaEngine, reference: Reference, features, lengths) -> dict:
+    """Errors of one run, and of the graph against the same kernels launched one by one."""
+    log_probs, hidden, out_lengths = engine(features, lengths)
+    size = reference.hidden.shape[1]
+    blocks, routes = [], []
+
+    def trace(kind, block, value):
+        if kind == "routes":
+            routes.append(value.clone())
+        else:
+            weight, bias = block.final_norm
+            eps = engine.config.encoder.norm_eps
+            blocks.append(torch.nn.functional.layer_norm(value, value.shape[-1:], weight, bias, eps))
+
+    graph = engine.graph_for(*features.shape[:2])
+    engine.forward.trace = trace
+    try:
+        again = engine.forward(graph.features, graph.lengths)
+    finally:
+        engine.forward.trace = None
+    batch = features.shape[0]
+    same_shape = [b.view(graph.features.shape[0], -1, b.shape[-1])[:batch, :size] for b in blocks]
+    flips = [
+        int((r.view(graph.features.shape[0], -1)[:batch, :size].flatten() != expected).sum())
+        for r, expected in zip(routes, reference.routes, strict=True)
+    ]
+    return {
+        "hidden_error": relative(hidden, reference.hidden),
+        "log_probs_error": relative(log_probs, reference.log_probs),
+        "worst_block_error": max(map(relative, same_shape, reference.blocks)),
+        "block_errors": [round(relative(a, b), 6) for a, b in zip(same_shape, reference.blocks, strict=True)],
+        "argmax_agreement": float((log_probs.argmax(-1) == reference.log_probs.argmax(-1)).float().mean()),
+        "router_flips": sum(flips),
+        "routed": sum(r.numel() for r in reference.routes),
+        "lengths_right": bool((out_lengths == reference.lengths).all()),
+        "replay_equals_launches": bool(torch.equal(again[0][:batch, :size], log_probs)),
+    }
+
+
+def measure_engine(engine: CudaEngine, name: str, data, repeats: int) -> dict:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    graph = engine.graph_for(*map(int, name.split("x")))
+
+    def load(i):
+        features, lengths = data[i % len(data)]
+        graph.features[: features.shape[0], : features.shape[1]].copy_(features)
+        graph.lengths.zero_()
+        graph.lengths[: lengths.shape[0]].copy_(lengths)
+
+    return {
+        "ms": timed(graph.replay, before=load, repeats=repeats),
+        "peak_bytes_over_weights": torch.cuda.max_memory_allocated() - before,
+    }
+
+
+def profile(engine: CudaEngine, name: str) -> list[tuple[str, int, float]]:
+    """(kernel, launches, microseconds in all) of one run launched kernel by kernel, without overlap."""
+    graph = engine.graph_for(*map(int, name.split("x")))
+    pdl, engine.forward.pdl = engine.forward.pdl, False
+    try:
+        engine.forward(graph.features, graph.lengths)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            engine.forward(graph.features, graph.lengths)
+            torch.cuda.synchronize()
+    finally:
+        engine.forward.pdl = pdl
+    rows = [(e.key, e.count, e.device_time_total) for e in profiler.key_averages() if e.device_time_total]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def baseline_rows(name: str, model, half, data) -> dict:
+    """Milliseconds by way of running the PyTorch model."""
+    rows = {}
+    batch = int(name.split("x")[0])
+    repeats = 5 if batch > 1 else 15
+
+    def eager(i=[0]):  # noqa: B006 - the counter rotates the inputs
+        i[0] += 1
+        return model(*data[i[0] % len(data)])
+
+    rows["eager fp32, loop over experts"] = timed(eager, repeats=repeats, warmup=2)
+    features, lengths = data[0][0].bfloat16(), data[0][1]
+    with baselines.grouped():
+        rows["eager bf16, grouped"] = timed(lambda: half(features, lengths), repeats=repeats, warmup=2)
+        graph = baselines.captured(lambda: half(features, lengths))
+        rows["eager bf16, grouped, graph"] = timed(
+            graph.replay, before=lambda i: features.copy_(data[i % len(data)][0]), repeats=repeats, warmup=2
+        )
+    return rows
+
+
+def compiled_rows(args) -> None:
+    """In a process of its own: torch.compile with reduce-overhead, printed as JSON."""
+    config = preset(args.preset)
+    model = baselines.half(random_model(config, "cuda"))
+    with torch.inference_mode(), baselines.grouped():
+        run = torch.compile(model, mode="reduce-overhead", dynamic=False)
+        for name in args.inputs:
+            data = [(f.bfloat16(), n) for f, n in inputs_for(name, config.encoder.input_dim)]
+            ms = timed(lambda data=data: run(*data[0]), repeats=15)
+            print(json.dumps({name: ms}), flush=True)
+
+
+def plot(results: dict, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no matplotlib: no plot")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(results["inputs"])
+    ways = list(dict.fromkeys(way for row in results["inputs"].values() for way in row["ms"]))
+    figure, axes = plt.subplots(figsize=(10, 5))
+    for j, way in enumerate(ways):
+        points = [(i, row["ms"][way]) for i, row in enumerate(results["inputs"].values()) if way in row["ms"]]
+        axes.bar([i + (j - len(ways) / 2) * 0.8 / len(ways) for i, _ in points], [y for _, y in points],
+                 width=0.8 / len(ways), label=way)  # fmt: skip
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yscale("log")
+    axes.set_ylabel("ms per encoder forward")
+    axes.set_title(f"{results['preset']} on {results['card']['name']}")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="seed", choices=("seed", "public", "tiny"))
+    parser.add_argument("--inputs", nargs="+", default=list(INPUTS))
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp16", "fp32"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is started")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--no-profile", action="store_true")
+    parser.add_argument(
+        "--compile", type=float, default=0, metavar="SECONDS", help="also torch.compile, at most so long"
+    )
+    parser.add_argument("--only-compile", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if args.only_compile:
+        return compiled_rows(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+
+    def late() -> bool:
+        return time.monotonic() - began > args.budget
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:6.1f} s] {text}", flush=True)
+
+    config = preset(args.preset)
+    properties = torch.cuda.get_device_properties(0)
+    card = {
+        "name": properties.name,
+        "torch": torch.__version__,
+        "copy_bytes_per_s": copy_bandwidth(),
+        "bf16_flops": gemm_peak(torch.bfloat16),
+        "fp32_flops": gemm_peak(torch.float32),
+    }
+    say(
+        f"{card['name']}: copy {card['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 {card['bf16_flops'] / 1e12:.0f} "
+        f"TFLOP/s, fp32 {card['fp32_flops'] / 1e12:.0f} TFLOP/s"
+    )
+    results = {"preset": args.preset, "card": card, "inputs": {}, "errors": [], "seconds": {}}
+
+    def save() -> None:
+        (args.out / f"encoder-{args.preset}.json").write_text(json.dumps(results, indent=1))
+
+    with torch.inference_mode():
+        model = random_model(config, "cuda")
+        state = model.state_dict()
+        say(f"{args.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+        data = {name: inputs_for(name, config.encoder.input_dim) for name in args.inputs}
+        references = {}
+        for name in args.inputs:
+            row = results["inputs"][name] = {"ms": {}, "engine": {}, "floor_ms": {}}
+            try:
+                references[name] = Reference(model, *data[name][0])
+            except torch.cuda.OutOfMemoryError as error:
+                results["errors"].append(f"reference {name}: {error}")
+                continue
+            hit = row["experts_hit"] = references[name].experts_hit
+            batch, frames = map(int, name.split("x"))
+            for precision in args.precisions:
+                size = 4 if precision == "fp32" else 2
+                read = weight_bytes(config, state, size, hit) / card["copy_bytes_per_s"]
+                rate = card["fp32_flops" if precision == "fp32" else "bf16_flops"]
+                row["floor_ms"][precision] = 1e3 * max(read, flops(config, batch, frames) / rate)
+        say("references done; distinct experts hit, mean over layers: " + ", ".join(
+            f"{n} {sum(r.experts_hit) / max(1, len(r.experts_hit)):.1f}" for n, r in references.items()))  # fmt: skip
+
+        def run_baselines() -> None:
+            half = baselines.half(model)
+            for name in args.inputs:
+                if late():
+                    break
+                try:
+                    rows = baseline_rows(name, model, half, data[name])
+                    results["inputs"][name]["ms"].update(rows)
+                    say(f"{name}: " + ", ".join(f"{way} {ms:.2f}" for way, ms in rows.items()))
+                except Exception as error:
+                    results["errors"].append(f"baselines {name}: {type(error).__name__}: {str(error)[:500]}")
+                    say(results["errors"][-1])
+                save()
+
+        for precision in args.precisions:
+            if late():
+                results["errors"].append(f"{precision}: no time left")
+                continue
+            before = torch.cuda.memory_allocated()
+            start = time.monotonic()
+            engine = CudaEngine(model, precision)
+            torch.cuda.synchronize()
+            results["seconds"][f"pack {precision}"] = time.monotonic() - start
+            weights = torch.cuda.memory_allocated() - before
+            for name in args.inputs:
+                if late() or name not in references:
+                    continue
+                row = results["inputs"][name]
+                try:
+                    start = time.monotonic()
+                    engine.graph_for(*map(int, name.split("x")))
+                    results["seconds"][f"capture {precision} {name}"] = time.monotonic() - start
+                    measured = measure_engine(engine, name, data[name], args.repeats)
+                    measured.update(check(engine, references[name], *data[name][0]))
+                    row["engine"][precision] = measured
+                    row["ms"][f"m3asr {precision}"] = measured["ms"]
+                    goal = f", goal {GOALS[name]}" if precision == "bf16" and args.preset == "seed" else ""
+                    say(
+                        f"{precision} {name}: {measured['ms']:.3f} ms, floor {row['floor_ms'][precision]:.3f}{goal}; "
+                        f"hidden {measured['hidden_error']:.1e} worst block {measured['worst_block_error']:.1e} flips "
+                        f"{measured['router_flips']}/{measured['routed']} argmax {measured['argmax_agreement']:.4f} "
+                        f"lengths {measured['lengths_right']} replay=launch {measured['replay_equals_launches']}"
+                    )
+                    if precision == "bf16" and not args.no_profile and not late():
+                        row["profile"] = profile(engine, name)
+                        for kernel, count, us in row["profile"][:14]:
+                            print(f"      {us:9.1f} us {count:4d} x {us / count:7.2f}  {kernel[:60]}", flush=True)
+                except Exception as error:  # one failing row must not cost the others
+                    results["errors"].append(f"{precision} {name}: {type(error).__name__}: {str(error)[:500]}")
+                    say(results["errors"][-1])
+                save()
+            results["seconds"][f"weights {precision} bytes"] = weights
+            del engine
+            if precision == args.precisions[0] and not args.no_baselines:
+                run_baselines()
+    references.clear()
+    torch.cuda.empty_cache()
+    if args.compile:
+        command = [sys.executable, "-m", "benchmarks.encoder", "--preset", args.preset, "--only-compile"]
+        command += ["--out", str(args.out), "--inputs", *[n for n in args.inputs if n.startswith("1x")]]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=args.compile)
+            output, reason = done.stdout, done.stderr[-500:] if done.returncode else ""
+        except subprocess.TimeoutExpired as error:
+            output, reason = (error.stdout or b"").decode(), f"stopped after {args.compile:.0f} s"
+        for line in filter(lambda text: text.startswith("{"), output.splitlines()):
+            for name, ms in json.loads(line).items():
+                results["inputs"][name]["ms"]["torch.compile reduce-overhead bf16"] = ms
+        if reason:
+            results["errors"].append(f"torch.compile: {reason}")
+    save()
+    plot(results, args.out / f"encoder-{args.preset}.png")
+    ways = list(dict.fromkeys(way for row in results["inputs"].values() for way in row["ms"]))
+    print(f"\n{'ms':36s}" + "".join(f"{name:>12s}" for name in args.inputs))
+    for way in ways:
+        values = (results["inputs"][name]["ms"].get(way) for name in args.inputs)
+        print(f"{way:36s}" + "".join(f"{v:12.3f}" if v is not None else f"{'-':>12s}" for v in values))
+    for precision in args.precisions:
+        values = (results["inputs"][name]["floor_ms"].get(precision) for name in args.inputs)
+        print(f"{'floor ' + precision:36s}" + "".join(f"{v:12.3f}" if v else f"{'-':>12s}" for v in values))
+    for error in results["errors"]:
+        print("!", error)
+    # The profile and the error of each block are in the file only.
+    for row in results["inputs"].values():
+        row.pop("profile", None)
+        for measured in row["engine"].values():
+            measured.pop("block_errors", None)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

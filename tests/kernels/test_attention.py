@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from m3asr import ops
+from m3asr.kernels.attention import attention
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("frames", [1, 21, 40])
+@pytest.mark.parametrize("head_width", [16, 24])
+@pytest.mark.parametrize("chunk", [None, (4, 40), (5, 1), (16, 0)], ids=str)
+def test_attention(device, options, check, poisoned, tile, dtype, frames, head_width, chunk):
+    if dtype == torch.float16 and chunk:
+        pytest.skip("the same code as bfloat16")
+    heads, batch = 2, 3
+    width = heads * head_width
+    lengths = torch.tensor([frames, max(frames - 3, 1), 0], dtype=torch.int32, device=device)
+    qkv = torch.randn(batch, frames, 3 * width, device=device).to(dtype)
+    # What stands in keys and values past the length must not matter.
+    for b, length in enumerate(lengths.tolist()):
+        qkv[b, length:, width:] = float("nan")
+    key_bias = torch.randn(heads, 64, device=device)
+    out = poisoned(batch, frames, width, dtype=dtype)
+    attention(
+        qkv, lengths, out, heads=heads, tile=tile(16, 16), key_bias=key_bias, chunk=chunk, **options(dtype)
+    )  # fmt: skip
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2).double() for t in qkv.nan_to_num(0.0).chunk(3, dim=-1))
+    mask = ops.frame_mask(lengths, frames)[:, None, None, :]
+    if chunk:
+        mask = mask & ops.chunk_mask(frames, *chunk, device=device)
+    scores = q @ k.transpose(-2, -1) + key_bias[:, None, :frames].double()
+    weights = torch.softmax((scores / head_width**0.5).masked_fill(~mask, -1e30), -1).masked_fill(~mask, 0.0)
+    reference = (weights @ v).transpose(1, 2).flatten(2)
+    for b, length in enumerate(lengths.tolist()):
+        assert torch.isfinite(out[b]).all()
+        if length:
+            check(out[b, :length], reference[b, :length], dtype)
+    assert not out[2].any()
+
+
+def test_the_folded_positions_are_the_checkpoints_scores(device, options, check, poisoned, tile):
+    """Through the packing's identity: (q+u)(k+p) + (v-u)p is what `ops.rel_pos_attention` computes."""
+    batch, frames, heads, head_width = 2, 13, 2, 16
+    q, k, v = torch.randn(3, batch, heads, frames, head_width, device=device)
+    p = torch.randn(1, heads, frames, head_width, device=device)
+    u, w = torch.randn(2, heads, head_width, device=device)
+    lengths = torch.tensor([13, 6], dtype=torch.int32, device=device)
+    mask = ops.frame_mask(lengths, frames)[:, None, None, :]
+    reference = ops.rel_pos_attention(q, k, v, p, u, w, mask).transpose(1, 2).flatten(2)
+    qkv = torch.cat([t.transpose(1, 2).flatten(2) for t in (q + u[:, None], k + p, v)], dim=-1)
+    key_bias = torch.einsum("hsk,hk->hs", p[0], w - u).contiguous()
+    out = poisoned(batch, frames, heads * head_width)
+    attention(qkv, lengths, out, heads=heads, tile=tile(16, 16), key_bias=key_bias, **options(torch.float32))
+    for b, length in enumerate(lengths.tolist()):
+        check(out[b, :length], reference[b, :length], factor=2.0)

@@ -1,0 +1,33 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from m3asr.kernels.depthwise import depthwise
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 4], ids=lambda r: f"rows{r}")
+@pytest.mark.parametrize("taps, causal", [(15, False), (3, False), (8, True), (15, True)])
+@pytest.mark.parametrize("normed", [True, False], ids=["norm", "no norm"])
+def test_depthwise(device, options, check, poisoned, tile, dtype, rows, taps, causal, normed):
+    batch, frames, width = 3, 11, 40
+    x = torch.randn(batch, frames, width, device=device).to(dtype)
+    weight, bias = torch.randn(taps, width, device=device), torch.randn(width, device=device)
+    before = torch.randn(width, device=device) if causal else None
+    norm_w, norm_b = torch.randn(2, width, device=device)
+    left = taps - 1 if causal else taps // 2
+    padded = F.pad(x.double(), (0, 0, left, 0 if causal else taps // 2))
+    if causal:
+        padded[:, :left] = before.double()
+    reference = F.conv1d(padded.transpose(1, 2), weight.double().t().unsqueeze(1), bias.double(), groups=width)
+    reference = reference.transpose(1, 2).flatten(0, 1)
+    if normed:
+        reference = F.layer_norm(reference, (width,), norm_w.double(), norm_b.double(), 1e-5)
+    out = poisoned(batch * frames, width, dtype=dtype)
+    depthwise(
+        x.flatten(0, 1), weight, bias, out, frames=frames, left=left, activation="swish", tile=tile(rows),
+        before=before, norm=(norm_w, norm_b, 1e-5) if normed else None, pdl=options(dtype)["pdl"],
+    )  # fmt: skip
+    check(out, F.silu(reference), dtype)

@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from m3asr import ops
+from m3asr.kernels.experts_few import experts_few
+from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+EXPERTS, WIDTH, HIDDEN = 5, 32, 48
+
+
+def routing(kind: str, tokens: int, device) -> torch.Tensor:
+    idx = torch.randint(EXPERTS, (tokens,), device=device)
+    if kind == "one expert":
+        idx[:] = 3
+    elif kind == "an empty expert":
+        idx[idx == 2] = 0
+    elif kind == "padding":
+        idx[1::3] = -1
+    elif kind == "only padding":
+        idx[:] = -1
+    return idx.int()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 37])
+@pytest.mark.parametrize("kind", ["mixed", "one expert", "an empty expert", "padding", "only padding"])
+@pytest.mark.parametrize("regime", ["few", "few, late weights", "many"])
+def test_experts(device, options, check, poisoned, tile, dtype, tokens, kind, regime):
+    w_1 = (torch.randn(EXPERTS, HIDDEN, WIDTH, device=device) / 6).to(dtype)
+    w_2 = (torch.randn(EXPERTS, WIDTH, HIDDEN, device=device) / 7).to(dtype)
+    b_1, b_2 = torch.randn(EXPERTS, HIDDEN, device=device), torch.randn(EXPERTS, WIDTH, device=device)
+    y, gate = torch.randn(tokens, WIDTH, device=device).to(dtype), torch.rand(tokens, device=device)
+    x = torch.randn(tokens, WIDTH, device=device)
+    expert_idx = routing(kind, tokens, device)
+    valid = expert_idx >= 0
+    reference = x.double()
+    if valid.any():
+        arguments = (t.double() for t in (w_1, b_1, w_2, b_2))
+        result = ops.moe(y[valid].double(), expert_idx[valid].long(), *arguments, "swish")
+        reference[valid] += 0.5 * gate[valid].unsqueeze(-1) * result
+    both = options(dtype)
+    down = {"residual_scale": 0.5, "gate": gate}
+    if regime == "many":
+        slot_token, tile_expert = slots(tokens, EXPERTS, 16, device)
+        slot_token.fill_(10**6)
+        tile_expert.fill_(10**6)
+        sort_tokens(expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=16), pdl=both["pdl"])
+        taken = slot_token.view(-1, 16)[tile_expert >= 0]
+        assert sorted(taken[taken >= 0].tolist()) == valid.nonzero().flatten().tolist()
+        h = poisoned(slot_token.numel(), HIDDEN, dtype=dtype)
+        experts_many(y, w_1, b_1, slot_token, tile_expert, h, tile=tile(), activation="swish", **both)
+        experts_many(h, w_2, b_2, slot_token, tile_expert, x, tile=tile(), **down, **both)
+    else:
+        both["early"] = regime == "few"
+        h = poisoned(tokens, HIDDEN, dtype=dtype)
+        experts_few(y, w_1, b_1, expert_idx, h, tile=tile(k=32, stages=1), activation="swish", **both)
+        experts_few(h, w_2, b_2, expert_idx, x, tile=tile(k=64, stages=1), **down, **both)
+    check(x, reference, dtype)
+    assert torch.equal(x[~valid].double(), reference[~valid])
+
+
+def test_sorting_many_tokens(device, options, tile):
+    tokens = 1000
+    expert_idx = routing("padding", tokens, device)
+    slot_token, tile_expert = slots(tokens, EXPERTS, 16, device)
+    sort_tokens(expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=256), pdl=False)
+    groups = slot_token.view(-1, 16)
+    for e in range(EXPERTS):
+        mine = groups[tile_expert == e].flatten()
+        assert mine[mine >= 0].tolist() == (expert_idx == e).nonzero().flatten().tolist()

@@ -1,0 +1,88 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from m3asr import ops
+from m3asr.kernels.linear import linear
+from m3asr.kernels.norm_linear import norm_linear
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def epilogue(y, activation, table, glu):
+    if glu:
+        lengths, frames = glu
+        y = F.glu(y, dim=-1).unflatten(0, (-1, frames))
+        return y.masked_fill(~ops.frame_mask(lengths, frames).unsqueeze(-1), 0.0).flatten(0, 1)
+    if table:
+        values, frames = table
+        third = y.shape[1] // 3
+        position = torch.arange(y.shape[0], device=y.device) % frames
+        y[:, third : 2 * third] += values.double()[position]
+    return y if activation == "none" else ops.ACTIVATIONS[activation](y)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", ["swish", "relu", "gelu", "tanh", "hardtanh", "selu", "table", "glu", "prior"])
+def test_norm_linear(device, options, check, poisoned, tile, dtype, kind):
+    frames, width, columns = 7, 48, 51 if kind != "glu" else 40
+    x = torch.randn(3 * frames, width, device=device) * 3 + 1
+    out_columns = columns // 2 if kind == "glu" else columns
+    weight = (torch.randn(columns, width, device=device) / 7).to(dtype)
+    bias = torch.randn(columns, device=device)
+    glu = (torch.tensor([7, 0, 4], dtype=torch.int32, device=device), frames) if kind == "glu" else None
+    table = (torch.randn(20, columns // 3, device=device).to(dtype), frames) if kind == "table" else None
+    activation = kind if kind in ops.ACTIVATIONS else "none"
+    prior, reference = None, x.double()
+    if kind == "prior":
+        w, b = torch.randn(2, width, device=device)
+        prior = (w, b, 1e-5, poisoned(*x.shape))
+        reference = F.layer_norm(reference, (width,), w.double(), b.double(), 1e-5)
+    expected_stream = reference
+    reference = F.layer_norm(reference, (width,), eps=1e-12)
+    reference = epilogue(reference @ weight.double().t() + bias, activation, table, glu)
+    out = poisoned(len(x), out_columns, dtype=dtype)
+    before = x.clone()
+    norm_linear(
+        x, weight, bias, out, eps=1e-12, tile=tile(), activation=activation, table=table, glu=glu, prior=prior,
+        **options(dtype),
+    )  # fmt: skip
+    check(out, reference, dtype)
+    assert torch.equal(x, before)
+    if prior:
+        check(prior[3], expected_stream)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("k", [16, 32, 64], ids=lambda k: f"k{k}")
+@pytest.mark.parametrize("kind", ["swish", "table", "glu", "residual", "masked residual", "groups"])
+def test_linear(device, options, check, poisoned, tile, dtype, k, kind):
+    frames, width, columns = 9, 48, 54
+    a = torch.randn(2 * frames, width, device=device).to(dtype)
+    weight = (torch.randn(columns, width, device=device) / 7).to(dtype)
+    bias = torch.randn(columns, device=device)
+    lengths = torch.tensor([9, 3], dtype=torch.int32, device=device)
+    arguments = {}
+    if kind == "groups":
+        a, weight = (torch.stack((t, t.flip(0))) for t in (a, weight))
+        bias = torch.stack((bias, -bias))
+        reference = a.double() @ weight.double().transpose(1, 2) + bias.unsqueeze(1)
+    else:
+        y = a.double() @ weight.double().t() + bias
+        arguments["table"] = (
+            (torch.randn(9, columns // 3, device=device).to(dtype), frames) if kind == "table" else None
+        )
+        arguments["glu"] = (lengths, frames) if kind == "glu" else None
+        arguments["activation"] = "swish" if kind == "swish" else "none"
+        reference = epilogue(y, arguments["activation"], arguments["table"], arguments["glu"])
+    out = poisoned(*reference.shape, dtype=dtype)
+    if "residual" in kind:
+        out = torch.randn(reference.shape, device=device)
+        arguments["residual_scale"] = 0.5
+        if kind.startswith("masked"):
+            arguments["mask"] = (lengths, frames)
+            valid = ops.frame_mask(lengths, frames).flatten()
+            reference = reference.masked_fill(~valid.unsqueeze(-1), 0.0)
+        reference = out.double() + 0.5 * reference
+    linear(a, weight, bias, out, tile=tile(k=k), **arguments, **options(dtype))
+    check(out, reference, dtype)

@@ -1,0 +1,253 @@
+"""The CUDA engine against the PyTorch model: in Triton's interpreter without a GPU, for real with one (`-m gpu`)."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from m3asr.config import DecoderConfig, EncoderConfig, ModelConfig, MoEConfig  # noqa: E402
+from m3asr.engines.cuda import CudaEngine  # noqa: E402
+from m3asr.engines.cuda.buckets import bucket_batch, bucket_frames  # noqa: E402
+from m3asr.errors import ModelError  # noqa: E402
+from m3asr.model import Model  # noqa: E402
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    on_gpu = torch.cuda.is_available()
+    if request.param == "cuda" and not on_gpu:
+        pytest.skip("no CUDA device")
+    if request.param == "interpreter" and on_gpu:
+        pytest.skip("the interpreter is for machines without a GPU")
+    return "cuda" if on_gpu else "cpu"
+
+
+def config(cmvn="before", decoder=None, vocab=37, embed=None, **changes) -> ModelConfig:
+    small = {"input_dim": 20, "attention_dim": 32, "attention_heads": 2, "linear_units": 48, "num_blocks": 1}
+    stack = EncoderConfig(**{**small, **{k: v for k, v in changes.items() if k != "moe"}})
+    if "moe" in changes:
+        inner = dataclasses.replace(stack, **(embed or {}))
+        stack = dataclasses.replace(stack, num_blocks=2, moe=changes["moe"], embed=inner)
+    return ModelConfig(family="3m", vocab_size=vocab, encoder=stack, decoder=decoder, cmvn=cmvn)
+
+
+@torch.no_grad()
+def model(config: ModelConfig, device="cpu") -> Model:
+    torch.manual_seed(0)
+    built = Model(config).eval()
+    for name, value in [*built.named_parameters(), *built.named_buffers()]:
+        if not value.dtype.is_floating_point:
+            continue
+        if name.endswith(("running_var", "istd")) or ("norm" in name and name.endswith("weight")):
+            value.uniform_(0.7, 1.3)
+        elif value.dim() == 1 or "pos_bias" in name or name.endswith("bias"):
+            value.normal_(0.0, 0.2)
+        elif "router" in name:
+            value.normal_()
+        else:
+            value.normal_(0.0, (value.shape[-1] if "experts" in name else value[0].numel()) ** -0.5)
+    return built.to(device)
+
+
+def batch(frames=61, lengths=(61, 38, 20), bins=20):
+    generator = np.random.default_rng(1)
+    return generator.standard_normal((len(lengths), frames, bins), np.float32), np.array(lengths, np.int32)
+
+
+def relative(value, reference) -> float:
+    return float(np.linalg.norm(value.astype(np.float64) - reference) / np.linalg.norm(reference))
+
+
+def assert_same(engine, built, features, lengths, tolerance, **chunks):
+    with torch.inference_mode():
+        expected = built(torch.from_numpy(np.nan_to_num(features)), torch.from_numpy(lengths), **chunks)
+    expected = [e.numpy() for e in expected]
+    got = engine(features, lengths, **chunks)
+    assert got[2].dtype == np.int32 and got[2].tolist() == expected[2].tolist()
+    for value, reference in zip(got[:2], expected[:2], strict=True):
+        assert value.dtype == np.float32 and value.shape == reference.shape
+        assert np.isfinite(value).all()
+        for b, length in enumerate(expected[2]):
+            if length:
+                error = relative(value[b, :length], reference[b, :length].astype(np.float64))
+                assert error <= tolerance, f"utterance {b}: relative error {error:.1e}"
+    return got
+
+
+MOE = MoEConfig(num_experts=4, hidden_units=48)
+CONFIGS = {
+    "experts": config(moe=MOE),
+    "experts, router bias, whole outputs": config(
+        moe=MoEConfig(5, 40, router_with_bias=True, keep_expert_output=True), cmvn="inside"
+    ),
+    "other embedding network": config(
+        moe=MOE, embed={"attention_dim": 48, "attention_heads": 3, "cnn_module_norm": "batch_norm", "linear_units": 20}
+    ),
+    "dense": config(),
+    "dense, causal, chunks, cmvn inside": config(
+        causal=True, cnn_module_kernel=8, use_dynamic_chunk=True, norm_eps=1e-5, cmvn="inside"
+    ),
+    "static chunks": config(static_chunk_size=3),
+    "batch norm, relu, no macaron": config(cnn_module_norm="batch_norm", activation_type="relu", macaron_style=False),
+    "no positions": config(pos_enc_layer_type="no_pos", selfattention_layer_type="selfattn", activation_type="gelu"),
+    "no positions, rel_selfattn": config(pos_enc_layer_type="no_pos"),
+    "conv2d6": config(input_layer="conv2d6"),
+    "conv2d8, two channels": config(input_layer="conv2d8", input_dim=40, conv_subsample_in_ch=2),
+    "odd widths": config(attention_dim=40, attention_heads=5, linear_units=36, cnn_module_kernel=7),
+}
+
+
+@pytest.mark.parametrize("regime", ["few", "many"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_kind_of_model(device, name, regime):
+    built = model(CONFIGS[name])
+    engine = CudaEngine(built, "fp32", device, regime=regime)
+    bins = CONFIGS[name].encoder.input_dim
+    chunks = {"chunk_size": 4, "left_chunks": 1} if CONFIGS[name].encoder.use_dynamic_chunk else {}
+    assert_same(engine, built, *batch(bins=bins), TOLERANCE["fp32"], **chunks)
+
+
+@pytest.mark.parametrize("regime", ["few", "many"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(device, precision, regime):
+    built = model(CONFIGS["experts"])
+    assert_same(CudaEngine(built, precision, device, regime=regime), built, *batch(), TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("regime", ["few", "many"])
+def test_alone_and_in_any_batch_of_the_same_bucket(device, regime):
+    """Bit for bit, and whatever stands in the padding."""
+    built = model(CONFIGS["experts"])
+    engine = CudaEngine(built, "bf16", device, regime=regime)
+    features, lengths = batch(lengths=(50, 61))
+    for b, length in enumerate(lengths):
+        features[b, length:] = np.nan
+    together = assert_same(engine, built, features, lengths, TOLERANCE["bf16"])
+    swapped = engine(features[::-1], lengths[::-1])
+    alone = engine(np.stack((features[0], features[0] * 0)), np.array([50, 0], np.int32))
+    kept = together[2][0]
+    for value, other, single in zip(together[:2], swapped[:2], alone[:2], strict=True):
+        assert np.array_equal(value[0, :kept], other[1, :kept])
+        assert np.array_equal(value[0, :kept], single[0, :kept])
+
+
+def test_all_tokens_on_one_expert(device):
+    built = model(CONFIGS["experts, router bias, whole outputs"])
+    with torch.no_grad():
+        for block in built.encoder.blocks:
+            block.feed_forward.router_bias[2] += 100.0
+    for regime in ("few", "many"):
+        assert_same(CudaEngine(built, "fp32", device, regime=regime), built, *batch(), TOLERANCE["fp32"])
+
+
+def test_poisoned_memory_is_never_read(device, monkeypatch):
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.dtype.is_floating_point else made.fill_(10**6)
+
+    built = model(CONFIGS["experts"])
+    for regime in ("few", "many"):
+        engine = CudaEngine(built, "fp32", device, regime=regime)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", poisoned)
+            patch.setattr(torch, "empty_like", lambda t: poisoned(t.shape, dtype=t.dtype, device=t.device))
+            assert_same(engine, built, *batch(), TOLERANCE["fp32"])
+
+
+@pytest.mark.parametrize("frames", [0, 3, 7, 8, 10, 11, 30])
+def test_short_inputs(device, frames):
+    built = model(CONFIGS["dense"])
+    engine = CudaEngine(built, "fp32", device)
+    features, lengths = batch(frames, (frames,))
+    if frames < 7:
+        log_probs, hidden, out_lengths = engine(features, lengths)
+        assert out_lengths.tolist() == [0] and np.isfinite(log_probs).all() and np.isfinite(hidden).all()
+    else:
+        assert_same(engine, built, features, lengths, TOLERANCE["fp32"])
+
+
+def test_empty_batch(device):
+    engine = CudaEngine(model(CONFIGS["dense"]), "fp32", device)
+    log_probs, hidden, lengths = engine(np.zeros((0, 30, 20), np.float32), np.zeros(0, np.int32))
+    assert log_probs.shape == (0, 6, 37) and hidden.shape == (0, 6, 32) and lengths.shape == (0,)
+
+
+def test_a_replay_equals_the_launches_and_shapes_come_and_go(device):
+    """Two shapes alternate in one engine that keeps one graph; a longer one makes the tables grow."""
+    built = model(CONFIGS["experts"])
+    engine = CudaEngine(built, "bf16", device, graphs=1)
+    engine._positions = 0
+    long, short = batch(61, (61, 50)), batch(30, (30,))
+    first = engine(*long)
+    engine(*short)
+    again = engine(*long)
+    graph = engine.graph_for(2, 61)
+    with torch.inference_mode():
+        launched = engine.forward(graph.features, graph.lengths)
+    for one, two, three in zip(first, again, launched, strict=True):
+        assert np.array_equal(one, two)
+        three = three.cpu().numpy()[: one.shape[0]]
+        assert np.array_equal(one, three[:, : one.shape[1]] if one.ndim > 1 else three)
+    assert len(engine._graphs) == 1
+
+
+def test_decoder(device):
+    built = model(config(decoder=DecoderConfig(2, 40, 1, r_num_blocks=1)))
+    engine = CudaEngine(built, "fp32", device)
+    hidden = np.random.default_rng(0).standard_normal((1, 9, 32), np.float32)
+    lengths, tokens = np.array([7], np.int32), np.array([[36, 4, 5, 6], [36, 2, 0, 0]])
+    backwards = np.array([[36, 6, 5, 4], [36, 2, 0, 0]])
+    got = engine.decode(hidden, lengths, tokens, np.array([3, 1]), backwards)
+    with torch.inference_mode():
+        arrays = (torch.from_numpy(a) for a in (hidden, lengths, tokens, backwards))
+        expected = built.decode(*arrays)
+    for value, reference in zip(got, expected, strict=True):
+        assert relative(value, reference.double().numpy()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"cnn_module_kernel": 8}, "8 frames"),
+        ({"activation_type": "mish"}, "mish"),
+        ({"cnn_module_norm": "rms"}, "rms"),
+        ({"attention_heads": 5}, "5 heads"),
+    ],
+)
+def test_what_no_kernel_covers_is_refused_by_name(changes, named):
+    from m3asr.engines.cuda.packing import check_supported
+
+    with pytest.raises(ModelError, match=named):
+        check_supported(config(**changes))
+    with pytest.raises(ModelError, match="compat"):
+        check_supported(dataclasses.replace(config(), compat=True))
+
+
+def test_wrong_requests_get_a_sentence(device):
+    built = model(CONFIGS["dense"])
+    with pytest.raises(ModelError, match="int3"):
+        CudaEngine(built, "int3", device)
+    engine = CudaEngine(built, "fp32", device)
+    with pytest.raises(ModelError, match="reads"):
+        engine(np.zeros((1, 30, 19), np.float32), np.array([30], np.int32))
+    with pytest.raises(ModelError, match="compat"):
+        engine(*batch(), compat=True)
+
+
+def test_buckets_hold_what_they_are_for():
+    for size in [*range(0, 700), 1000, 1025, 2049, 12345]:
+        bucket = bucket_frames(size)
+        assert bucket >= max(size, 1) and bucket_frames(bucket) == bucket and bucket - size <= max(16, size // 3)
+    for size in range(1, 200):
+        bucket = bucket_batch(size)
+        assert size <= bucket <= max(1, size * 3 // 2) and bucket_batch(bucket) == bucket
