@@ -80,17 +80,18 @@ def _dims(net, values):
 
 @converter(aten.convolution, kind="matmul")
 def convolution(net, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
-    from .ops_shape import sized
-
-    shape = sized(net)
     spatial = weight.dim() - 2
     batched = x.dim() == weight.dim()
-    stride, padding, dilation = (list(v) * (spatial if len(v) == 1 else 1) for v in (stride, padding, dilation))
-    output_padding = list(output_padding) * (spatial if len(output_padding) == 1 else 1)
+    stride, padding, dilation, output_padding = (
+        [int(n) for n in v] * (spatial if len(v) == 1 else 1) for v in (stride, padding, dilation, output_padding)
+    )
+    shape = _convolved(x.shape if batched else (1, *x.shape), weight, stride, padding, dilation, transposed, output_padding, groups)
+    if transposed and any(d > 1 for d in dilation):
+        # TensorRT has no transposed convolution that is strided and dilated; zeros between the kernel's entries say it.
+        weight, dilation = _spread(weight, dilation), [1] * spatial
     x_node, w_node = net.operand(x), net.operand(weight)
     if not batched:
         x_node = L.reshape(x_node, (1, *x_node.shape))
-        shape = (1, *shape)
     x_node, w_node = net.quantised(x_node, w_node, 1 if transposed else 0)
     if spatial == 1:  # TensorRT convolves in 2 or 3 dimensions
         x_node = L.reshape(x_node, (*x_node.shape, 1))
@@ -118,4 +119,22 @@ def convolution(net, x, weight, bias, stride, padding, dilation, transposed, out
         out = L.reshape(out, shape[:-1])
     if bias is not None:
         out = out + L.reshape(net.operand(bias), (1, maps, *[1] * spatial))
-    return out if batched else L.reshape(out, out.shape[1:])
+    # Torch's own formula for symbolic sizes would choose a CPU or GPU kernel first and ask about batch sizes for that.
+    return net.tensor(out if batched else L.reshape(out, out.shape[1:]), x.dtype)
+
+
+def _convolved(shape, weight, stride, padding, dilation, transposed, output_padding, groups):
+    """Output sizes (torch.nn.Conv2d and ConvTranspose2d documentation); x (B, C, ...)."""
+    sizes = []
+    for n, k, s, p, d, o in zip(shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True):
+        sizes.append((n - 1) * s - 2 * p + d * (k - 1) + o + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1)
+    return (shape[0], weight.shape[1] * groups if transposed else weight.shape[0], *sizes)
+
+
+def _spread(weight, dilation):
+    for i, d in enumerate(dilation):
+        dim = 2 + i
+        size = weight.shape[dim]
+        gaps = [weight.unsqueeze(dim + 1)] + [torch.zeros_like(weight).unsqueeze(dim + 1)] * (d - 1)
+        weight = torch.cat(gaps, dim + 1).flatten(dim, dim + 1).narrow(dim, 0, (size - 1) * d + 1)
+    return weight
