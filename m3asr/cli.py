@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -14,7 +17,13 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
+from m3asr.audio import DamagedAudio
+from m3asr.decode import DECODERS, DecodeOptions
+from m3asr.engines import NAMES
 from m3asr.errors import M3asrError
+from m3asr.formats import FORMATS
+from m3asr.segment import SegmentOptions
+from m3asr.transcribe import UnusableHotword
 
 app = typer.Typer(
     add_completion=False,
@@ -24,28 +33,17 @@ app = typer.Typer(
 )
 err = Console(stderr=True, highlight=False)
 
+EngineName = Enum("EngineName", {name: name for name in ("auto", *NAMES)}, type=str)
+DecoderName = Enum("DecoderName", {name: name for name in DECODERS}, type=str)
+FormatName = Enum("FormatName", {name: name for name in FORMATS}, type=str)
 
-class EngineName(str, Enum):
-    auto = "auto"
-    onnx = "onnx"
-    eager = "eager"
-
-
-class DecoderName(str, Enum):
-    greedy = "greedy"
-    beam = "beam"
-    rescoring = "rescoring"
-
-
-class Format(str, Enum):
-    text = "text"
-    json = "json"
-    jsonl = "jsonl"
-
-
+ModelOption = Annotated[
+    Optional[Path],  # noqa: UP007, UP045 - typer reads this at run time on Python 3.10
+    typer.Option("--model", "-m", help="Model folder; default: the English model in the package."),
+]
 EngineOption = Annotated[EngineName, typer.Option("--engine", "-e", help="auto means onnx.")]
 DecoderOption = Annotated[
-    Optional[DecoderName],  # noqa: UP007, UP045 - typer reads this at run time on Python 3.10
+    Optional[DecoderName],  # noqa: UP007, UP045
     typer.Option("--decoder", help="Rescoring unless the model has no attention decoder, then beam."),
 ]
 BeamOption = Annotated[int, typer.Option("--beam-size", min=1, max=1000)]
@@ -57,6 +55,29 @@ ReverseWeightOption = Annotated[
     Optional[float],  # noqa: UP007, UP045
     typer.Option("--reverse-weight", min=0.0, max=1.0, help="Of the right-to-left decoder; default: the model's."),
 ]
+BlankPenaltyOption = Annotated[
+    float, typer.Option("--blank-penalty", help="Above 0: fewer words are missed, more are invented.")
+]
+HotwordsOption = Annotated[
+    Optional[str],  # noqa: UP007, UP045
+    typer.Option("--hotwords", help="Phrases to favour: a file with one a line, or a list with commas."),
+]
+HotwordScoreOption = Annotated[float, typer.Option("--hotword-score", help="For each token of a phrase.")]
+LmOption = Annotated[
+    Optional[Path],  # noqa: UP007, UP045
+    typer.Option("--lm", help="N-gram language model, an ARPA or KenLM binary file."),
+]
+LmWeightOption = Annotated[float, typer.Option("--lm-weight")]
+LmBonusOption = Annotated[float, typer.Option("--lm-bonus", help="Added for each word, or token.")]
+LmUnitOption = Annotated[str, typer.Option("--lm-unit", help="What the language model counts: word or token.")]
+MaxSecondsOption = Annotated[
+    float, typer.Option("--max-seconds", help="Longer recordings are cut at pauses, into at most this long segments.")
+]
+VadOption = Annotated[
+    bool, typer.Option("--vad/--no-vad", help="Look for speech; without, everything is taken for speech.")
+]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves it to the engine.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")]
 
 
 def main() -> None:
@@ -64,7 +85,7 @@ def main() -> None:
     try:
         app()
     except M3asrError as error:
-        err.print(f"m3asr: {error}", style="red", markup=False, soft_wrap=True)
+        _complain(error)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stderr.close()
@@ -86,45 +107,158 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 @app.command()
 def transcribe(
-    files: Annotated[list[str], typer.Argument(help="Recordings; - reads one from standard input.")],
-    model: Annotated[
+    files: Annotated[
+        Optional[list[str]],  # noqa: UP007, UP045
+        typer.Argument(help="Recordings of any length; - reads one from standard input."),
+    ] = None,
+    model: ModelOption = None,
+    wav_scp: Annotated[
         Optional[Path],  # noqa: UP007, UP045
-        typer.Option("--model", "-m", help="Model folder; default: the English model in the package."),
+        typer.Option("--wav-scp", help="Kaldi's list of recordings, 'key path' a line; gives the format kaldi."),
+    ] = None,
+    format: Annotated[
+        Optional[FormatName],  # noqa: UP007, UP045
+        typer.Option("--format", "-f", help="Default: text."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP007, UP045
+        typer.Option("--output", "-o", help="Write this file, whole or not at all, instead of standard output."),
     ] = None,
     engine: EngineOption = EngineName.auto,
     decoder: DecoderOption = None,
-    format: Annotated[Format, typer.Option("--format", "-f")] = Format.text,
     beam_size: BeamOption = 10,
+    nbest: Annotated[int, typer.Option(min=1, help="Hypotheses of each segment in json and jsonl.")] = 1,
     ctc_weight: CtcWeightOption = None,
     reverse_weight: ReverseWeightOption = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to the engine.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")] = False,
+    blank_penalty: BlankPenaltyOption = 0.0,
+    hotwords: HotwordsOption = None,
+    hotword_score: HotwordScoreOption = DecodeOptions.hotword_score,
+    lm: LmOption = None,
+    lm_weight: LmWeightOption = DecodeOptions.lm_weight,
+    lm_bonus: LmBonusOption = DecodeOptions.lm_bonus,
+    lm_unit: LmUnitOption = DecodeOptions.lm_unit,
+    vad: VadOption = True,
+    max_seconds: MaxSecondsOption = SegmentOptions.max_seconds,
+    threads: ThreadsOption = 0,
+    quiet: QuietOption = False,
 ) -> None:
-    """Print what is said in recordings, one line a recording, in the order given."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    """Print what is said in recordings, in the order given, each as soon as it is known.
 
-    from m3asr.audio import SAMPLE_RATE, load_audio
-    from m3asr.formats import formatted
-    from m3asr.transcribe import DecodeOptions, _name_of, load
+    A recording that cannot be read gets a line on standard error and nothing else; the others are transcribed, and the
+    exit code is 2 at the end.
+    """
+    from m3asr.formats import formatted, write
+    from m3asr.manifest import read_wav_scp
+    from m3asr.transcribe import Recording, load, name_of
 
-    options = DecodeOptions(decoder.value if decoder else None, beam_size, ctc_weight, reverse_weight)
+    if bool(files) == (wav_scp is not None):
+        raise M3asrError("name recordings, or a list of them with --wav-scp, and not both")
+    recordings = (
+        [Recording(key, path) for key, path in read_wav_scp(wav_scp)]
+        if wav_scp is not None
+        else [Recording(name_of(file), file) for file in files]
+    )
+    options = DecodeOptions(
+        decoder.value if decoder else None,
+        beam_size,
+        ctc_weight,
+        reverse_weight,
+        blank_penalty,
+        nbest,
+        _phrases(hotwords),
+        hotword_score,
+        str(lm) if lm else None,
+        lm_weight,
+        lm_bonus,
+        lm_unit,
+    )
+    segmentation = SegmentOptions(vad=vad, max_seconds=max_seconds)
+    format_name = format.value if format else "kaldi" if wav_scp is not None else "text"
     transcriber = load(model, engine.value, threads=threads)
     if not quiet:
         err.print(_what_runs(transcriber), style="dim", markup=False, soft_wrap=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f} s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
-        task = bar.add_task("reading", total=None)
-        recordings = [(_name_of(file), load_audio(file)) for file in files]
-        seconds = sum(len(waveform) for _, waveform in recordings) / SAMPLE_RATE
-        bar.update(task, description="transcribing", total=seconds)
-        transcripts = transcriber.transcribe_all(recordings, options, lambda done: bar.advance(task, done))
-    for piece in formatted(transcripts, format.value):
-        sys.stdout.write(piece)
+    n_failed = 0
+
+    def failed(name: str, error: M3asrError) -> None:
+        nonlocal n_failed
+        n_failed += 1
+        _complain(error)
+
+    def transcripts() -> Iterator:
+        with warnings_as_lines(), _progress([r.audio for r in recordings], quiet) as progress:
+            yield from transcriber.transcribe_each(recordings, options, segmentation, failed=failed, progress=progress)
+        if recordings and n_failed == len(recordings):
+            raise typer.Exit(2)  # before anything is written
+
+    if output is not None:
+        write(transcripts(), format_name, output)
+    else:
+        for piece in formatted(transcripts(), format_name):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if n_failed:
+        raise typer.Exit(2)
+
+
+def _phrases(hotwords: str | None) -> tuple[str, ...]:
+    """A file with one phrase a line, or phrases with commas between them."""
+    if hotwords is None:
+        return ()
+    path = Path(hotwords)
+    try:
+        if path.is_file():
+            return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise M3asrError(f"{path} is no readable list of phrases: {error}") from None
+    if "," not in hotwords and ("/" in hotwords or path.suffix.lower() in (".txt", ".lst", ".csv")):
+        raise M3asrError(f"{hotwords}: no such file; expected a file of phrases, or phrases with commas between them")
+    return tuple(phrase.strip() for phrase in hotwords.split(",") if phrase.strip())
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """What the libraries warn of becomes a line on standard error, each time."""
+
+    def show(message, *args, **kwargs) -> None:
+        err.print(f"m3asr: {message}", style="yellow", markup=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        for category in (DamagedAudio, UnusableHotword):
+            warnings.simplefilter("always", category)
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _progress(files: Iterable[str], quiet: bool) -> Iterator:
+    """A bar of the seconds of audio that are done, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    done = "{task.completed:.0f} s of audio"
+    with Progress(BarColumn(), TextColumn(done), TimeRemainingColumn(), console=err, transient=True) as bar:
+        task = bar.add_task("", total=_seconds(files))
+        yield lambda seconds: bar.advance(task, seconds)
+
+
+def _seconds(files: Iterable[str]) -> float | None:
+    """How long recordings are together, by their headers; None if one does not say."""
+    import soundfile
+
+    total = 0.0
+    for file in files:
+        try:
+            total += soundfile.info(file).duration
+        except (soundfile.SoundFileError, OSError, TypeError, ValueError):
+            return None
+    return total
+
+
+def _complain(error: M3asrError) -> None:
+    err.print(f"m3asr: {error}", style="red", markup=False, soft_wrap=True)
 
 
 def _what_runs(transcriber) -> str:
@@ -210,7 +344,7 @@ def infer(
 ) -> None:
     """Run an engine on stored features, for comparison with other implementations."""
     from m3asr.infer import read_features, write_outputs
-    from m3asr.transcribe import DecodeOptions, load
+    from m3asr.transcribe import load
 
     if output is None and decoder is None:
         raise M3asrError("nothing to do: name an output file with -o, or a decoder with --decoder")

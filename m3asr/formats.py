@@ -20,8 +20,21 @@ CUE_PAUSE = 1.0  # a silence this long ends a cue
 
 
 @dataclass
+class Alternative:
+    """One of the n-best texts of a segment; score as the decoder ranks them, confidence in 0..1."""
+
+    text: str
+    score: float
+    confidence: float
+    tokens: list[int]
+
+
+@dataclass
 class Segment:
-    """A stretch of speech between pauses; times in seconds from the recording's start, confidence in 0..1."""
+    """A stretch of speech between pauses; times in seconds from the recording's start, confidence in 0..1.
+
+    nbest: the best texts, this one first, where they were asked for.
+    """
 
     text: str
     start: float
@@ -30,16 +43,24 @@ class Segment:
     confidence: float | None = None
     score: float | None = None
     tokens: list[int] | None = None
+    nbest: list[Alternative] = field(default_factory=list)
 
 
 @dataclass
 class Transcript:
-    """All of a recording. name: what it is called in the output, as a rule the file's name; duration in seconds."""
+    """All of a recording. name: what it is called in the output, as a rule the file's name; duration in seconds.
+
+    model, engine, device, decoder: what made it.
+    """
 
     text: str
     segments: list[Segment] = field(default_factory=list)
     duration: float = 0.0
     name: str = ""
+    model: str = ""
+    engine: str = ""
+    device: str = ""
+    decoder: str = ""
 
 
 def to_text(transcripts: Iterable[Transcript]) -> Iterator[str]:

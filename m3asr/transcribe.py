@@ -1,56 +1,75 @@
-"""Joins the stages: audio -> features -> engine -> decoding -> text. The only module that knows them all."""
+"""Joins the stages: audio -> segments -> features -> engine -> decoding -> text. Only this module knows them all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import unicodedata
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from m3asr.audio import SAMPLE_RATE, AudioSource, load_audio
+from m3asr.audio import SAMPLE_RATE, AudioSource, read_blocks
 from m3asr.decode import (
+    ContextGraph,
+    DecodeOptions,
     DecodeResult,
+    NgramLM,
     attention_rescoring,
+    attention_search,
     ctc_greedy_search,
     ctc_prefix_beam_search,
     token_times,
     word_times,
 )
 from m3asr.engines import Engine, load_engine
-from m3asr.errors import M3asrError, ModelError
+from m3asr.errors import AudioError, M3asrError, MissingExtra, ModelError
 from m3asr.features import fbank, pad_batch
 from m3asr.folder import ModelFolder
-from m3asr.formats import Segment, Transcript
+from m3asr.formats import Alternative, Segment, Transcript
+from m3asr.segment import SegmentOptions, speech_segments
 
-DECODERS = ("greedy", "beam", "rescoring")
 # Frames of a batch, padding included: two minutes. More gains nothing on a CPU and costs memory.
 BATCH_FRAMES = 12000
+# Frames that wait to be sorted into batches by length: six minutes of speech, some 12 MB of features. It bounds the
+# memory, and how much of a long list of recordings is recognised before its first text is there.
+POOL_FRAMES = 3 * BATCH_FRAMES
 
 
-@dataclass(frozen=True)
-class DecodeOptions:
-    """How log-probabilities become tokens.
+class UnusableHotword(UserWarning):
+    """A phrase to favour cannot be written with the model's vocabulary and was left out."""
 
-    decoder: "greedy", "beam" (CTC prefix beam search), "rescoring" (its n-best list ranked again by the attention
-    decoder), or None for rescoring where the model has an attention decoder, else beam. ctc_weight and
-    reverse_weight: None takes the model's own.
-    """
 
-    decoder: str | None = None
-    beam_size: int = 10
-    ctc_weight: float | None = None
-    reverse_weight: float | None = None
+class Recording(NamedTuple):
+    """name: what the transcript is called; audio, sample_rate: see `audio.load_audio`."""
 
-    def __post_init__(self):
-        if self.decoder is not None and self.decoder not in DECODERS:
-            raise M3asrError(f"there is no decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
-        if self.beam_size < 1:
-            raise M3asrError(f"beam size is {self.beam_size}, expected at least 1")
-        for name in ("ctc_weight", "reverse_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise M3asrError(f"{name} is {value}, expected 0 to 1")
+    name: str
+    audio: AudioSource
+    sample_rate: int | None = None
+
+
+@dataclass
+class _Job:
+    """A recording on its way; its segments as they come back from the engine, in any order."""
+
+    name: str
+    samples: int = 0
+    segments: list[Segment] = field(default_factory=list)
+    read: bool = False
+    failed: bool = False
+
+
+class _Piece(NamedTuple):
+    """A segment that waits for the engine. start, seconds: in seconds; features: float32 (T, F)."""
+
+    job: _Job
+    start: float
+    seconds: float
+    features: np.ndarray
 
 
 class Transcriber:
@@ -59,39 +78,100 @@ class Transcriber:
     def __init__(self, folder: ModelFolder, engine: Engine):
         self.folder = folder
         self.engine = engine
+        # Made once for all batches: a language model takes seconds to read.
+        self._context = lru_cache(maxsize=8)(self._new_context)
+        self._lm = lru_cache(maxsize=2)(self._new_lm)
 
     def transcribe(
-        self, audio: AudioSource, sample_rate: int | None = None, name: str = "", options: DecodeOptions | None = None
+        self,
+        audio: AudioSource,
+        sample_rate: int | None = None,
+        name: str = "",
+        options: DecodeOptions | None = None,
+        segmentation: SegmentOptions | None = None,
     ) -> Transcript:
-        """One recording -> Transcript.
+        """One recording of any length -> Transcript.
 
         audio: a path, "-" for standard input, bytes, a binary file, or an array of samples (see `audio.load_audio`;
-        `sample_rate` in Hz is for arrays). Raises AudioError for what is not a recording; audio too short for a
-        frame gives empty text.
+        `sample_rate` in Hz is for arrays). `segmentation` says where a long recording is cut (see `segment`). Raises
+        AudioError for what is not a recording; silence, and audio too short for a frame, give empty text.
         """
-        return self.transcribe_all([(name or _name_of(audio), load_audio(audio, sample_rate))], options)[0]
+        recording = Recording(name or name_of(audio), audio, sample_rate)
+        return next(self.transcribe_each([recording], options, segmentation))
 
-    def transcribe_all(
+    def transcribe_each(
         self,
-        recordings: Sequence[tuple[str, np.ndarray]],
+        recordings: Iterable[Recording | tuple[str, AudioSource]],
         options: DecodeOptions | None = None,
+        segmentation: SegmentOptions | None = None,
+        *,
+        failed: Callable[[str, M3asrError], None] | None = None,
         progress: Callable[[float], None] | None = None,
-    ) -> list[Transcript]:
-        """(name, waveform float32 (N,) at 16 kHz) each -> transcripts in the same order.
+    ) -> Iterator[Transcript]:
+        """Many recordings of any length -> a transcript each, in the same order, as soon as it is known.
 
-        Recordings of similar length share a batch. `progress` is told the seconds of audio that each batch finished.
+        A recording is read when its turn comes, piece by piece. Segments of similar length, of whatever recordings,
+        share a batch. Memory is bounded: it grows neither with their number nor with their length.
+        failed: gets the name and the error of a recording that cannot be read to its end; it has no transcript, and
+        the others go on. Without it the error is raised. progress: is told the seconds of audio finished since the
+        last call.
         """
-        options = options or DecodeOptions()
-        transcripts: list[Transcript | None] = [None] * len(recordings)
-        features = [self._features(waveform) for _, waveform in recordings]
-        for batch in batches([len(f) for f in features]):
-            results = self.recognise([features[i] for i in batch], options)
-            for i, result in zip(batch, results, strict=True):
-                name, waveform = recordings[i]
-                transcripts[i] = self._transcript(name, len(waveform) / SAMPLE_RATE, result)
-            if progress is not None:
-                progress(sum(len(recordings[i][1]) for i in batch) / SAMPLE_RATE)
-        return transcripts  # type: ignore[return-value]
+        options, segmentation = options or DecodeOptions(), segmentation or SegmentOptions()
+        self.decoder_of(options)  # what cannot be done is said before anything is read
+        self.scorers(options)
+        jobs: deque[_Job] = deque()
+        pool: list[_Piece] = []
+        waiting, done = 0, 0  # samples read, and reported as finished
+
+        def recognise() -> None:
+            nonlocal done
+            live = [piece for piece in pool if not piece.job.failed]
+            pool.clear()
+            rest = sum(len(piece.features) for piece in live)
+            for batch in batches([len(piece.features) for piece in live]):
+                pieces = [live[i] for i in batch]
+                self._recognise_pieces(pieces, options)
+                if progress is not None:
+                    frames = sum(len(piece.features) for piece in pieces)
+                    share = round((waiting - done) * frames / rest) if rest else 0
+                    progress(share / SAMPLE_RATE)
+                    done, rest = done + share, rest - frames
+            if progress is not None and waiting > done:
+                progress((waiting - done) / SAMPLE_RATE)
+            done = waiting
+
+        def finished() -> Iterator[Transcript]:
+            while jobs and jobs[0].read:
+                yield self._transcript(jobs.popleft(), options)
+
+        for recording in recordings:
+            job = _Job(recording[0])
+            jobs.append(job)
+            pieces = self._pieces(job, Recording(*recording), segmentation)
+            before = 0
+            while True:
+                try:
+                    piece = next(pieces, None)
+                except (AudioError, MissingExtra) as error:
+                    if failed is None:
+                        raise
+                    job.failed = True
+                    jobs.pop()
+                    failed(job.name, error)
+                    piece = None
+                waiting += job.samples - before
+                before = job.samples
+                if piece is None:
+                    break
+                pool.append(piece)
+                if sum(len(piece.features) for piece in pool) >= POOL_FRAMES:
+                    recognise()
+                    yield from finished()
+            job.read = True
+            if not pool:
+                yield from finished()
+        recognise()
+        yield from finished()
 
     def recognise(self, features: Sequence[np.ndarray], options: DecodeOptions) -> list[DecodeResult]:
         """Features (T, F) of several utterances, normalised if the model wants that -> one result each."""
@@ -101,12 +181,19 @@ class Transcriber:
     def decode(self, log_probs, hidden, lengths, options: DecodeOptions) -> list[DecodeResult]:
         """log_probs (B, S, V), hidden (B, S, D), lengths (B,) -> results."""
         config = self.folder.config
-        decoder = options.decoder or ("rescoring" if config.decoder is not None else "beam")
-        if decoder == "rescoring" and config.decoder is None:
-            raise ModelError("the model has no attention decoder: choose the decoder greedy or beam")
+        decoder = self.decoder_of(options)
+        beam_size = min(options.beam_size, config.vocab_size)
         if decoder == "greedy":
-            return ctc_greedy_search(log_probs, lengths, config.blank)
-        results = ctc_prefix_beam_search(log_probs, lengths, min(options.beam_size, config.vocab_size), config.blank)
+            return ctc_greedy_search(log_probs, lengths, config.blank, options.blank_penalty)
+        if decoder == "attention":
+            return [
+                attention_search(self.engine.decode, hidden[b], int(length), beam_size, sos=config.sos, eos=config.eos)
+                for b, length in enumerate(lengths)
+            ]
+        context, lm = self.scorers(options)
+        results = ctc_prefix_beam_search(
+            log_probs, lengths, beam_size, config.blank, options.blank_penalty, context=context, lm=lm
+        )
         if decoder == "beam":
             return results
         ctc_weight = config.ctc_weight if options.ctc_weight is None else options.ctc_weight
@@ -115,21 +202,94 @@ class Transcriber:
             results, self.engine.decode, hidden, lengths, ctc_weight, reverse_weight, sos=config.sos, eos=config.eos
         )
 
-    def _features(self, waveform: np.ndarray) -> np.ndarray:
-        features = fbank(waveform, self.folder.config.fbank)
-        return features if self.folder.cmvn is None else self.folder.cmvn.apply(features)
+    def decoder_of(self, options: DecodeOptions) -> str:
+        """The decoder that these options mean for this model. Raises ModelError for one that it does not have."""
+        has_attention = self.folder.config.decoder is not None
+        decoder = options.decoder or ("rescoring" if has_attention else "beam")
+        if decoder in ("rescoring", "attention") and not has_attention:
+            raise ModelError("the model has no attention decoder: choose the decoder greedy or beam")
+        return decoder
 
-    def _transcript(self, name: str, duration: float, result: DecodeResult) -> Transcript:
+    def scorers(self, options: DecodeOptions) -> tuple[ContextGraph | None, NgramLM | None]:
+        """What the options add to a prefix beam search. Warns UnusableHotword, the first time."""
+        context = self._context(options.hotwords, options.hotword_score) if options.hotwords else None
+        lm = self._lm(options.lm, options.lm_weight, options.lm_bonus, options.lm_unit) if options.lm else None
+        return context, lm
+
+    def _new_context(self, hotwords: tuple[str, ...], score: float) -> ContextGraph | None:
+        tokenizer, phrases = self.folder.tokenizer, []
+        for hotword in hotwords:
+            try:
+                tokens = tokenizer.encode(hotword)
+            except ModelError:
+                tokens = [None]
+            if tokens and tokenizer.unk not in tokens and None not in tokens:
+                phrases.append(tokens)
+            elif hotword.strip():
+                warnings.warn(
+                    f"the hotword {hotword!r} has characters outside the model's vocabulary: left out",
+                    UnusableHotword,
+                    stacklevel=2,
+                )
+        return ContextGraph(phrases, score) if phrases else None
+
+    def _new_lm(self, path: str, weight: float, bonus: float, unit: str) -> NgramLM:
+        return NgramLM(path, self.folder.tokenizer.symbols, weight, bonus, unit)
+
+    def _pieces(self, job: _Job, recording: Recording, segmentation: SegmentOptions) -> Iterator[_Piece]:
+        def counted() -> Iterator[np.ndarray]:
+            for block in read_blocks(recording.audio, sample_rate=recording.sample_rate):
+                job.samples += len(block)
+                yield block
+
+        for speech in speech_segments(counted(), segmentation):
+            features = fbank(speech.waveform, self.folder.config.fbank)
+            if self.folder.cmvn is not None:
+                features = self.folder.cmvn.apply(features)
+            yield _Piece(job, speech.start / SAMPLE_RATE, len(speech.waveform) / SAMPLE_RATE, features)
+
+    def _recognise_pieces(self, pieces: list[_Piece], options: DecodeOptions) -> None:
+        results = self.recognise([piece.features for piece in pieces], options)
+        for piece, result in zip(pieces, results, strict=True):
+            segment = self._segment(piece, result, options)
+            if segment.text:
+                piece.job.segments.append(segment)
+
+    def _segment(self, piece: _Piece, result: DecodeResult, options: DecodeOptions) -> Segment:
         tokenizer, config = self.folder.tokenizer, self.folder.config
-        text = tokenizer.decode(result.tokens)
-        segments = []
-        if text:
-            shift = config.fbank.frame_shift / 1000 * config.encoder.subsampling_rate  # seconds per encoder frame
-            spans = token_times(result.times or [], shift, duration)
-            words = word_times(tokenizer.word_spans(result.tokens), spans, result.tokens_confidence) if spans else []
-            segment = Segment(text, 0.0, duration, words, result.confidence, result.score, list(result.tokens))
-            segments.append(segment)
-        return Transcript(text, segments, duration, name)
+        shift = config.fbank.frame_shift / 1000 * config.encoder.subsampling_rate  # seconds per encoder frame
+        spans = token_times(result.times or [], shift, piece.seconds)
+        spans = [(piece.start + start, piece.start + end) for start, end in spans]
+        words = word_times(tokenizer.word_spans(result.tokens), spans, result.tokens_confidence) if spans else []
+        nbest = []
+        if options.nbest > 1:
+            nbest = [
+                Alternative(tokenizer.decode(other.tokens), other.score, other.confidence, list(other.tokens))
+                for other in result.nbest[: options.nbest]
+            ]
+        return Segment(
+            tokenizer.decode(result.tokens),
+            piece.start,
+            piece.start + piece.seconds,
+            words,
+            result.confidence,
+            result.score,
+            list(result.tokens),
+            nbest,
+        )
+
+    def _transcript(self, job: _Job, options: DecodeOptions) -> Transcript:
+        segments = sorted(job.segments, key=lambda segment: segment.start)
+        return Transcript(
+            joined(segment.text for segment in segments),
+            segments,
+            job.samples / SAMPLE_RATE,
+            job.name,
+            self.folder.path.resolve().name,
+            self.engine.name,
+            self.engine.device,
+            self.decoder_of(options),
+        )
 
 
 def batches(frames: Sequence[int], limit: int = BATCH_FRAMES) -> Iterable[list[int]]:
@@ -144,6 +304,20 @@ def batches(frames: Sequence[int], limit: int = BATCH_FRAMES) -> Iterable[list[i
         yield group
 
 
+def joined(texts: Iterable[str]) -> str:
+    """Texts of neighbouring segments as one; no space between scripts that are written without."""
+    whole = ""
+    for text in texts:
+        if whole and text and not (_unspaced(whole[-1]) and _unspaced(text[0])):
+            whole += " "
+        whole += text
+    return whole
+
+
+def _unspaced(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA"))
+
+
 def load(path: str | Path | None = None, engine: str = "auto", *, threads: int = 0) -> Transcriber:
     """Load a model folder (None: the model shipped with the package) on an engine ("auto", "onnx", "eager").
 
@@ -154,7 +328,8 @@ def load(path: str | Path | None = None, engine: str = "auto", *, threads: int =
     return Transcriber(folder, load_engine(folder, engine, threads=threads))
 
 
-def _name_of(audio: AudioSource) -> str:
+def name_of(audio: AudioSource) -> str:
+    """What a recording is called if it is not said: the file's name."""
     if isinstance(audio, (str, Path)):
         return "stdin" if str(audio) == "-" else Path(audio).name
     return ""

@@ -5,11 +5,14 @@ from m3asr.decode.biasing import ContextGraph
 from m3asr.decode.ctc import PrefixBeamSearch, Scorer, ctc_greedy_search, ctc_prefix_beam_search
 from m3asr.decode.hypothesis import DecodeResult, Hypothesis
 from m3asr.decode.ngram import NgramLM
+from m3asr.decode.options import DECODERS, DecodeOptions
 from m3asr.decode.times import Word, token_times, word_times
 
 __all__ = [
     "AttentionDecoder",
     "ContextGraph",
+    "DECODERS",
+    "DecodeOptions",
     "DecodeResult",
     "Hypothesis",
     "NgramLM",
