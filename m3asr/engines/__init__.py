@@ -6,12 +6,16 @@ An engine knows frames and log-probabilities, nothing of files or text. `load_en
 from __future__ import annotations
 
 import importlib.util
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from m3asr.errors import MissingExtra, ModelError
 from m3asr.folder import ModelFolder
+
+if TYPE_CHECKING:
+    from m3asr.engines.streaming import StreamState
 
 NAMES = ("onnx", "eager")
 
@@ -45,6 +49,24 @@ class Engine(Protocol):
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The attention decoder over one utterance: hidden (1, S, D), lengths (1,), tokens int64 (N, L) from sos on,
         reversed_tokens likewise right to left -> log_probs (N, L, V), and the same right to left or None.
+        """
+
+
+class StreamingEngine(Engine, Protocol):
+    """An engine that also works chunk by chunk, as onnx and eager do."""
+
+    def stream_start(self) -> StreamState:
+        """The state of a new stream. Raises ModelError for a model that cannot stream."""
+
+    def stream_step(
+        self, features: np.ndarray, lengths: np.ndarray, states: Sequence[StreamState], keep: int = -1
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[StreamState]]:
+        """The next chunk of each of B streams, which need not be of one age.
+
+        features float32 (B, T, F), lengths int32 (B,) with the subsampling's right context: T = (C - 1) * rate +
+        min_frames for chunks of C encoder frames, and only a stream's last chunk may be shorter. keep: encoder frames
+        that the next chunk sees, C * left_chunks, or below 0 for all. -> log_probs (B, C, V), hidden (B, C, D),
+        lengths (B,), and the states after the chunk; the states given stay as they were.
         """
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from m3asr.engines import padded
+from m3asr.engines.streaming import StreamState, next_states, step_inputs, stream_start
 from m3asr.errors import ModelError
 from m3asr.folder import ModelFolder
 from m3asr.model import Model
@@ -53,6 +54,16 @@ class EagerEngine:
         backwards = None if reversed_tokens is None else self._tensor(reversed_tokens)
         arrays = self._tensor(hidden), self._tensor(lengths), self._tensor(tokens), backwards
         return tuple(None if output is None else output.cpu().numpy() for output in self.model.decode(*arrays))
+
+    def stream_start(self) -> StreamState:
+        return stream_start(self.config.encoder)
+
+    @torch.inference_mode()
+    def stream_step(self, features, lengths, states, keep=-1):
+        inputs = step_inputs(features, lengths, states, self.config.encoder)
+        outputs = self.model.stream(*(self._tensor(array) for array in inputs.values()))
+        log_probs, hidden, out_lengths, *caches = (output.cpu().numpy() for output in outputs)
+        return log_probs, hidden, out_lengths, next_states(states, out_lengths, caches, keep)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

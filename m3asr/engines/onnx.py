@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from m3asr.engines import padded
+from m3asr.engines.streaming import StreamState, next_states, step_inputs, stream_start
 from m3asr.errors import ModelError
 from m3asr.folder import ModelFolder
 
@@ -30,6 +31,7 @@ class OnnxEngine:
         self._check()
         weights = folder.weights()
         self._encoder = self._session("encoder.onnx", weights)
+        self._stream: ort.InferenceSession | None = None  # made for the first stream: it holds weights of its own
         self._decoders = [
             self._session(name, weights)
             for name in ("decoder.onnx", "reverse_decoder.onnx")
@@ -96,6 +98,17 @@ class OnnxEngine:
         if reversed_tokens is None or len(self._decoders) == 1:
             return forward, None
         return forward, _run(self._decoders[1], {**inputs, "tokens": np.asarray(reversed_tokens, np.int64)})[0]
+
+    def stream_start(self) -> StreamState:
+        start = stream_start(self.config.encoder)
+        if self._stream is None:
+            self._stream = self._session("stream.onnx", self._folder.weights())
+        return start
+
+    def stream_step(self, features, lengths, states, keep=-1):
+        inputs = step_inputs(features, lengths, states, self.config.encoder)
+        log_probs, hidden, out_lengths, *caches = _run(self._stream, inputs)
+        return log_probs, hidden, out_lengths, next_states(states, out_lengths, caches, keep)
 
 
 def _run(session: ort.InferenceSession, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from torch.export import Dim
 
 from m3asr import __version__
 from m3asr.config import ModelConfig
+from m3asr.engines.streaming import cache_names, stream_start
 from m3asr.errors import MissingExtra
 from m3asr.model import Experts, Model, TransformerDecoder
 
@@ -51,8 +52,17 @@ class _EncoderGraph(nn.Module):
         return self.model(feats, lengths, chunk_size, left_chunks, compat)
 
 
+class _StreamGraph(nn.Module):
+    def __init__(self, model: Model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, feats, lengths, offsets, cached, *caches):
+        return self.model.stream(feats, lengths, offsets, cached, *caches)
+
+
 def build(config: ModelConfig, config_digest: str, target: Path) -> None:
-    """Write encoder.onnx, decoder.onnx and reverse_decoder.onnx (if the model has them) and manifest.json."""
+    """Write encoder.onnx, and if the model has them stream.onnx, decoder.onnx and reverse_decoder.onnx; manifest.json."""
     target.mkdir(parents=True, exist_ok=True)
     with FakeTensorMode():
         # Shapes are all that export needs: no memory is spent on weights.
@@ -61,6 +71,8 @@ def build(config: ModelConfig, config_digest: str, target: Path) -> None:
             if isinstance(module, Experts):
                 model.set_submodule(name, _SymbolicExperts(module))
         graphs = {"encoder.onnx": _encoder(model)}
+        if config.encoder.can_stream:
+            graphs["stream.onnx"] = _stream(model)
         for name, decoder in (("decoder", model.left_decoder), ("reverse_decoder", model.right_decoder)):
             if decoder is not None:
                 graphs[f"{name}.onnx"] = _decoder(decoder, model)
@@ -91,6 +103,35 @@ def _encoder(model: Model) -> ir.Model:
     shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, None, None, None)
     names = ["feats", "lengths", "compat", "chunk_size", "left_chunks"]
     return _export(_EncoderGraph(model), args, shapes, names, ["log_probs", "hidden", "out_lengths"])
+
+
+def _stream(model: Model) -> ir.Model:
+    """Inputs feats (B, T, F), lengths (B,), offsets (B,), cached (B,), attention (blocks, B, H, t, 2K+1)... as
+    `Model.stream`.
+    """
+    encoder = model.config.encoder
+    frames = 4 * encoder.min_frames
+    args = [torch.zeros(3, frames, encoder.input_dim), torch.zeros(3, dtype=torch.int32)]
+    args += [torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)]
+    caches = stream_start(encoder).caches
+    batch, time, earlier = Dim.DYNAMIC, Dim.DYNAMIC, Dim.DYNAMIC
+    shapes = [{0: batch, 1: time}, {0: batch}, {0: batch}, {0: batch}]
+    cache_shapes = []
+    for i, cache in enumerate(caches):
+        size = list(cache.shape)
+        size.insert(1, 3)
+        if i % 2 == 0:
+            size[3] = 5
+        args.append(torch.zeros(size))
+        cache_shapes.append({1: batch} if i % 2 else {1: batch, 3: earlier})
+    names = cache_names(encoder)
+    return _export(
+        _StreamGraph(model),
+        tuple(args),
+        (*shapes, tuple(cache_shapes)),
+        ["feats", "lengths", "offsets", "cached", *names],
+        ["log_probs", "hidden", "out_lengths", *(f"new_{name}" for name in names)],
+    )
 
 
 def _decoder(decoder: TransformerDecoder, model: Model) -> ir.Model:
