@@ -1,0 +1,68 @@
+"""What people are told, all of it on standard error: lines, warnings, a progress bar."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from m3asr.audio import DamagedAudio
+from m3asr.errors import M3asrError
+from m3asr.transcribe import UnusableHotword
+
+err = Console(stderr=True, highlight=False)
+
+
+def complain(error: M3asrError) -> None:
+    err.print(f"m3asr: {error}", style="red", markup=False, soft_wrap=True)
+
+
+def what_runs(transcriber) -> str:
+    return f"model {transcriber.folder.path.name}, engine {transcriber.engine.name} on {transcriber.engine.device}"
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """What the libraries warn of becomes a line on standard error, each time."""
+
+    def show(message, *args, **kwargs) -> None:
+        err.print(f"m3asr: {message}", style="yellow", markup=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        for category in (DamagedAudio, UnusableHotword):
+            warnings.simplefilter("always", category)
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def progress_bar(files: Iterable[str], quiet: bool) -> Iterator:
+    """A bar of the seconds of audio that are done, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    done = "{task.completed:.0f} s of audio"
+    columns = BarColumn(), TextColumn(done), TimeRemainingColumn()
+    # On a terminal, results are printed above the bar. Elsewhere they must not be led through it: it writes to stderr.
+    with Progress(*columns, console=err, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task("", total=seconds_of(files))
+        yield lambda seconds: bar.advance(task, seconds)
+
+
+def seconds_of(files: Iterable[str]) -> float | None:
+    """How long recordings are together, by their headers; None if one does not say."""
+    import soundfile
+
+    total = 0.0
+    for file in files:
+        try:
+            total += soundfile.info(file).duration
+        except (soundfile.SoundFileError, OSError, TypeError, ValueError):
+            return None
+    return total

@@ -1,0 +1,75 @@
+"""Options that several commands share, with their words for the manual."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from m3asr.decode import DECODERS
+from m3asr.engines import NAMES
+from m3asr.errors import M3asrError
+from m3asr.formats import FORMATS
+
+EngineName = Enum("EngineName", {name: name for name in ("auto", *NAMES)}, type=str)
+DecoderName = Enum("DecoderName", {name: name for name in DECODERS}, type=str)
+FormatName = Enum("FormatName", {name: name for name in FORMATS}, type=str)
+
+ModelOption = Annotated[
+    Optional[Path],  # noqa: UP007, UP045 - typer reads this at run time on Python 3.10
+    typer.Option("--model", "-m", help="Model folder; default: the English model in the package."),
+]
+EngineOption = Annotated[EngineName, typer.Option("--engine", "-e", help="auto means onnx.")]
+DecoderOption = Annotated[
+    Optional[DecoderName],  # noqa: UP007, UP045
+    typer.Option("--decoder", help="Rescoring unless the model has no attention decoder, then beam."),
+]
+BeamOption = Annotated[int, typer.Option("--beam-size", min=1, max=1000)]
+CtcWeightOption = Annotated[
+    Optional[float],  # noqa: UP007, UP045
+    typer.Option("--ctc-weight", min=0.0, max=1.0, help="Of CTC in rescoring; default: the model's."),
+]
+ReverseWeightOption = Annotated[
+    Optional[float],  # noqa: UP007, UP045
+    typer.Option("--reverse-weight", min=0.0, max=1.0, help="Of the right-to-left decoder; default: the model's."),
+]
+BlankPenaltyOption = Annotated[
+    float, typer.Option("--blank-penalty", help="Above 0: fewer words are missed, more are invented.")
+]
+HotwordsOption = Annotated[
+    Optional[str],  # noqa: UP007, UP045
+    typer.Option("--hotwords", help="Phrases to favour: a file with one a line, or a list with commas."),
+]
+HotwordScoreOption = Annotated[float, typer.Option("--hotword-score", help="For each token of a phrase.")]
+LmOption = Annotated[
+    Optional[Path],  # noqa: UP007, UP045
+    typer.Option("--lm", help="N-gram language model, an ARPA or KenLM binary file."),
+]
+LmWeightOption = Annotated[float, typer.Option("--lm-weight")]
+LmBonusOption = Annotated[float, typer.Option("--lm-bonus", help="Added for each word, or token.")]
+LmUnitOption = Annotated[str, typer.Option("--lm-unit", help="What the language model counts: word or token.")]
+MaxSecondsOption = Annotated[
+    float, typer.Option("--max-seconds", help="Longer recordings are cut at pauses, into at most this long segments.")
+]
+VadOption = Annotated[
+    bool, typer.Option("--vad/--no-vad", help="Look for speech; without, everything is taken for speech.")
+]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves it to the engine.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")]
+
+
+def phrases(hotwords: str | None) -> tuple[str, ...]:
+    """A file with one phrase a line, or phrases with commas between them."""
+    if hotwords is None:
+        return ()
+    path = Path(hotwords)
+    try:
+        if path.is_file():
+            return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise M3asrError(f"{path} is no readable list of phrases: {error}") from None
+    if "," not in hotwords and ("/" in hotwords or path.suffix.lower() in (".txt", ".lst", ".csv")):
+        raise M3asrError(f"{hotwords}: no such file; expected a file of phrases, or phrases with commas between them")
+    return tuple(phrase.strip() for phrase in hotwords.split(",") if phrase.strip())
