@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from m3asr.cli import convert, infer, transcribe
+from m3asr.cli import convert, evaluate, infer, transcribe
 from m3asr.cli.console import complain
 from m3asr.errors import M3asrError
 
@@ -52,3 +52,4 @@ app.command()(convert.convert)
 app.command()(convert.build)
 app.command()(convert.engines)
 app.command()(infer.infer)
+app.command()(evaluate.evaluate)
