@@ -60,42 +60,62 @@ def fbank(waveform: np.ndarray, config: FbankConfig = FbankConfig()) -> np.ndarr
     in mel(f) = 1127 ln(1 + f/700), natural log floored at 2^-23 (Kaldi's `compute-fbank-feats` without energy).
     Raises AudioError for another shape, ModelError for more bins than the FFT can separate.
     """
-    import kaldi_native_fbank as knf
-
-    _refuse_unusable(config)
+    extractor = OnlineFbank(config)
     waveform = np.asarray(waveform)
     if waveform.ndim != 1:
         raise AudioError(f"A waveform of shape {waveform.shape} has no filterbank; expected one dimension (samples,).")
-    options = knf.FbankOptions()
-    options.frame_opts.samp_freq = config.sample_rate
-    options.frame_opts.frame_length_ms = config.frame_length
-    options.frame_opts.frame_shift_ms = config.frame_shift
-    options.frame_opts.dither = 0.0  # the originals dither in training only
-    options.frame_opts.preemph_coeff = 0.97
-    options.frame_opts.window_type = config.window_type
-    options.frame_opts.snip_edges = True
-    options.mel_opts.num_bins = config.num_mel_bins
-    options.mel_opts.low_freq = config.low_freq
-    options.mel_opts.high_freq = config.high_freq
-    options.use_energy = False
-    try:
-        extractor = knf.OnlineFbank(options)
-    except ValueError as error:
-        raise ModelError(f"No filterbank for {config}: {error}") from None
-
     features = np.empty((num_frames(len(waveform), config), config.num_mel_bins), np.float32)  # (T, F)
     done = 0
     for start in range(0, len(waveform), _CHUNK):
-        chunk = waveform[start : start + _CHUNK].astype(np.float32) * np.float32(32768)
-        extractor.accept_waveform(config.sample_rate, chunk)
-        ready = extractor.num_frames_ready
-        for t in range(done, ready):
-            features[t] = extractor.get_frame(t)
-        extractor.pop(ready - done)
-        done = ready
+        ready = extractor.accept(waveform[start : start + _CHUNK])
+        features[done : done + len(ready)] = ready
+        done += len(ready)
     if done != len(features):
         raise AssertionError(f"the extractor gave {done} frames, the formula {len(features)}")
     return features
+
+
+class OnlineFbank:
+    """The filterbank of a waveform that comes in pieces: together the frames of `fbank`, bit for bit.
+
+    Raises ModelError for more bins than the FFT can separate.
+    """
+
+    def __init__(self, config: FbankConfig = FbankConfig()):
+        import kaldi_native_fbank as knf
+
+        _refuse_unusable(config)
+        options = knf.FbankOptions()
+        options.frame_opts.samp_freq = config.sample_rate
+        options.frame_opts.frame_length_ms = config.frame_length
+        options.frame_opts.frame_shift_ms = config.frame_shift
+        options.frame_opts.dither = 0.0  # the originals dither in training only
+        options.frame_opts.preemph_coeff = 0.97
+        options.frame_opts.window_type = config.window_type
+        options.frame_opts.snip_edges = True
+        options.mel_opts.num_bins = config.num_mel_bins
+        options.mel_opts.low_freq = config.low_freq
+        options.mel_opts.high_freq = config.high_freq
+        options.use_energy = False
+        try:
+            self._extractor = knf.OnlineFbank(options)
+        except ValueError as error:
+            raise ModelError(f"No filterbank for {config}: {error}") from None
+        self.config = config
+        self._done = 0
+
+    def accept(self, waveform: np.ndarray) -> np.ndarray:
+        """The next samples, float (N,), N also 0 -> the frames that became whole, float32 (T, F)."""
+        if len(waveform):
+            # Kaldi's scale: that of 16 bits.
+            self._extractor.accept_waveform(self.config.sample_rate, waveform.astype(np.float32) * np.float32(32768))
+        ready = self._extractor.num_frames_ready
+        features = np.empty((ready - self._done, self.config.num_mel_bins), np.float32)
+        for t in range(self._done, ready):
+            features[t - self._done] = self._extractor.get_frame(t)
+        self._extractor.pop(ready - self._done)
+        self._done = ready
+        return features
 
 
 @dataclass(frozen=True, eq=False)

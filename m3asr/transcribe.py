@@ -194,8 +194,11 @@ class Transcriber:
         results = ctc_prefix_beam_search(
             log_probs, lengths, beam_size, config.blank, options.blank_penalty, context=context, lm=lm
         )
-        if decoder == "beam":
-            return results
+        return results if decoder == "beam" else self.rescore(results, hidden, lengths, options)
+
+    def rescore(self, results: Sequence[DecodeResult], hidden, lengths, options: DecodeOptions) -> list[DecodeResult]:
+        """Results of the prefix beam search, ranked again by the attention decoder over hidden (B, S, D)."""
+        config = self.folder.config
         ctc_weight = config.ctc_weight if options.ctc_weight is None else options.ctc_weight
         reverse_weight = config.reverse_weight if options.reverse_weight is None else options.reverse_weight
         return attention_rescoring(
@@ -251,15 +254,15 @@ class Transcriber:
     def _recognise_pieces(self, pieces: list[_Piece], options: DecodeOptions) -> None:
         results = self.recognise([piece.features for piece in pieces], options)
         for piece, result in zip(pieces, results, strict=True):
-            segment = self._segment(piece, result, options)
+            segment = self.segment(piece.start, piece.seconds, result, options)
             if segment.text:
                 piece.job.segments.append(segment)
 
-    def _segment(self, piece: _Piece, result: DecodeResult, options: DecodeOptions) -> Segment:
+    def segment(self, start: float, seconds: float, result: DecodeResult, options: DecodeOptions) -> Segment:
+        """The text and times of a stretch of sound, from its result. start: of the recording; both in seconds."""
         tokenizer, config = self.folder.tokenizer, self.folder.config
         shift = config.fbank.frame_shift / 1000 * config.encoder.subsampling_rate  # seconds per encoder frame
-        spans = token_times(result.times or [], shift, piece.seconds)
-        spans = [(piece.start + start, piece.start + end) for start, end in spans]
+        spans = [(start + a, start + b) for a, b in token_times(result.times or [], shift, seconds)]
         words = word_times(tokenizer.word_spans(result.tokens), spans, result.tokens_confidence) if spans else []
         nbest = []
         if options.nbest > 1:
@@ -269,8 +272,8 @@ class Transcriber:
             ]
         return Segment(
             tokenizer.decode(result.tokens),
-            piece.start,
-            piece.start + piece.seconds,
+            start,
+            start + seconds,
             words,
             result.confidence,
             result.score,
