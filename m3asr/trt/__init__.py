@@ -3,6 +3,8 @@
 from . import layers
 from .build import build, serialize
 from .errors import BuildError, PluginError, TensorRTMissing, TraceError, TrtError, UncoveredOperation
+from .plugin import OneKernel, cdiv, numel, plugin
+from .plugin_check import check_plugin
 from .table import converter
 from .trace import Input, Network, trace
 
@@ -10,14 +12,19 @@ __all__ = [
     "BuildError",
     "Input",
     "Network",
+    "OneKernel",
     "PluginError",
     "TensorRTMissing",
     "TraceError",
     "TrtError",
     "UncoveredOperation",
     "build",
+    "cdiv",
+    "check_plugin",
     "converter",
     "layers",
+    "numel",
+    "plugin",
     "serialize",
     "trace",
 ]

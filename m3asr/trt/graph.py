@@ -11,12 +11,18 @@ from .package import _CARRIED
 class Node:
     """A TensorRT tensor with its sizes (ints and SymInts). Arithmetic operators add elementwise layers."""
 
-    __slots__ = ("graph", "tensor", "shape", "dtype", "single")
+    __slots__ = ("graph", "_tensor", "shape", "dtype", "source")
 
-    def __init__(self, graph, tensor, shape, single=None):
-        self.graph, self.tensor, self.shape = graph, tensor, tuple(shape)
-        self.dtype = tensor.dtype
-        self.single = single  # the torch tensor behind a constant of one element, which any rank can stand for
+    def __init__(self, graph, tensor, shape, source=None, dtype=None):
+        self.graph, self._tensor, self.shape = graph, tensor, tuple(shape)
+        self.dtype = tensor.dtype if dtype is None else dtype
+        self.source = source  # the torch tensor behind a constant, which becomes a layer when it is first used
+
+    @property
+    def tensor(self):
+        if self._tensor is None:
+            self._tensor = self.graph.add_constant(self.source, self.dtype)
+        return self._tensor
 
     @property
     def rank(self):
@@ -68,7 +74,8 @@ class Graph:
         self.path = []  # module paths, outermost first; layers are named after the last
         self.operation = ""  # what is being converted
         self.values = {}  # constant layer name -> torch tensor: TensorRT cannot read bf16 back, and frees nothing of it
-        self._constants = {}
+        self._constants = {}  # what a constant is made of -> Node
+        self._stored = {}
         self._counts = {}
         self._sizes = {}  # (sympy expression, dtype) -> Node
         self._shapes = {}  # input name -> shape layer output
@@ -134,25 +141,27 @@ class Graph:
 
     def _constant(self, value, dtype):
         key = (value.data_ptr(), value._version, tuple(value.shape), value.stride(), value.dtype, dtype.name)
-        key = key if value.numel() > 1 else (value.item(), tuple(value.shape), dtype.name)
-        if key != key:  # NaN
-            key = (str(key),)
-        found = self._constants.get(key)
-        if found is None:
-            stored = self._convert(value.detach(), self.package.torch_dtype(dtype)).contiguous().cpu()
+        if value.numel() == 1:
+            key = (str(value.item()), tuple(value.shape), dtype.name)
+        # The node keeps `value`, so its address cannot be given to another tensor while the key lives.
+        if key not in self._constants:
+            self._constants[key] = Node(self, None, [int(s) for s in value.shape], value, dtype)
+        return self._constants[key]
+
+    def add_constant(self, value, dtype):
+        """The constant layer; its memory lives as long as the graph, in one copy whatever shapes it is seen in."""
+        with _disable_current_modes():
+            key = (value.data_ptr(), value._version, value.numel(), value.dtype, dtype.name)
+            stored = self._stored.get(key) if value.is_contiguous() else None
+            if stored is None:
+                stored = self._convert(value.detach(), self.package.torch_dtype(dtype)).contiguous().cpu()
+                if value.is_contiguous():
+                    self._stored[key] = stored
             weights = self.trt.Weights(dtype, stored.data_ptr(), stored.numel())
-            shape = tuple(int(s) for s in stored.shape)
-            path, self.path = self.path, []
-            try:
-                layer = self.layer("constant", self.trt.Dims(shape), weights)
-            finally:
-                self.path = path
-            self.values[layer.name] = stored
-            # `value` is kept so that its address cannot be given to another tensor while the key lives.
-            node = self.output(layer, shape)
-            node.single = stored if stored.numel() == 1 else None
-            found = self._constants[key] = (node, value)
-        return found[0]
+            shape = tuple(int(s) for s in value.shape)
+            layer = self.layer("constant", self.trt.Dims(shape), weights)
+            self.values[layer.name] = stored.reshape(shape)
+            return self.output(layer, shape).tensor
 
     def _convert(self, value, dtype):
         """Narrowing keeps finite numbers finite: torch.finfo(float32).min as a mask must not become -inf * 0."""

@@ -41,8 +41,8 @@ def broadcast_shape(*shapes):
 
 def lift(x, rank):
     """Leading ones up to `rank`, as broadcasting in TensorRT needs equal ranks."""
-    if x.rank < rank and x.single is not None:
-        return x.graph.constant(x.single.reshape((1,) * rank), x.dtype)
+    if x.rank < rank and x.source is not None:
+        return x.graph.constant(x.source.reshape((1,) * (rank - x.rank) + tuple(x.shape)), x.dtype)
     return x if x.rank == rank else reshape(x, (1,) * (rank - x.rank) + x.shape)
 
 
@@ -78,6 +78,8 @@ def _static_reshape(old, new):
 
 def reshape(x, shape):
     shape = tuple(shape)
+    if x.source is not None and all(map(is_fixed, shape)):
+        return x.graph.constant(x.source.reshape([int(s) for s in shape]), x.dtype)
     if len(shape) == x.rank and all(same(a, b) for a, b in zip(shape, x.shape, strict=True)):
         return x
     layer = x.graph.layer("shuffle", x.tensor)

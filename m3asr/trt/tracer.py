@@ -230,6 +230,22 @@ class Tracer(Graph):
             stack.enter_context(self.asking_torch())
             return function(*fake_args, **fake_kwargs)
 
+    def plugin(self, description, tensors, attributes):
+        """A plugin called in the forward: a layer of its own, with sizes from its shape function."""
+        from .plugin_parser import plugin_call
+
+        def convert(net, *tensors):
+            nodes = plugin_call(net, description, tensors, attributes)
+            return nodes[0] if len(nodes) == 1 else tuple(nodes)
+
+        def sizes_and_types(*fakes):
+            made = description.allocate(fakes, attributes)
+            return made[0] if len(made) == 1 else tuple(made)
+
+        convert.kind = description.kind
+        sizes_and_types.__name__ = description.name
+        return self.convert(convert, sizes_and_types, tensors, {})
+
     # types
 
     @property
