@@ -192,7 +192,7 @@ def _table(rows: list[dict]) -> Table:
     table.add_column("RTFx")
     for row in rows:
         table.add_row(
-            Path(row["manifest"]).parent.name + "/" + Path(row["manifest"]).name,
+            str(Path(*Path(row["manifest"]).parts[-2:])),
             f"{row['engine']} on {row['device']}",
             row["decode"]["decoder"],
             str(row["utterances"]),
