@@ -111,6 +111,31 @@ def read_blocks(source: AudioSource, seconds: float = 30.0, sample_rate: int | N
         yield np.concatenate(held)
 
 
+def read_pcm(file: BinaryIO, sample_rate: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
+    """Raw 16-bit little-endian mono samples, each packet as soon as it is there -> float32 (N,) at 16 kHz.
+
+    file: a binary file or pipe. Raises AudioError for an impossible rate, and where a file with a header begins.
+    """
+    import soxr
+
+    if not _RATES[0] <= sample_rate <= _RATES[1]:
+        raise AudioError(f"A sample rate of {sample_rate} Hz; expected {_RATES[0]} to {_RATES[1]} Hz.")
+    resampler = None
+    if sample_rate != SAMPLE_RATE:
+        resampler = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    read = getattr(file, "read1", file.read)  # what is there, without waiting for more
+    rest, first = b"", True
+    while data := read(8192):
+        data = rest + data
+        if first and data[:4] in (b"RIFF", b"fLaC", b"OggS"):
+            raise AudioError(f"The sound starts with {data[:4]!r}, as a file does; expected raw 16-bit samples alone.")
+        rest, first = data[len(data) // 2 * 2 :], False
+        samples = np.frombuffer(data[: len(data) // 2 * 2], "<i2").astype(np.float32) / np.float32(32768)
+        yield samples if resampler is None else resampler.resample_chunk(samples)
+    if resampler is not None:
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
 def _waveform(source: AudioSource, sample_rate: int | None) -> Iterator[np.ndarray]:
     """Mono 16 kHz chunks of any length."""
     if isinstance(source, (str, Path, bytes, bytearray, memoryview)) or hasattr(source, "read"):
