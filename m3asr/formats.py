@@ -77,7 +77,7 @@ def to_kaldi(transcripts: Iterable[Transcript]) -> Iterator[str]:
 
 def to_json(transcripts: Iterable[Transcript]) -> Iterator[str]:
     """One JSON document: an object for one recording, a list of objects for several or none."""
-    documents = [_plain(asdict(transcript)) for transcript in transcripts]
+    documents = [plain(asdict(transcript)) for transcript in transcripts]
     document = documents[0] if len(documents) == 1 else documents
     yield json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
 
@@ -85,7 +85,7 @@ def to_json(transcripts: Iterable[Transcript]) -> Iterator[str]:
 def to_jsonl(transcripts: Iterable[Transcript]) -> Iterator[str]:
     """One JSON object a line and recording."""
     for transcript in transcripts:
-        yield json.dumps(_plain(asdict(transcript)), ensure_ascii=False, allow_nan=False) + "\n"
+        yield json.dumps(plain(asdict(transcript)), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_srt(transcripts: Iterable[Transcript]) -> Iterator[str]:
@@ -231,12 +231,12 @@ def _key(name: str) -> str:
     return re.sub(r"\s+", "_", name.strip()) or "-"
 
 
-def _plain(value):
+def plain(value):
     """Times and confidences to a thousandth and a millionth: float noise helps no reader of a JSON file."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else None
     return value

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from m3asr.cli import convert, evaluate, infer, transcribe
+from m3asr.cli import convert, evaluate, infer, stream, transcribe
 from m3asr.cli.console import complain
 from m3asr.errors import M3asrError
 
@@ -48,6 +48,7 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 
 app.command()(transcribe.transcribe)
+app.command()(stream.stream)
 app.command()(convert.convert)
 app.command()(convert.build)
 app.command()(convert.engines)
