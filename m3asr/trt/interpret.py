@@ -35,7 +35,7 @@ class Interpreter:
 
     def run(self, inputs, record=None):
         """name -> tensor; `record`, a dict, receives {layer name: first output} in order of evaluation."""
-        known = {}
+        known = self.known = {}  # tensor name -> value, of the last run
         for i in range(self.network.num_inputs):
             tensor = self.network.get_input(i)
             if tensor.name not in inputs:

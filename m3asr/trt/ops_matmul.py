@@ -11,9 +11,11 @@ aten = torch.ops.aten
 
 @converter(F.linear, aten.linear, kind="matmul")
 def linear(net, x, weight, bias=None):
-    x_node, w_node = net.quantised(net.operand(x), net.operand(weight), 0)
+    x_node = net.operand(x)
     if x.dim() == 1:
         x_node = L.reshape(x_node, (1, x.shape[0]))
+    w_node = L.lift(net.operand(weight), x_node.rank)
+    x_node, w_node = net.quantised(x_node, w_node, x_node.rank - 2)
     out = L.matmul(x_node, w_node, transpose_b=True)
     if bias is not None:
         out = out + net.operand(bias)
@@ -92,12 +94,12 @@ def convolution(net, x, weight, bias, stride, padding, dilation, transposed, out
     x_node, w_node = net.operand(x), net.operand(weight)
     if not batched:
         x_node = L.reshape(x_node, (1, *x_node.shape))
-    x_node, w_node = net.quantised(x_node, w_node, 1 if transposed else 0)
     if spatial == 1:  # TensorRT convolves in 2 or 3 dimensions
         x_node = L.reshape(x_node, (*x_node.shape, 1))
         w_node = L.reshape(w_node, (*w_node.shape, 1))
         shape = (*shape, 1)
         stride, padding, dilation, output_padding = ([*v, n] for v, n in ((stride, 1), (padding, 0), (dilation, 1), (output_padding, 0)))
+    x_node, w_node = net.quantised(x_node, w_node, 1 if transposed else 0)
     kernel = [*weight.shape[2:], *([1] if spatial == 1 else [])]
     maps = int(weight.shape[1] * groups if transposed else weight.shape[0])
     kind = "deconvolution_nd" if transposed else "convolution_nd"

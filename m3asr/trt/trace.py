@@ -53,6 +53,8 @@ class Network:
     Attributes:
         network: the INetworkDefinition; builder, package: what made it.
         inputs: name -> Input; outputs: names in order; profiles: list of {size name: (min, opt, max)}.
+        points: where Q/DQ can go, module path -> tensor name (see `calibrate`).
+        modules: module path -> name of the tensor it returned, in the order of leaving; by_name: inputs are keywords.
         values: constant layer name -> torch tensor (TensorRT cannot read bf16 and fp8 constants back).
     """
 
@@ -63,7 +65,9 @@ class Network:
     outputs: list
     profiles: list
     values: dict
-    structure: object = None
+    points: dict = field(default_factory=dict)
+    modules: dict = field(default_factory=dict)
+    by_name: bool = True
     alive: list = field(default_factory=list)
 
     def interpret(self, inputs, layers=None):
@@ -150,7 +154,7 @@ def _trace(module, inputs, profiles, precision, outputs, quantize, package, prep
         result = module(*args, **kwargs)
         names = _mark_outputs(tracer, result, outputs)
     return Network(
-        package, builder, network, dict(inputs), names, profiles, tracer.values, alive=[tracer, module], structure=None
+        package, builder, network, dict(inputs), names, profiles, tracer.values, tracer.points, tracer.module_outputs, bool(kwargs), [tracer, module]
     )
 
 
@@ -198,8 +202,13 @@ class _module_paths:
         def enter(module, *_):
             self.tracer.path.append(self.names.get(id(module), type(module).__name__))
 
-        def leave(module, *_):
-            self.tracer.path.pop()
+        def leave(module, args, output):
+            path = self.tracer.path.pop()
+            tensors = [t for t in tree_leaves(output) if isinstance(t, SymTensor) and t.const is None]
+            if id(module) in self.names and tensors:
+                # To the end, should it run again: a module stands where it was left last.
+                self.tracer.module_outputs.pop(path, None)
+                self.tracer.module_outputs[path] = tensors[0].node.tensor.name
 
         hooks = torch.nn.modules.module
         self.handles = [

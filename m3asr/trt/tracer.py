@@ -46,6 +46,8 @@ class Tracer(Graph):
         self.fakes = FakeTensorMode(shape_env=self.sizes, allow_non_fake_inputs=True)
         self.active = False
         self.quantization = None
+        self.module_outputs = {}
+        self.points, self._points_in = {}, {}  # where Q/DQ may go: point -> name of the tensor there
         self.forced = 0  # >0 inside a converter that computes in float32 throughout
         self.calls = []  # one entry per converter now running: (converter kind, function, args, kwargs, operands)
 
@@ -328,8 +330,11 @@ class Tracer(Graph):
             yield
 
     def quantised(self, x, weight, axis):
-        """x and weight through Q/DQ when this module is to be quantised; weight scales lie along `axis`."""
-        return (x, weight) if self.quantization is None else self.quantization.wrap(self, x, weight, axis)
+        """x and weight of a product, through Q/DQ when this point was calibrated; weight scales lie along `axis`."""
+        count = self._points_in[self.module_path] = self._points_in.get(self.module_path, 0) + 1
+        point = self.module_path if count == 1 else f"{self.module_path}#{count}"
+        self.points[point] = x.tensor.name
+        return (x, weight) if self.quantization is None else self.quantization.wrap(self, point, x, weight, axis)
 
     def operands(self, *values, dtype=None):
         """Tensors and numbers as nodes of one type: torch's promotion, then the type to compute in."""

@@ -1,0 +1,176 @@
+"""Plugins: parity through the real plugin objects, in a network, compiled into PTX; and the check really fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sample_plugins import WRONG, double, peak, scale_rows
+
+import m3asr.trt as trt
+from m3asr.trt import plugin_aot, plugin_parser, plugin_v3
+from m3asr.trt.package import Package
+
+ODD = [(1, 1), (3, 7), (5, 33), (2, 64)]
+SCALED = [(torch.randn(s), torch.randn(s[-1])) for s in ODD]
+
+
+def test_kernel_is_right():
+    assert trt.check_plugin(scale_rows, SCALED, attributes={"eps": 0.25}) < 1e-6
+    assert trt.check_plugin(peak, [(torch.randn(s),) for s in ODD]) == 0
+    assert trt.check_plugin(double, [(torch.randn(s),) for s in ODD]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernel_is_right_in_low_precision(dtype):
+    cases = [tuple(t.to(dtype) for t in case) for case in SCALED]
+    assert trt.check_plugin(scale_rows, cases) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_enqueue_on_the_gpu(dtype):
+    cases = [tuple(t.to(dtype) for t in case) for case in SCALED]
+    trt.check_plugin(scale_rows, cases)
+    trt.check_plugin(double, [case[:1] for case in cases])
+    trt.check_plugin(peak, [case[:1] for case in cases])
+
+
+@pytest.mark.gpu
+def test_called_on_the_gpu_it_runs_the_kernel():
+    x, scale = torch.randn(5, 33).cuda(), torch.randn(33).cuda()
+    torch.testing.assert_close(scale_rows(x, scale), scale_rows.reference(x, scale))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_plugins_are_noticed(name):
+    plugin, message = WRONG[name]
+    with pytest.raises(trt.PluginError, match=message):
+        trt.check_plugin(plugin, [(torch.randn(3, 7) + 3,)])
+
+
+def test_nothing_is_checked_in_silence(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU checks for real")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(trt.PluginError, match="was not checked"):
+        trt.check_plugin(scale_rows, SCALED)
+    with pytest.raises(trt.PluginError, match="no cases"):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        trt.check_plugin(scale_rows, [])
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear = torch.nn.Linear(6, 8)
+        self.scale = torch.nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        y = scale_rows(self.linear(x), self.scale, eps=0.25)
+        value, index = peak(scale_rows(y.relu(), self.scale))
+        return y, value, index
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-6), ("fp16", 1e-2)])
+def test_in_a_network(precision, tolerance):
+    net = Net().eval()
+    ranges = {"B": (1, 2, 4), "T": (3, 5, 50)}
+    network = trt.trace(net, {"x": trt.Input("float32", ("B", "T", 6))}, ranges, precision=precision)
+    for sizes in ((1, 3), (3, 9)):
+        x = torch.randn(*sizes, 6)
+        got, want = network.interpret({"x": x}), net(x)
+        for g, w in zip(list(got.values())[:2], want, strict=False):
+            assert (g - w).abs().max() <= tolerance * w.abs().max()
+        if precision == "fp32":
+            assert torch.equal(got["output2"], want[2])
+    assert len(trt.serialize(network)) > 1000
+    plugins = [n for n in network.values]  # the weight is a constant layer of the network, not a member
+    assert any("scale_rows" in n for n in plugins)
+
+
+def test_clones_share_everything():
+    package = Package("tensorrt_rtx")
+    creator = plugin_v3.register(package, scale_rows)
+    fields = package.module.PluginFieldCollection([])
+    first = creator.create_plugin("a", fields, package.module.TensorRTPhase.BUILD)
+    second = first.clone()
+    assert second is not first
+    assert second.attributes is first.attributes and second.description is first.description
+    assert not [v for v in vars(second).values() if isinstance(v, torch.Tensor)]
+
+
+def test_formats():
+    """The answers TensorRT asks for while it builds: linear layout only, outputs of the declared type."""
+    package = Package("tensorrt_rtx")
+    module = package.module
+    instance = plugin_v3.plugin_class(package)(peak, {})
+
+    def described(dtype, layout=module.TensorFormat.LINEAR):
+        one = module.DynamicPluginTensorDesc()
+        one.desc.type, one.desc.format = dtype, layout
+        return one
+
+    good = [described(module.float32), described(module.float32), described(module.int32)]
+    assert [instance.supports_format_combination(i, good, 1) for i in range(3)] == [True, True, True]
+    other = [described(module.float32), described(module.float16), described(module.float32)]
+    assert [instance.supports_format_combination(i, other, 1) for i in range(3)] == [True, False, False]
+    assert not instance.supports_format_combination(0, [described(module.float32, module.TensorFormat.HWC8)], 1)
+    assert instance.get_output_data_types([module.float16]) == [module.float16, module.int32]
+
+
+def test_attributes():
+    with pytest.raises(trt.PluginError, match="no attribute"):
+        scale_rows(torch.ones(1, 2), torch.ones(2), epsilon=1.0)
+    with pytest.raises(trt.PluginError, match="takes x, scale"):
+        scale_rows(torch.ones(1, 2))
+    with pytest.raises(trt.PluginError, match="one of the types"):
+
+        @trt.plugin("test_untyped")
+        def untyped(x, *, eps=1.0):
+            return x
+
+
+def test_empty_library():
+    """What is written where the wheel lacks a library's plain name loads, and leads to the real one."""
+    import ctypes
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "libtest_m3asr_empty.so"
+        path.write_bytes(plugin_parser.empty_library("libtest_m3asr_empty.so", "libm.so.6"))
+        library = ctypes.CDLL(str(path))
+        library.cos.restype, library.cos.argtypes = ctypes.c_double, [ctypes.c_double]
+        assert library.cos(0.0) == 1.0
+
+
+COMPILE = """
+from sample_plugins import double, scale_rows
+from m3asr.trt.plugin_aot import compile_kernel
+name, ptx, threads, shared = compile_kernel(double, ["FLOAT", "FLOAT"], {}, 80)
+head = ptx[ptx.index(".entry"):ptx.index(")", ptx.index(".entry"))]
+print(name, threads, shared, head.count(".param"), "sm_80" in ptx)
+try:
+    compile_kernel(scale_rows, ["FLOAT"] * 3, {}, 80)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_compiled_without_python():
+    """PTX with TensorRT's parameters only: input, count, output. A process of its own: no interpreter there."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    here = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1])])
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["double_kernel", "128", "0", "3", "True", "PluginError"], done.stderr
+
+
+def test_hidden_parameter_in_use_is_refused():
+    ptx = ".visible .entry k(\n\t.param .u64 k_param_0,\n\t.param .u64 k_param_1\n)\n{ ld.param.u64 %rd1, [k_param_1]; }"
+    with pytest.raises(trt.PluginError, match="hidden parameter 1"):
+        plugin_aot.without_hidden_parameters(ptx, "k", 1)
+    assert ".param .u64 k_param_1" in plugin_aot.without_hidden_parameters(ptx, "k", 2)
