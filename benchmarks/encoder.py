@@ -9,6 +9,7 @@ random and rotate. Errors are relative to eager float32 with tf32 off. The last 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from benchmarks import baselines
 from benchmarks.card import copy_bandwidth, flops, gemm_peak, timed, weight_bytes
 from benchmarks.models import preset, random_model
 from m3asr import ops
-from m3asr.engines.cuda import CudaEngine
+from m3asr.engines.cuda import CudaEngine, tiles
 
 INPUTS = ("1x206", "1x1024", "1x2048", "16x1024", "64x1024")
 # Milliseconds, bf16, set for an H100 with 2.97 TB/s of copy bandwidth.
@@ -144,6 +145,32 @@ def profile(engine: CudaEngine, name: str) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
+def variants(engine: CudaEngine, name: str, data) -> dict[str, float]:
+    """Milliseconds with one decision of the engine taken otherwise."""
+    forward, few = engine.forward, tiles.few
+    usual = {"pdl": forward.pdl, "ahead_bytes": forward.ahead_bytes, "regime": forward.regime}
+    cases = {"as it is": {}, "no dependent launch": {"pdl": False, "ahead_bytes": 0}}
+    cases |= {f"{mb} MB of experts ahead": {"ahead_bytes": mb << 20} for mb in (0, 8, 16, 24, 32, 40, 56)}
+    cases |= {f"experts' weights early: {early}": {"early": early} for early in (False, True)}
+    cases |= {f"kernels for {regime} tokens": {"regime": regime} for regime in ("few", "many")}
+    rows = {}
+    for case, changes in cases.items():
+        for attribute, value in {**usual, **changes}.items():
+            if attribute != "early":
+                setattr(forward, attribute, value)
+        if "early" in changes:
+            tiles.few = lambda *a, early=changes["early"]: dataclasses.replace(few(*a), experts_early=early)
+        engine.drop_graphs()
+        try:
+            rows[case] = measure_engine(engine, name, data, repeats=15)["ms"]
+        finally:
+            tiles.few = few
+            for attribute, value in usual.items():
+                setattr(forward, attribute, value)
+    engine.drop_graphs()
+    return rows
+
+
 def baseline_rows(name: str, model, half, data) -> dict:
     """Milliseconds by way of running the PyTorch model."""
     rows = {}
@@ -211,6 +238,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is started")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--no-variants", action="store_true")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument(
         "--compile", type=float, default=0, metavar="SECONDS", help="also torch.compile, at most so long"
@@ -317,6 +345,10 @@ def main() -> None:
                         row["profile"] = profile(engine, name)
                         for kernel, count, us in row["profile"][:14]:
                             print(f"      {us:9.1f} us {count:4d} x {us / count:7.2f}  {kernel[:60]}", flush=True)
+                    if precision == "bf16" and name.startswith("1x") and not args.no_variants and not late():
+                        row["variants"] = variants(engine, name, data[name])
+                        for case, ms in row["variants"].items():
+                            print(f"      {ms:9.3f} ms  {case}", flush=True)
                 except Exception as error:  # one failing row must not cost the others
                     results["errors"].append(f"{precision} {name}: {type(error).__name__}: {str(error)[:500]}")
                     say(results["errors"][-1])
@@ -355,6 +387,7 @@ def main() -> None:
     # The profile and the error of each block are in the file only.
     for row in results["inputs"].values():
         row.pop("profile", None)
+        row.pop("variants", None)
         for measured in row["engine"].values():
             measured.pop("block_errors", None)
     print(json.dumps(results))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, activate, at_least_16, normalise, wait
+from m3asr.kernels.pieces import Tile, activate, at_least_16, normalise, prefetch, release, wait
 
 
 @triton.jit
@@ -20,6 +20,8 @@ def _depthwise_kernel(
     tokens,
     frames,
     eps,
+    ahead_ptr,
+    ahead_bytes,
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
     LEFT: tl.constexpr,
@@ -28,8 +30,11 @@ def _depthwise_kernel(
     BEFORE: tl.constexpr,
     NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    release(PDL)
+    prefetch(ahead_ptr, ahead_bytes, AHEAD)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     d_in = d < WIDTH
@@ -57,7 +62,9 @@ def _depthwise_kernel(
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & d_in[None, :])
 
 
-def depthwise(x, weight, bias, out, *, frames, left, activation, tile: Tile, before=None, norm=None, pdl=False):
+def depthwise(
+    x, weight, bias, out, *, frames, left, activation, tile: Tile, before=None, norm=None, ahead=None, pdl=False
+):
     """out[s] = act(norm(sum over taps of weight[tap] x[s + tap - left] + bias)); zeros outside the S frames.
 
     x (N, D), N = B * frames, in the compute type; weight float32 (taps, D), bias float32 (D,); out (N, D).
@@ -77,6 +84,8 @@ def depthwise(x, weight, bias, out, *, frames, left, activation, tile: Tile, bef
         tokens,
         frames,
         eps,
+        ahead if ahead is not None else out,
+        ahead.numel() * ahead.element_size() if ahead is not None else 0,
         WIDTH=width,
         TAPS=weight.shape[0],
         LEFT=left,
@@ -85,6 +94,7 @@ def depthwise(x, weight, bias, out, *, frames, left, activation, tile: Tile, bef
         BEFORE=before is not None,
         NORM=norm is not None,
         ACTIVATION=activation,
+        AHEAD=ahead is not None,
         PDL=pdl,
         **tile.options(pdl),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, activate, dot, wait
+from m3asr.kernels.pieces import Tile, activate, dot, release, wait
 
 
 @triton.jit
@@ -35,6 +35,7 @@ def _experts_few_kernel(
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    release(PDL)
     expert = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, activate, dot, wait
+from m3asr.kernels.pieces import Tile, activate, dot, release, wait
 
 
 @triton.jit
@@ -26,6 +26,7 @@ def _sort_kernel(
     BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    release(PDL)
     expert = tl.program_id(0)
     wait(PDL)
     bins = tl.arange(0, BINS)
@@ -103,6 +104,7 @@ def _experts_many_kernel(
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    release(PDL)
     wait(PDL)
     expert = tl.load(tile_expert_ptr + tl.program_id(1))
     if expert >= 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, activate, dot, wait
+from m3asr.kernels.pieces import Tile, activate, dot, gated, prefetch, release, wait
 
 
 @triton.jit
@@ -23,6 +23,8 @@ def _linear_kernel(
     a_group,
     w_group,
     out_group,
+    ahead_ptr,
+    ahead_bytes,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -33,8 +35,11 @@ def _linear_kernel(
     RESIDUAL: tl.constexpr,
     MASK: tl.constexpr,
     DOT: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    release(PDL)
+    prefetch(ahead_ptr, ahead_bytes, AHEAD)
     group = tl.program_id(2).to(tl.int64)
     a_ptr += group * a_group
     w_ptr += group * w_group
@@ -49,20 +54,14 @@ def _linear_kernel(
     a_at = a_ptr + rows.to(tl.int64)[:, None] * WIDTH + k[None, :]
     w_at = w_ptr + cols[:, None] * WIDTH + k[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if GLU:
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     bias = tl.load(b_ptr + cols, mask=cols < columns, other=0.0)
     if BLOCK_K >= WIDTH:
         # All of the inner dimension at once: the weights are on their way before the wait.
         inside = (k < WIDTH)[None, :]
         w = tl.load(w_at, mask=col_in & inside, other=0.0)
-        if GLU:
-            w_gate = tl.load(w_at + columns * WIDTH, mask=col_in & inside, other=0.0)
         wait(PDL)
         a = tl.load(a_at, mask=row_in & inside, other=0.0)
         acc = dot(a, tl.trans(w), acc, DOT)
-        if GLU:
-            gate = dot(a, tl.trans(w_gate), gate, DOT)
     else:
         wait(PDL)
         for start in range(0, WIDTH, BLOCK_K):
@@ -74,20 +73,15 @@ def _linear_kernel(
                 a = tl.load(a_at + start, mask=row_in & inside, other=0.0)
                 w = tl.load(w_at + start, mask=col_in & inside, other=0.0)
             acc = dot(a, tl.trans(w), acc, DOT)
-            if GLU:
-                if WIDTH % BLOCK_K == 0:
-                    w_gate = tl.load(w_at + columns * WIDTH + start, mask=col_in, other=0.0)
-                else:
-                    inside = (k + start < WIDTH)[None, :]
-                    w_gate = tl.load(w_at + columns * WIDTH + start, mask=col_in & inside, other=0.0)
-                gate = dot(a, tl.trans(w_gate), gate, DOT)
     acc += bias[None, :]
-    out_mask = row_in & (cols < columns)[None, :]
     if GLU or MASK:
         valid = (rows % frames) < tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)
     if GLU:
-        gate += tl.load(b_ptr + columns + cols, mask=cols < columns, other=0.0)[None, :]
-        acc = tl.where(valid[:, None], acc * tl.sigmoid(gate), 0.0)
+        acc = gated(acc, BLOCK_M, BLOCK_N)
+        acc = tl.where(valid[:, None], acc, 0.0)
+        columns = columns // 2
+        cols = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    out_mask = row_in & (cols < columns)[None, :]
     if TABLE:
         third = columns // 3
         keys = (cols >= third) & (cols < 2 * third)
@@ -115,6 +109,7 @@ def linear(
     residual_scale=None,
     mask=None,
     dot="ieee",
+    ahead=None,
     pdl=False,
 ) -> None:
     """out = epilogue(a weight^T + bias), or, with `residual_scale`, out += residual_scale * epilogue(...).
@@ -125,7 +120,7 @@ def linear(
     """
     groups = a.shape[0] if a.dim() == 3 else 1
     tokens, width = a.shape[-2:]
-    columns = out.shape[-1]
+    columns = weight.shape[-2]
     lengths, frames = glu or mask or (bias, table[1] if table else tokens)
     grid = (triton.cdiv(columns, tile.n), triton.cdiv(tokens, tile.m), groups)
     _linear_kernel[grid](
@@ -140,8 +135,10 @@ def linear(
         columns,
         1.0 if residual_scale is None else residual_scale,
         tokens * width,
-        weight.shape[-2] * width,
-        tokens * columns,
+        columns * width,
+        out.shape[-1] * tokens,
+        ahead if ahead is not None else out,
+        ahead.numel() * ahead.element_size() if ahead is not None else 0,
         WIDTH=width,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
@@ -152,6 +149,7 @@ def linear(
         RESIDUAL=residual_scale is not None,
         MASK=mask is not None,
         DOT=dot,
+        AHEAD=ahead is not None,
         PDL=pdl,
         **tile.options(pdl),
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, wait
+from m3asr.kernels.pieces import Tile, release, wait
 
 
 @triton.jit
 def _log_softmax_kernel(x_ptr, columns, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    release(PDL)
     wait(PDL)
     x_ptr += tl.program_id(0).to(tl.int64) * columns
     cols = tl.arange(0, BLOCK_N)

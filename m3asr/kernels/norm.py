@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, at_least_16, normalise, wait
+from m3asr.kernels.pieces import Tile, at_least_16, normalise, release, wait
 
 
 @triton.jit
@@ -28,6 +28,7 @@ def _norm_kernel(
     AFFINE: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    release(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     d_in = d < WIDTH

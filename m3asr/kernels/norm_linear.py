@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, activate, at_least_16, dot, normalise, wait
+from m3asr.kernels.pieces import Tile, activate, at_least_16, dot, gated, normalise, prefetch, release, wait
 
 
 @triton.jit
@@ -29,6 +29,8 @@ def _norm_linear_kernel(
     columns,
     eps,
     prior_eps,
+    ahead_ptr,
+    ahead_bytes,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -38,19 +40,18 @@ def _norm_linear_kernel(
     TABLE: tl.constexpr,
     PRIOR: tl.constexpr,
     DOT: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    release(PDL)
+    prefetch(ahead_ptr, ahead_bytes, AHEAD)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     inside = (d < WIDTH)[None, :]
     w_at = w_ptr + cols[:, None] * WIDTH + d[None, :]
-    w_mask = (cols < columns)[:, None] & inside
-    w = tl.load(w_at, mask=w_mask, other=0.0)  # (BLOCK_N, BLOCK_D)
+    w = tl.load(w_at, mask=(cols < columns)[:, None] & inside, other=0.0)  # (BLOCK_N, BLOCK_D)
     bias = tl.load(b_ptr + cols, mask=cols < columns, other=0.0)
-    if GLU:
-        w_gate = tl.load(w_at + columns * WIDTH, mask=w_mask, other=0.0)
-        bias_gate = tl.load(b_ptr + columns + cols, mask=cols < columns, other=0.0)
     wait(PDL)
     x_at = rows[:, None] * WIDTH + d[None, :]
     x_mask = (rows < tokens)[:, None] & inside
@@ -66,10 +67,11 @@ def _norm_linear_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
     acc = dot(y, tl.trans(w), acc, DOT)  # (BLOCK_M, BLOCK_N)
     if GLU:
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias_gate[None, :]
-        gate = dot(y, tl.trans(w_gate), gate, DOT)
+        acc = gated(acc, BLOCK_M, BLOCK_N)
         valid = (rows % frames) < tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)
-        acc = tl.where(valid[:, None], acc * tl.sigmoid(gate), 0.0)
+        acc = tl.where(valid[:, None], acc, 0.0)
+        columns = columns // 2
+        cols = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     out_mask = (rows < tokens)[:, None] & (cols < columns)[None, :]
     if TABLE:
         # One summand a position, for the columns of the keys: the second third.
@@ -78,21 +80,36 @@ def _norm_linear_kernel(
         at = (rows % frames)[:, None] * third + (cols - third)[None, :]
         acc += tl.load(table_ptr + at, mask=out_mask & keys[None, :], other=0.0).to(tl.float32)
     acc = activate(acc, ACTIVATION)
-    tl.store(out_ptr + rows[:, None] * columns + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+    out_at = out_ptr + rows[:, None] * columns + cols[None, :]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def norm_linear(
-    x, weight, bias, out, *, eps, tile: Tile, activation="none", table=None, glu=None, prior=None, dot="ieee", pdl=False
+    x,
+    weight,
+    bias,
+    out,
+    *,
+    eps,
+    tile: Tile,
+    activation="none",
+    table=None,
+    glu=None,
+    prior=None,
+    dot="ieee",
+    ahead=None,
+    pdl=False,
 ) -> None:
     """out = epilogue(normalise(x) weight^T + bias).
 
     x float32 (N, D); weight (C, D) in the compute type, bias float32 (C,); out (N, C), or (N, C/2) with `glu`.
     activation: after the sum. table = (values (>= S, C/3), S): added to the middle third of the columns at position
-    token % S. glu = (lengths int32 (B,), S): first half times sigmoid of the second, zero past the length.
+    token % S. glu = (lengths int32 (B,), S): columns alternate value, gate; value times sigmoid of gate, zero past the
+    length.
     prior = (weight, bias, eps, x_out): x is first replaced by its layer norm, which is also stored in x_out (not x).
     """
     tokens, width = x.shape
-    columns = out.shape[1]
+    columns = weight.shape[0]
     frames = table[1] if table else glu[1] if glu else tokens
     prior_w, prior_b, prior_eps, prior_out = prior if prior else (bias, bias, 0.0, x)
     grid = (triton.cdiv(columns, tile.n), triton.cdiv(tokens, tile.m))
@@ -111,6 +128,8 @@ def norm_linear(
         columns,
         eps,
         prior_eps,
+        ahead if ahead is not None else out,
+        ahead.numel() * ahead.element_size() if ahead is not None else 0,
         WIDTH=width,
         BLOCK_D=at_least_16(width),
         BLOCK_M=tile.m,
@@ -120,6 +139,7 @@ def norm_linear(
         TABLE=table is not None,
         PRIOR=prior is not None,
         DOT=dot,
+        AHEAD=ahead is not None,
         PDL=pdl,
         **tile.options(pdl),
     )

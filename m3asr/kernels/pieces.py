@@ -20,6 +20,7 @@ class Tile:
     stages: int = 3
 
     def options(self, pdl: bool) -> dict:
+        """Launch options of Triton."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
         # Only where it is wanted: the interpreter does not know the option.
         return {**options, "launch_pdl": True} if pdl else options
@@ -31,14 +32,52 @@ def at_least_16(size: int) -> int:
 
 
 @triton.jit
+def release(PDL: tl.constexpr):
+    """Let the next kernel begin its own prologue as soon as there is room for it. First thing in a kernel."""
+    if PDL:
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(ptr, size, PREFETCH: tl.constexpr):
+    """Ask that this program's share of the `size` bytes at `ptr` be brought into the L2 cache; waits for nothing.
+
+    While small kernels follow each other the memory is idle: this is when the next large weights are fetched.
+    """
+    if PREFETCH:
+        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+        program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
+        share = (size // programs + 128) // 128 * 128
+        begin = program * share
+        count = tl.minimum(size - begin, share)
+        if count > 0:
+            tl.inline_asm_elementwise(
+                """
+                {
+                    .reg .pred first;
+                    .reg .u32 thread;
+                    mov.u32 thread, %tid.x;
+                    setp.eq.u32 first, thread, 0;
+                    @first cp.async.bulk.prefetch.L2.global [$1], $2;
+                    mov.u32 $0, 0;
+                }
+                """,
+                "=r,l,r",
+                [ptr.to(tl.int64) + begin, count],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+
+
+@triton.jit
 def wait(PDL: tl.constexpr):
-    """Let the next kernel start its prologue, and wait until everything before this kernel is finished and visible.
+    """Wait until everything before this kernel is finished and visible.
 
     Each program of each kernel of a chain must call this, also one that has nothing to do: a kernel's completion
     then implies that of all kernels before it.
     """
     if PDL:
-        cuda.gdc_launch_dependents()
         cuda.gdc_wait()
 
 
@@ -61,6 +100,13 @@ def activate(x, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "none")
     return x
+
+
+@triton.jit
+def gated(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Gated linear unit of columns that alternate value, gate: (BLOCK_M, BLOCK_N) -> (BLOCK_M, BLOCK_N / 2)."""
+    value, gate = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_N // 2, 2)))
+    return value * tl.sigmoid(gate)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, at_least_16, dot, normalise, wait
+from m3asr.kernels.pieces import Tile, at_least_16, dot, normalise, release, wait
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def _router_kernel(
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    release(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.arange(0, BLOCK_E)
     row_in = (rows < tokens)[:, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, at_least_16, dot, wait
+from m3asr.kernels.pieces import Tile, at_least_16, dot, release, wait
 
 
 @triton.jit
@@ -131,6 +131,7 @@ def _next_kernel(
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    release(PDL)
     # Channels last: the taps along the bins and all channels are one run of memory, KERNEL runs a row.
     RUN: tl.constexpr = KERNEL * WIDTH
     STEPS: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K

@@ -12,7 +12,7 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 def epilogue(y, activation, table, glu):
     if glu:
         lengths, frames = glu
-        y = F.glu(y, dim=-1).unflatten(0, (-1, frames))
+        y = (y[:, ::2] * torch.sigmoid(y[:, 1::2])).unflatten(0, (-1, frames))
         return y.masked_fill(~ops.frame_mask(lengths, frames).unsqueeze(-1), 0.0).flatten(0, 1)
     if table:
         values, frames = table

@@ -181,6 +181,10 @@ class CudaEngine:
         arrays = (torch.as_tensor(a).to(self._device) for a in (hidden, lengths, tokens, reversed_tokens))
         return tuple(None if output is None else output.cpu().numpy() for output in self._decoder.decode(*arrays))
 
+    def drop_graphs(self) -> None:
+        """Forget all captured shapes; each is captured again when it next comes."""
+        self._graphs.clear()
+
     def _subsampled(self, frames: int) -> int:
         encoder = self.config.encoder
         return max(1, (frames - encoder.min_frames) // encoder.subsampling_rate + 1)
@@ -204,7 +208,7 @@ class CudaEngine:
             if stack is not None:
                 lengthen_tables(stack, self._positions, self.forward.dtype)
         # Graphs hold the addresses of the tables that were just replaced.
-        self._graphs.clear()
+        self.drop_graphs()
 
     def _load_decoder(self, state: dict[str, Tensor]) -> Model | None:
         if self.config.decoder is None:

@@ -38,7 +38,7 @@ class Block:
     key_table: Tensor | None  # (positions, D) in the compute type
     key_bias: Tensor | None  # float32 (H, positions)
     attention_out: Linear
-    pointwise_1: Linear  # (2D, D)
+    pointwise_1: Linear  # (2D, D), rows alternate value, gate
     depthwise: Tensor  # float32 (taps, D)
     depthwise_bias: Tensor  # float32 (D,)
     depthwise_norm: tuple[Tensor, Tensor, float] | None
@@ -154,7 +154,7 @@ class Packer:
             key_table=None,
             key_bias=None,
             attention_out=self._linear(prefix + "self_attn.linear_out"),
-            pointwise_1=self._packed(*pointwise_1),
+            pointwise_1=self._packed(*map(_alternating, pointwise_1)),
             depthwise=depthwise,
             depthwise_bias=depthwise_bias,
             depthwise_norm=depthwise_norm,
@@ -274,6 +274,11 @@ def check_supported(config: ModelConfig) -> None:
         raise ModelError(
             f"the embedding network subsamples by {encoder.embed.input_layer}, the encoder by {encoder.input_layer}"
         )
+
+
+def _alternating(halves: Tensor) -> Tensor:
+    """(2D, ...): the first half's rows and the second's, one by one in turn."""
+    return torch.stack(halves.chunk(2), dim=1).flatten(0, 1)
 
 
 def _same_front(a: EncoderConfig, b: EncoderConfig) -> bool:

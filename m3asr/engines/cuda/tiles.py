@@ -13,6 +13,8 @@ from m3asr.kernels.pieces import Tile, at_least_16
 
 # The largest number of tokens that is treated as few.
 FEW_TOKENS = 512
+# Expert weights that the small kernels of a block fetch ahead into the L2 cache.
+AHEAD_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,6 @@ class Tiles:
     next_convolution: Tile
     subsampling_out: Tile
     norm_linear: Tile  # few tokens: feed-forward up, QKV, pointwise 1
-    gated: Tile  # pointwise 1, whose program computes two tiles
     residual: Tile  # feed-forward down, attention out, pointwise 2
     linear: Tile  # many tokens: the same products as norm_linear
     norm: Tile
@@ -50,7 +51,6 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         next_convolution=Tile(64, 64, k=32 if wide else 128, warps=4, stages=3 if wide else 4),
         subsampling_out=Tile(16 if tokens <= 80 else 64, 32, k=32 if wide else 128, warps=4, stages=4),
         norm_linear=Tile(rows, columns, warps=warps),
-        gated=Tile(rows, 16, warps=warps),
         residual=Tile(rows, 16, k=inner, warps=warps),
         linear=Tile(rows, columns, k=whole, warps=warps),
         norm=Tile(1, 1, warps=4),
@@ -75,13 +75,12 @@ def many(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         next_convolution=product if wide else Tile(128, 256, k=64, warps=8, stages=3),
         subsampling_out=product,
         norm_linear=product,
-        gated=Tile(64, 64, k=32, warps=4, stages=2) if wide else Tile(128, 64, k=64, warps=8, stages=3),
         residual=product,
         linear=product,
         norm=Tile(4, 1, warps=4),
         attention=Tile(64, 32, warps=4, stages=2) if wide else Tile(128, 64, warps=8, stages=2),
         depthwise=Tile(4, 1, warps=4),
-        router=Tile(32, 1, k=64, warps=4, stages=2),
+        router=Tile(32, 1, k=64, warps=8, stages=2),
         expert_up=product,
         expert_down=product,
         sort=Tile(1, 4096, warps=16),

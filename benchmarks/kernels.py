@@ -1,0 +1,478 @@
+"""Each kernel alone: microseconds a launch, error against torch, floor; and which tile is best.
+
+`python -m benchmarks.kernels --out DIR --shapes 1x206 1x1024 --cases up out` times a chain of launches, each with
+weights of its own, captured in one CUDA graph with dependent launch, as the engine runs them. The floor of a launch is
+the larger of its bytes over the measured copy bandwidth and its arithmetic over the measured matrix rate. Tiles are
+compiled ahead by several processes. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.card import copy_bandwidth, gemm_peak, timed
+from m3asr import ops
+from m3asr.engines.cuda import tiles
+from m3asr.kernels.attention import attention
+from m3asr.kernels.depthwise import depthwise
+from m3asr.kernels.experts_few import experts_few
+from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
+from m3asr.kernels.linear import linear
+from m3asr.kernels.log_softmax import log_softmax
+from m3asr.kernels.norm import norm
+from m3asr.kernels.norm_linear import norm_linear
+from m3asr.kernels.pieces import Tile
+from m3asr.kernels.router import route
+from m3asr.kernels.subsampling import first_convolution, next_convolution
+
+# input -> (utterances, subsampled frames of the bucket, valid frames)
+SHAPES = {
+    "1x206": (1, 64, 50),
+    "1x1024": (1, 256, 255),
+    "1x2048": (1, 512, 511),
+    "16x1024": (16, 256, 255),
+    "64x1024": (64, 256, 255),
+}
+WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
+DTYPE = torch.bfloat16
+
+
+@dataclass
+class Case:
+    """One kernel at one size. `launch(i, tile)` runs it with the i-th weights; `prepare` makes its output afresh;
+    `result` is what to compare with `reference` after `prepare(); launch(0, tile)`."""
+
+    launch: Callable
+    result: Callable
+    reference: Callable
+    tiles: list[Tile]
+    bytes: float
+    flops: float
+    prepare: Callable = lambda: None
+    copies: int = 1
+
+
+def tensor(*shape, dtype=DTYPE, scale=1.0):
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def copies_for(size: int) -> int:
+    """Enough weights to overflow the L2 cache, within reason."""
+    return max(2, min(64, int(160e6 / size)))
+
+
+def grid(rows, columns, warps, k=(64,), stages=(1,)) -> list[Tile]:
+    return [Tile(m, n, kk, w, s) for m, n, kk, w, s in product(rows, columns, k, warps, stages)]
+
+
+def few_rows(tokens: int) -> tuple[int, ...]:
+    return (16,) if tokens <= 64 else (16, 32, 64)
+
+
+def make_up(batch, frames, valid, hidden, kind, few):
+    """Feed-forward up, QKV or the gated pointwise layer: with the norm inside for few tokens."""
+    tokens = batch * frames
+    columns = {"up": hidden, "qkv": 3 * WIDTH, "gated": 2 * WIDTH}[kind]
+    copies = copies_for(columns * WIDTH * 2)
+    weights, bias = tensor(copies, columns, WIDTH, scale=WIDTH**-0.5), tensor(columns, dtype=torch.float32)
+    x = tensor(tokens, WIDTH, dtype=torch.float32)
+    y = F.layer_norm(x, (WIDTH,)).to(DTYPE)
+    out_columns = WIDTH if kind == "gated" else columns
+    out = torch.empty(tokens, out_columns, device="cuda", dtype=DTYPE)
+    lengths = torch.full((batch,), valid, dtype=torch.int32, device="cuda")
+    table = tensor(1024, WIDTH)
+    options = {
+        "up": {"activation": "swish"},
+        "qkv": {"table": (table, frames)},
+        "gated": {"glu": (lengths, frames)},
+    }[kind]
+
+    def launch(i, tile):
+        if few:
+            norm_linear(x, weights[i], bias, out, eps=1e-12, tile=tile, pdl=True, **options)
+        else:
+            linear(y, weights[i], bias, out, tile=tile, pdl=True, **options)
+
+    def reference():
+        z = y.float() @ weights[0].float().t() + bias
+        if kind == "up":
+            return F.silu(z)
+        if kind == "gated":
+            keep = ops.frame_mask(lengths, frames).flatten().unsqueeze(-1)
+            return z[:, ::2] * torch.sigmoid(z[:, 1::2]) * keep
+        z[:, WIDTH : 2 * WIDTH] += table[:frames].float().repeat(batch, 1)
+        return z
+
+    if few:
+        candidates = grid(few_rows(tokens), (16, 32, 64), (4, 8))
+    else:
+        candidates = grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3, 4))
+    size = columns * WIDTH * 2 + tokens * (WIDTH * (4 if few else 2) + 2 * out_columns)
+    return Case(launch, lambda: out, reference, candidates, size, 2 * tokens * columns * WIDTH, copies=copies)
+
+
+def make_residual(batch, frames, valid, width, few):
+    tokens = batch * frames
+    copies = copies_for(WIDTH * width * 2)
+    weights, bias = tensor(copies, WIDTH, width, scale=width**-0.5), tensor(WIDTH, dtype=torch.float32)
+    a, x = tensor(tokens, width), tensor(tokens, WIDTH, dtype=torch.float32)
+    out = x.clone()
+    return Case(
+        launch=lambda i, tile: linear(a, weights[i], bias, out, tile=tile, residual_scale=0.5, pdl=True),
+        result=lambda: out,
+        reference=lambda: x + 0.5 * (a.float() @ weights[0].float().t() + bias),
+        tiles=[
+            *(grid(few_rows(tokens), (16, 32), (2, 4, 8), k=(width,)) if few else []),
+            *(
+                grid(few_rows(tokens), (16, 32, 64), (4,), k=(128, 256), stages=(3,))
+                if few
+                else grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3, 4))
+            ),
+        ],
+        bytes=WIDTH * width * 2 + tokens * (width * 2 + WIDTH * 8),
+        flops=2 * tokens * width * WIDTH,
+        prepare=lambda: out.copy_(x),
+        copies=copies,
+    )
+
+
+def make_attention(batch, frames, valid, few):
+    qkv, out = tensor(batch, frames, 3 * WIDTH), tensor(batch, frames, WIDTH)
+    lengths = torch.full((batch,), valid, dtype=torch.int32, device="cuda")
+    key_bias = tensor(HEADS, 1024, dtype=torch.float32)
+
+    def reference():
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2).float() for t in qkv.chunk(3, -1))
+        mask = ops.frame_mask(lengths, frames)[:, None, None]
+        return ops.attention(q, k, v, mask, key_bias[:, None, :frames]).transpose(1, 2).flatten(2)[:, :valid]
+
+    candidates = grid((16, 32, 64) if few else (64, 128), (32, 64, 128), (4, 8), stages=(2, 3))
+    work = batch * 4 * valid * valid * WIDTH
+    return Case(
+        lambda i, tile: attention(qkv, lengths, out, heads=HEADS, tile=tile, key_bias=key_bias, pdl=True),
+        lambda: out[:, :valid], reference, candidates, batch * frames * WIDTH * 8, work,
+    )  # fmt: skip
+
+
+def make_depthwise(batch, frames, valid, few):
+    tokens = batch * frames
+    x, out = tensor(tokens, WIDTH), tensor(tokens, WIDTH)
+    weight, bias, w, b = (tensor(*s, dtype=torch.float32) for s in ((TAPS, WIDTH), (WIDTH,), (WIDTH,), (WIDTH,)))
+
+    def reference():
+        y = F.conv1d(
+            x.view(batch, frames, -1).transpose(1, 2).float(), weight.t()[:, None], bias, padding=7, groups=WIDTH
+        )
+        return F.silu(F.layer_norm(y.transpose(1, 2), (WIDTH,), w, b)).flatten(0, 1)
+
+    return Case(
+        lambda i, tile: depthwise(
+            x, weight, bias, out, frames=frames, left=7, activation="swish", tile=tile, norm=(w, b, 1e-5), pdl=True
+        ),
+        lambda: out, reference, grid((1, 2, 4, 8), (1,), (2, 4, 8)), tokens * WIDTH * 4, tokens * WIDTH * 2 * TAPS,
+    )  # fmt: skip
+
+
+def make_norm(batch, frames, valid, few):
+    tokens = batch * frames
+    x, out = tensor(tokens, WIDTH, dtype=torch.float32), tensor(tokens, WIDTH)
+    return Case(
+        lambda i, tile: norm(x, out, eps=1e-12, tile=tile, pdl=True),
+        lambda: out, lambda: F.layer_norm(x, (WIDTH,)), grid((1, 2, 4, 8), (1,), (2, 4, 8)), tokens * WIDTH * 6, 0,
+    )  # fmt: skip
+
+
+def routed(tokens: int) -> torch.Tensor:
+    return torch.randint(EXPERTS, (tokens,), device="cuda", dtype=torch.int32)
+
+
+def make_router(batch, frames, valid, few):
+    tokens = batch * frames
+    x, weight = tensor(tokens, WIDTH, dtype=torch.float32), tensor(WIDTH, EXPERTS, dtype=torch.float32)
+    bias, heard = tensor(EXPERTS, dtype=torch.float32), tensor(tokens, 18 * EXPERTS, dtype=torch.float32)[:, :EXPERTS]
+    lengths = torch.full((batch,), frames, dtype=torch.int32, device="cuda")
+    y, gate = tensor(tokens, WIDTH), tensor(tokens, dtype=torch.float32)
+    idx = routed(tokens)
+    return Case(
+        lambda i, tile: route(
+            x, weight, bias, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, tile=tile, dot="tf32x3", pdl=True
+        ),
+        lambda: gate,
+        lambda: torch.softmax(F.layer_norm(x, (WIDTH,)) @ weight + bias + heard, -1).amax(-1),
+        grid((1,), (1,), (4, 8, 16)) if few else grid((16, 32, 64), (1,), (4, 8), k=(32, 64), stages=(2,)),
+        tokens * WIDTH * 6 + WIDTH * EXPERTS * 4,
+        2 * tokens * WIDTH * EXPERTS,
+    )
+
+
+def make_experts(batch, frames, valid, hidden, down, few):
+    tokens = batch * frames
+    columns, width = (WIDTH, hidden) if down else (hidden, WIDTH)
+    copies = 3
+    weights = tensor(copies, EXPERTS, columns, width, scale=width**-0.5)
+    bias = tensor(EXPERTS, columns, dtype=torch.float32)
+    a, idx, gate = tensor(tokens, width), routed(tokens), torch.rand(tokens, device="cuda")
+    idx.view(batch, frames)[:, valid:] = -1
+    here = idx >= 0
+    x = tensor(tokens, WIDTH, dtype=torch.float32)
+    sorts = {}
+    made = {}
+
+    def launch(i, tile):
+        kwargs = {"tile": tile, "pdl": True}
+        kwargs |= {"residual_scale": 0.5, "gate": gate} if down else {"activation": "swish"}
+        if few:
+            kwargs["early"] = tile.stages == 1
+            experts_few(a, weights[i], bias, idx, made["out"], **kwargs)
+            return
+        slot_token, tile_expert, sorted_a, out = sorts[tile.m]
+        experts_many(sorted_a if down else a, weights[i], bias, slot_token, tile_expert, out, **kwargs)
+
+    def prepare():
+        made["out"] = x.clone() if down else torch.zeros(tokens, columns, device="cuda", dtype=DTYPE)
+        for rows in (64, 128) if not few else ():
+            slot_token, tile_expert = slots(tokens, EXPERTS, rows, "cuda")
+            slot_token.fill_(-1)
+            sort_tokens(idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=Tile(1, 1024), pdl=False)
+            sorted_a = a[slot_token.clamp(min=0).long()] if down else a
+            out = made["out"].clone() if down else torch.zeros(slot_token.numel(), columns, device="cuda", dtype=DTYPE)
+            sorts[rows] = (slot_token, tile_expert, sorted_a, out)
+
+    prepare()
+
+    def result():
+        if few:
+            return made["out"][here]
+        slot_token, tile_expert, _, out = sorts[made["rows"]]
+        if down:
+            return out[here]
+        taken = (slot_token.view(tile_expert.numel(), -1) >= 0) & (tile_expert >= 0).unsqueeze(1)
+        taken = taken.flatten()
+        return torch.zeros(tokens, columns, device="cuda").index_copy_(0, slot_token[taken].long(), out[taken].float())[
+            here
+        ]
+
+    def remember(i, tile):
+        made["rows"] = tile.m
+        launch(i, tile)
+
+    def reference():
+        z = torch.zeros(tokens, columns, device="cuda")
+        for e in range(EXPERTS):
+            rows = idx == e
+            z[rows] = a[rows].float() @ weights[0, e].float().t() + bias[e]
+        z = (x + 0.5 * gate[:, None] * z) if down else F.silu(z)
+        return z[here]
+
+    hit = int(idx[here].unique().numel())
+    candidates = (
+        grid((16,), (16, 32, 64), (2, 4, 8), k=(width,), stages=(1, 2))
+        if few
+        else grid((64, 128), (128, 256), (4, 8), stages=(3, 4))
+    )
+    return Case(
+        remember, result, reference, candidates, hit * columns * width * 2 + tokens * 2 * (columns + width),
+        2 * tokens * columns * width, prepare=prepare, copies=copies,
+    )  # fmt: skip
+
+
+def make_convolution(batch, frames, valid, few, first):
+    time_in = (frames - 1) * 4 + 7
+    t1, f1, f2 = (time_in - 1) // 2, (BINS - 1) // 2, ((BINS - 1) // 2 - 1) // 2
+    if first:
+        x, lengths = tensor(batch, time_in, BINS, dtype=torch.float32), torch.empty(batch, device="cuda").int()
+        lengths.fill_(time_in)
+        weight, bias = tensor(2, 9, WIDTH, dtype=torch.float32), tensor(2, WIDTH, dtype=torch.float32)
+        out, out_lengths = torch.empty(2, batch, t1, f1, WIDTH, device="cuda", dtype=DTYPE), lengths.clone()
+        return Case(
+            lambda i, tile: first_convolution(
+                x, lengths, weight, bias, out, out_lengths, kernel=3, stride=2, receptive_field=7, rate=4, tile=tile
+            ),
+            lambda: out[:, :2],
+            lambda: torch.stack(
+                [F.relu(F.conv2d(x[:2, None], weight[g].t().reshape(WIDTH, 1, 3, 3), bias[g], 2)) for g in range(2)]
+            ).permute(0, 1, 3, 4, 2),
+            grid((16, 32, 64, 128), (64, 128, 256), (4, 8)), out.numel() * 2, out.numel() * 18,
+        )  # fmt: skip
+    x = tensor(2, batch, t1, f1, WIDTH)
+    weight, bias = tensor(2, WIDTH, 3, 3, WIDTH, scale=(9 * WIDTH) ** -0.5), tensor(2, WIDTH, dtype=torch.float32)
+    out = torch.empty(2, batch, frames, f2, WIDTH, device="cuda", dtype=DTYPE)
+
+    def reference():
+        images, kernels = x[:, :1].permute(0, 1, 4, 2, 3).float(), weight.permute(0, 1, 4, 2, 3).float()
+        outs = [F.relu(F.conv2d(images[g], kernels[g], bias[g], 2)) for g in range(2)]
+        return torch.stack(outs).permute(0, 1, 3, 4, 2)
+
+    candidates = (
+        grid((16, 32, 64), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
+        if few
+        else grid((128,), (128, 256), (8,), k=(64,), stages=(3, 4))
+        + grid((64, 128), (128,), (4,), k=(64,), stages=(3,))
+    )
+    return Case(
+        lambda i, tile: next_convolution(x, weight, bias, out, kernel=3, stride=2, tile=tile, pdl=True),
+        lambda: out[:, :1],
+        reference,
+        candidates, (x.numel() + out.numel() + weight.numel()) * 2, out.numel() * 18 * WIDTH,
+    )  # fmt: skip
+
+
+def make_head(batch, frames, valid, few, kind):
+    tokens = batch * frames
+    if kind == "log_softmax":
+        x = tensor(tokens, VOCABULARY, dtype=torch.float32)
+        out = x.clone()
+        return Case(
+            lambda i, tile: log_softmax(out, tile=tile, pdl=True), lambda: out, lambda: torch.log_softmax(x, -1),
+            grid((1,), (1024, 2048, 8192), (4, 8, 16)), x.numel() * 8, 0, prepare=lambda: out.copy_(x),
+        )  # fmt: skip
+    groups, columns, width = (2, WIDTH, 9 * WIDTH) if kind == "subsampling_out" else (1, VOCABULARY, WIDTH)
+    a, weight = tensor(groups, tokens, width), tensor(groups, columns, width, scale=width**-0.5)
+    bias, out = tensor(groups, columns, dtype=torch.float32), tensor(groups, tokens, columns, dtype=torch.float32)
+    if few:
+        candidates = grid(few_rows(tokens), (16, 32, 64), (4,), k=(128, 256, 512), stages=(3,))
+    else:
+        candidates = grid((64, 128), (128, 256), (4, 8), stages=(3, 4))
+    return Case(
+        lambda i, tile: linear(a, weight, bias, out, tile=tile, pdl=True),
+        lambda: out, lambda: torch.stack([a[g].float() @ weight[g].float().t() + bias[g] for g in range(groups)]),
+        candidates, (a.numel() + weight.numel()) * 2 + out.numel() * 4, 2 * groups * tokens * columns * width,
+    )  # fmt: skip
+
+
+CASES = {
+    "up": lambda s, h, few: make_up(*s, h, "up", few),
+    "qkv": lambda s, h, few: make_up(*s, h, "qkv", few),
+    "gated": lambda s, h, few: make_up(*s, h, "gated", few),
+    "out": lambda s, h, few: make_residual(*s, WIDTH, few),
+    "down": lambda s, h, few: make_residual(*s, h, few),
+    "attention": lambda s, h, few: make_attention(*s, few),
+    "depthwise": lambda s, h, few: make_depthwise(*s, few),
+    "norm": lambda s, h, few: make_norm(*s, few),
+    "router": lambda s, h, few: make_router(*s, few),
+    "expert_up": lambda s, h, few: make_experts(*s, h, False, few),
+    "expert_down": lambda s, h, few: make_experts(*s, h, True, few),
+    "first_convolution": lambda s, h, few: make_convolution(*s, few, True),
+    "next_convolution": lambda s, h, few: make_convolution(*s, few, False),
+    "subsampling_out": lambda s, h, few: make_head(*s, few, "subsampling_out"),
+    "head": lambda s, h, few: make_head(*s, few, "head"),
+    "log_softmax": lambda s, h, few: make_head(*s, few, "log_softmax"),
+}
+
+
+def make(name: str, shape: str, hidden: int, few: bool) -> Case:
+    torch.manual_seed(0)
+    return CASES[name](SHAPES[shape], hidden, few)
+
+
+def is_few(shape: str) -> bool:
+    return SHAPES[shape][0] * SHAPES[shape][1] <= tiles.FEW_TOKENS
+
+
+def compile_ahead(job) -> None:
+    """In a worker: run some tiles of a case once, which leaves the compiled kernels in Triton's cache."""
+    name, shape, hidden, part, parts = job
+    try:
+        with torch.inference_mode():
+            case = make(name, shape, hidden, is_few(shape))
+            case.prepare()
+            for tile in case.tiles[part::parts]:
+                try:
+                    case.launch(0, tile)
+                except Exception:  # found again, and reported, by the process that measures
+                    continue
+            torch.cuda.synchronize()
+    except Exception as error:
+        print(f"compiling {name} {shape}: {error}", flush=True)
+
+
+def measure(case: Case, tile: Tile) -> tuple[float, float]:
+    """(microseconds a launch, relative error)."""
+    case.prepare()
+    case.launch(0, tile)
+    result, reference = case.result().double(), case.reference().double()
+    error = float((result - reference).norm() / reference.norm())
+    launches = max(8, case.copies)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            case.launch(i % case.copies, tile)
+    return 1e3 * timed(graph.replay, repeats=5, warmup=1) / launches, error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="+", default=["1x206", "1x1024", "16x1024"], choices=SHAPES)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
+    parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is started")
+    parser.add_argument("--show", type=int, default=4, help="how many tiles of each case are printed")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    began = time.monotonic()
+    todo = [(case, shape) for shape in args.shapes for case in args.cases if not (case == "norm" and is_few(shape))]
+    if args.jobs:
+        jobs = [(case, shape, args.hidden, part, 3) for case, shape in todo for part in range(3)]
+        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+            done = pool.map_async(compile_ahead, jobs, chunksize=1)
+            done.wait(timeout=args.budget * 0.6)
+            pool.terminate()
+        print(f"[{time.monotonic() - began:.0f} s] compiled ahead", flush=True)
+    bandwidth, peak = copy_bandwidth(), gemm_peak(DTYPE)
+    print(f"copy {bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s", flush=True)
+    results = {"copy_bytes_per_s": bandwidth, "bf16_flops": peak, "cases": {}}
+    with torch.inference_mode():
+        for name, shape in todo:
+            if time.monotonic() - began > args.budget:
+                print("no time left")
+                break
+            rows = []
+            try:
+                case = make(name, shape, args.hidden, is_few(shape))
+            except Exception as error:
+                print(f"{name} {shape}: {type(error).__name__}: {error}")
+                continue
+            for tile in case.tiles:
+                try:
+                    us, error = measure(case, tile)
+                    rows.append({"us": us, "error": error, **dataclasses.asdict(tile)})
+                except Exception as error:
+                    rows.append({"us": float("inf"), "failed": str(error)[:200], **dataclasses.asdict(tile)})
+                if time.monotonic() - began > args.budget:
+                    break
+            rows.sort(key=lambda row: row["us"])
+            floor = 1e6 * max(case.bytes / bandwidth, case.flops / peak)
+            results["cases"][f"{name} {shape}"] = {"floor_us": floor, "tiles": rows}
+            shown = "; ".join(
+                f"{r['us']:.2f} (m{r['m']} n{r['n']} k{r['k']} w{r['warps']} s{r['stages']} {r.get('error', 9):.0e})"
+                for r in rows[: args.show]
+            )
+            failed = sum("failed" in r for r in rows)
+            print(f"{shape:8s} {name:18s} floor {floor:7.2f}  best {shown}  failed {failed}", flush=True)
+            if failed:
+                print("    ", next(r["failed"] for r in rows if "failed" in r).replace("\n", " ")[:160])
+            del case
+            torch.cuda.empty_cache()
+            (args.out / "kernels.json").write_text(json.dumps(results))
+    best = {key: {k: v for k, v in value["tiles"][0].items()} for key, value in results["cases"].items()}
+    print(json.dumps({key: round(value["us"], 2) for key, value in best.items()}))
+
+
+if __name__ == "__main__":
+    main()
