@@ -310,7 +310,7 @@ def _adaptive(net, x, output_size, n, average):
             continue
         if not is_fixed(size):
             if not average:
-                raise UncoveredOperation(f"{net.where()}adaptive max pooling to {wanted} of a size that varies: {size}")
+                raise UncoveredOperation(f"{net.where()}adaptive max pooling to {wanted} of a size that varies: {net.sizes.text(size)}")
             cell = torch.arange(wanted).unsqueeze(1)
             start, end = (cell * size) // wanted, ((cell + 1) * size + wanted - 1) // wanted
             at = torch.arange(size).unsqueeze(0)

@@ -128,7 +128,7 @@ def split_with_sizes(net, x, sizes, dim=0):
 @converter(aten.unbind)
 def unbind(net, x, dim=0):
     if not is_fixed(x.shape[dim]):
-        raise UncoveredOperation(f"{net.where()}unbind (or a Python loop) over a dimension that varies: {x.shape[dim]}")
+        raise UncoveredOperation(f"{net.where()}unbind (or a Python loop) over a size that varies: {net.sizes.text(x.shape[dim])}")
     dim %= x.dim()
     rest = [s for i, s in enumerate(x.shape) if i != dim]
     return [L.reshape(p, rest) for p in _pieces(net, x, [1] * int(x.shape[dim]), dim)]

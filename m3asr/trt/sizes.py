@@ -52,6 +52,9 @@ class NamedSizes(ShapeEnv):
         """`expr` with the user's names instead of torch's symbols."""
         return str(expr.subs({s: sympy.Symbol(n) for s, n in self.names.items()})) if self.names else str(expr)
 
+    def text(self, size):
+        return self.readable(expression(size))
+
     def _samples(self, expr):
         """Size assignments, at least 2 each, over the corners and inside of the range."""
         symbols = sorted(expr.free_symbols & set(self.names), key=str)

@@ -47,9 +47,9 @@ def find(function):
 
 
 def name_of(function):
-    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    """A function as a user would write it."""
+    if isinstance(function, torch._ops.OpOverload):
+        return f"torch.ops.{function.overloadpacket}"
+    if isinstance(function, torch._ops.OpOverloadPacket):
         return f"torch.ops.{function}"
-    if torch.overrides.is_tensor_method_or_property(function):
-        return f"torch.Tensor.{getattr(function, '__name__', function)}"
-    module = getattr(function, "__module__", None) or "torch"
-    return f"{module.replace('torch._C._nn', 'torch.nn.functional')}.{getattr(function, '__name__', function)}"
+    return torch.overrides.resolve_name(function) or getattr(function, "__qualname__", repr(function))

@@ -49,6 +49,7 @@ class Tracer(Graph):
         self.module_outputs = {}
         self.points, self._points_in = {}, {}  # where Q/DQ may go: point -> name of the tensor there
         self.forced = 0  # >0 inside a converter that computes in float32 throughout
+        self.asked = []  # torch functions as the forward wrote them, while torch takes them apart
         self.calls = []  # one entry per converter now running: (converter kind, function, args, kwargs, operands)
 
     # running
@@ -80,8 +81,12 @@ class Tracer(Graph):
         if body is not None:
             with self.asking_torch():
                 return body(*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass(), self.asking_torch():
-            return function(*args, **kwargs)
+        self.asked.append(function)
+        try:
+            with torch._C.DisableTorchFunctionSubclass(), self.asking_torch():
+                return function(*args, **kwargs)
+        finally:
+            self.asked.pop()
 
     def dispatch(self, function, args, kwargs):
         """Second door: an aten (or custom) operation."""
@@ -113,10 +118,11 @@ class Tracer(Graph):
         result = function.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
+        asked = table.name_of(self.asked[-1]) if self.asked else table.name_of(function)
         raise UncoveredOperation(
-            f"{self.where()}no converter for {table.name_of(function)}({self._describe(args, kwargs)}); add one with "
-            f"@trt.converter({table.name_of(function).rsplit('.', 1)[0]}), written with other torch functions or with "
-            "TensorRT layers, or wrap a kernel with @trt.plugin"
+            f"{self.where()}no converter for {asked}, called as {table.name_of(function)}"
+            f"({self._describe(args, kwargs)}); add one with @trt.converter({asked}), written with other torch "
+            "functions or with TensorRT layers, or wrap a kernel with @trt.plugin"
         )
 
     def _describe(self, args, kwargs):

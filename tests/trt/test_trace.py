@@ -1,0 +1,315 @@
+"""What tracing promises: sizes, names, types, in-place writes, and errors that say what to do."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import m3asr.trt as trt
+
+RANGES = {"B": (1, 4, 16), "T": (4, 10, 60)}
+X = {"x": trt.Input("float32", ("B", "T", 6))}
+
+
+def traced(function, inputs=None, ranges=None, **options):
+    return trt.trace(function, inputs or X, ranges or RANGES, **options)
+
+
+def check(function, *shapes, inputs=None, tolerance=1e-6, **options):
+    network = traced(function, inputs, **options)
+    for shape in shapes or ((1, 4, 6), (3, 11, 6)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            want = function(x)
+        got = network.interpret([x])["output0"]
+        assert got.shape == want.shape
+        assert (got.double() - want.double()).abs().max() <= tolerance * want.abs().max().clamp_min(1)
+    return network
+
+
+# sizes
+
+
+def test_size_arithmetic():
+    def forward(x):
+        t = x.shape[1]
+        half = t // 2 + t % 3 - 1
+        return x[:, :half] * t + (x.size(0) * 2 - 1) / t + float(x.shape[2])
+
+    check(forward)
+
+
+def test_size_functions():
+    import math
+
+    check(lambda x: x * math.ceil(x.shape[1] / 3) + math.sqrt(x.shape[2]))
+    check(lambda x: x[:, : torch.sym_max(x.shape[1] - 5, 1)])
+    check(lambda x: x / x.shape[1] ** 0.5)
+    check(lambda x: x[:, : torch.sym_min(x.shape[1], 7)])
+
+
+def test_decidable_comparisons_choose_a_branch():
+    check(lambda x: x * 2 if x.shape[1] > 3 else x * 3)
+    check(lambda x: x * 2 if x.shape[1] >= 61 else x * 3)
+    check(lambda x: x * 2 if x.shape[2] == 6 else x * 3)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * 2 if x.shape[1] > 20 else x,
+        lambda x: x * 2 if x.shape[0] == 1 else x,
+        lambda x: sum(x[:, i] for i in range(x.shape[1])),
+        lambda x: x + torch.zeros(x.shape[0], 10, 6),
+        lambda x: x * int(x.shape[1]),
+        lambda x: torch.stack([row for row in x]),
+        lambda x: x[:, : max(x.shape[1] - 5, 1)],
+    ],
+    ids=["branch", "one", "range", "broadcast", "int", "iterate", "max"],
+)
+def test_undecidable_sizes_are_errors(function):
+    with pytest.raises((trt.TraceError, RuntimeError)) as caught:
+        traced(function)
+    assert "B" in str(caught.value) or "T" in str(caught.value) or "10" in str(caught.value)
+
+
+def test_messages_use_the_names_given():
+    with pytest.raises(trt.TraceError, match=r"T > 20.*T = 4\.\.60"):
+        traced(lambda x: x * 2 if x.shape[1] > 20 else x)
+
+
+def test_size_one_broadcasts_at_run_time():
+    network = traced(lambda x, y: x + y, {"x": trt.Input("float32", ("B", "T")), "y": trt.Input("float32", (1, "T"))})
+    for b in (1, 3):
+        x, y = torch.randn(b, 5), torch.randn(1, 5)
+        assert torch.equal(network.interpret([x, y])["output0"], x + y)
+
+
+def test_fixed_sizes_need_no_range():
+    network = trt.trace(lambda x: x.flatten() * 2, {"x": trt.Input("float32", (2, 3))})
+    assert network.interpret([torch.ones(2, 3)])["output0"].tolist() == [2.0] * 6
+
+
+def test_inputs_are_checked():
+    with pytest.raises(trt.TraceError, match="no range for the size T"):
+        trt.trace(lambda x: x, X, {"B": (1, 2, 3)})
+    with pytest.raises(trt.TraceError, match="smallest <= usual"):
+        trt.trace(lambda x: x, X, {"B": (3, 2, 1), "T": (1, 2, 3)})
+    with pytest.raises(trt.TraceError, match="unknown dtype"):
+        trt.trace(lambda x: x, {"x": trt.Input("float99", ("B",))}, RANGES)
+    with pytest.raises(trt.TrtError, match="missing"):
+        traced(lambda x: x).interpret({})
+    with pytest.raises(trt.TrtError, match="shape"):
+        traced(lambda x: x).interpret([torch.ones(1, 4, 7)])
+
+
+def test_training_mode_is_refused():
+    with pytest.raises(trt.TraceError, match="eval"):
+        traced(nn.Sequential(nn.Dropout()))
+
+
+# names
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.router = nn.Linear(6, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.relu(block(x))
+        return {"routes": torch.softmax(self.router(x), -1), "x": x}
+
+
+def test_layers_carry_the_module_path():
+    network = traced(Deep().eval())
+    names = [network.network.get_layer(i).name for i in range(len(network))]
+    assert "blocks.0/linear/matrix_multiply" in names and "blocks.1/linear/matrix_multiply" in names
+    assert len(set(names)) == len(names)
+    assert network.outputs == ["routes", "x"]
+    record = {}
+    network.interpret([torch.randn(1, 4, 6)], layers=record)
+    assert record["blocks.0/linear/matrix_multiply"].shape == (1, 4, 6)
+
+
+def test_outputs_are_named():
+    assert traced(lambda x: (x, x * 2), outputs=["a", "b"]).outputs == ["a", "b"]
+    with pytest.raises(trt.TraceError, match="3 output names"):
+        traced(lambda x: (x, x * 2), outputs=["a", "b", "c"])
+    with pytest.raises(trt.TraceError, match="no tensor"):
+        traced(lambda x: None)
+
+
+def test_an_input_and_a_constant_can_be_outputs():
+    network = traced(lambda x: (x, torch.arange(3), x))
+    got = network.interpret([torch.ones(1, 4, 6)])
+    assert got["output1"].tolist() == [0, 1, 2] and torch.equal(got["output0"], got["output2"])
+
+
+def test_one_constant_for_one_tensor():
+    weight = torch.randn(6, 6)
+    network = traced(lambda x: x @ weight @ weight + weight[0])
+    sizes = [v.numel() for v in network.values.values()]
+    assert sizes.count(36) == 1
+
+
+# types
+
+
+def kinds(network):
+    """Type of every matrix product and softmax, by module."""
+    trt_module, found = network.package.module, {}
+    for i in range(len(network)):
+        layer = network.network.get_layer(i)
+        if layer.type in (trt_module.LayerType.MATRIX_MULTIPLY, trt_module.LayerType.SOFTMAX):
+            found[layer.name] = layer.get_output(0).dtype.name
+    return found
+
+
+@pytest.mark.parametrize("precision, low", [("fp16", "HALF"), ("bf16", "BF16")])
+def test_products_are_low_and_softmax_is_not(precision, low):
+    found = kinds(traced(Deep().eval(), precision=precision))
+    assert found["blocks.0/linear/matrix_multiply"] == low
+    assert found["_softmax/softmax"] == "FLOAT"
+
+
+def test_keep_float32():
+    found = kinds(traced(Deep().eval(), precision="fp16", keep_float32=["router"]))
+    assert found["router/linear/matrix_multiply"] == "FLOAT"
+    assert found["blocks.1/linear/matrix_multiply"] == "HALF"
+
+
+def test_an_explicit_float_holds_until_it_meets_the_low_type():
+    weight = torch.randn(6, 6)
+
+    def forward(x):
+        low = x @ weight
+        high = low.float() @ weight  # stays float32
+        back = high.to(x.dtype).to(x.dtype)
+        return back, (low * torch.sigmoid(high)) @ weight
+
+    found = list(kinds(traced(forward, precision="fp16")).values())
+    assert found == ["HALF", "FLOAT", "HALF"]
+
+
+def test_masks_stay_finite_in_half():
+    lowest = torch.finfo(torch.float32).min
+
+    def forward(x):
+        scores = x @ x.transpose(1, 2)
+        return torch.softmax(scores.masked_fill(scores < 0, lowest) * 2, -1)
+
+    network = traced(forward, precision="fp16")
+    assert network.interpret([torch.randn(2, 5, 6)])["output0"].isfinite().all()
+
+
+def test_a_half_module_is_built_as_it_is():
+    module = nn.Linear(6, 6).half().eval()
+    network = traced(module, {"x": trt.Input("float16", ("B", 6))})
+    assert network.interpret([torch.randn(2, 6)])["output0"].dtype == torch.float16
+
+
+# writing in place
+
+
+def test_views_and_bases_share_what_is_written():
+    def forward(x):
+        y = x + 0.0
+        first, flat = y[:, 0], y.view(-1)
+        first += 10.0
+        flat[1::2] = 0.0
+        y[:, 1:, 2] *= 2
+        return y + first.unsqueeze(1), flat
+
+    check(lambda x: forward(x)[0])
+    check(lambda x: forward(x)[1])
+
+
+def test_a_buffer_made_in_forward_can_be_filled():
+    def forward(x):
+        out = torch.zeros(x.shape[0], 3, 6)
+        out[:, 1] = x[:, 0]
+        out[:, 2].copy_(x[:, -1])
+        fixed = torch.zeros(2, 6)
+        fixed[0] = x[0, 0]
+        return out.sum(1) + fixed.sum(0)
+
+    check(forward)
+
+
+def test_state_is_refused():
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(6))
+
+        def forward(self, x):
+            self.seen.add_(x.sum((0, 1)))
+            return x + self.seen
+
+    with pytest.raises(trt.TraceError, match="no state"):
+        traced(Counter().eval())
+
+
+# what is not covered
+
+
+def test_uncovered_operations_say_where_and_what_to_do():
+    class Inner(nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    module = nn.Sequential(nn.Linear(6, 6), Inner()).eval()
+    with pytest.raises(trt.UncoveredOperation) as caught:
+        traced(module)
+    message = str(caught.value)
+    assert "in module 1" in message and "bessel_j0" in message and "@trt.converter(" in message
+
+
+def test_a_converter_in_torch_or_in_layers():
+    @trt.converter(torch.special.bessel_j1)
+    def with_torch(net, x):
+        return x * 2 + 1
+
+    @trt.converter(torch.special.bessel_y0, kind="float32")
+    def with_layers(net, x):
+        return trt.layers.unary("ABS", net.operand(x))
+
+    x = torch.randn(2, 5, 6)
+    network = traced(lambda x: torch.special.bessel_j1(x) + torch.special.bessel_y0(x), precision="fp16")
+    torch.testing.assert_close(network.interpret([x])["output0"], x * 2 + 1 + x.abs(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[x > 0],
+        lambda x: torch.nonzero(x),
+        lambda x: torch.unique(x),
+        lambda x: x * x.sum().item(),
+        lambda x: x if x.sum() > 0 else -x,
+        lambda x: F.one_hot(x[..., 0].long()),
+    ],
+    ids=["mask", "nonzero", "unique", "item", "bool", "one_hot"],
+)
+def test_what_depends_on_data_is_refused(function):
+    with pytest.raises(trt.TraceError):
+        traced(function)
+
+
+def test_a_symbolic_tensor_does_not_outlive_its_trace():
+    kept = []
+    traced(lambda x: kept.append(x) or x * 2)
+    with pytest.raises(trt.TraceError, match="trace"):
+        kept[0] + 1
+
+
+def test_the_module_is_left_as_it_was():
+    module = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True).eval()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    traced(module)
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+    assert not torch.nn.modules.module._global_forward_hooks
+    assert module(torch.randn(1, 4, 6)).shape == (1, 4, 6)
