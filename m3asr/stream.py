@@ -236,7 +236,7 @@ class _Encoding:
 
     def add(self, features: np.ndarray) -> None:
         if len(features):
-            self.features = np.concatenate((self.features, features))
+            self.features = np.concatenate((self.features, features)) if len(self.features) else features
 
     def _frames(self, size: int) -> int:
         """Feature frames that give `size` encoder frames."""

@@ -101,6 +101,9 @@ class OnnxEngine:
 
     def stream_start(self) -> StreamState:
         start = stream_start(self.config.encoder)
+        if "stream.onnx" not in self._weight_names:
+            rebuild = f"run `m3asr build {self._folder.path} --engine onnx` where torch is installed"
+            raise ModelError(f"{self._path} has no graph for streams, as older versions built it: {rebuild}")
         if self._stream is None:
             self._stream = self._session("stream.onnx", self._folder.weights())
         return start
