@@ -183,7 +183,9 @@ class Graph:
             number = int(number) if isinstance(number, torch.SymInt) else float(number)
         if isinstance(number, complex):
             raise TraceError(f"{self.where()}{self.operation}: TensorRT has no complex numbers")
-        carrier = torch.float64 if isinstance(number, float) else torch.bool if isinstance(number, bool) else torch.int64
+        carrier = (
+            torch.float64 if isinstance(number, float) else torch.bool if isinstance(number, bool) else torch.int64
+        )
         return self.constant(torch.full((1,) * rank, number, dtype=carrier), dtype)
 
     # sizes
@@ -218,9 +220,7 @@ class Graph:
         previous, self.operation = self.operation, "size"
         path, self.path = self.path, []
         try:
-            node = sizes.lower(
-                expr, symbol, constant, layers.binary, floor, lambda n: layers.cast(n, torch.float32)
-            )
+            node = sizes.lower(expr, symbol, constant, layers.binary, floor, lambda n: layers.cast(n, torch.float32))
         finally:
             self.operation, self.path = previous, path
         self._sizes[key] = node

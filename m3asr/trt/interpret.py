@@ -44,7 +44,9 @@ class Interpreter:
             if len(tensor.shape) != value.dim() or any(
                 d >= 0 and d != s for d, s in zip(tuple(tensor.shape), value.shape, strict=True)
             ):
-                raise TrtError(f"input {tensor.name!r} has shape {tuple(value.shape)}, the network {tuple(tensor.shape)}")
+                raise TrtError(
+                    f"input {tensor.name!r} has shape {tuple(value.shape)}, the network {tuple(tensor.shape)}"
+                )
             known[tensor.name] = value
         self.record = record
         with torch.no_grad():
@@ -117,9 +119,7 @@ class Interpreter:
                 self.loops.setdefault(layer.loop.name, []).append(layer)
         changing = {}
         for name, members in self.loops.items():
-            changed = {
-                m.get_output(0).name for m in members if self.kind(m) in ("RECURRENCE", "ITERATOR")
-            }
+            changed = {m.get_output(0).name for m in members if self.kind(m) in ("RECURRENCE", "ITERATOR")}
             grew = True
             while grew:
                 grew = False

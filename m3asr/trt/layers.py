@@ -109,7 +109,10 @@ def slice_(x, start, size, stride, fill=None, mode=None):
     start, size, stride = list(start), list(size), [int(s) for s in stride]
     dynamic = not all(map(is_fixed, [*start, *size]))
     ones = [1] * len(start)
-    dims = [graph.trt.Dims(d) for d in ((ones, ones, stride) if dynamic else ([*map(int, start)], [*map(int, size)], stride))]
+    dims = [
+        graph.trt.Dims(d)
+        for d in ((ones, ones, stride) if dynamic else ([*map(int, start)], [*map(int, size)], stride))
+    ]
     layer = graph.layer("slice", x.tensor, *dims)
     if dynamic:
         layer.set_input(1, graph.size_tensor(start).tensor)
@@ -128,7 +131,10 @@ def expand(x, shape):
     x = lift(x, len(shape))
     if all(same(a, b) for a, b in zip(x.shape, shape, strict=True)):
         return x
-    stride = [0 if is_fixed(old) and int(old) == 1 and not same(old, new) else 1 for old, new in zip(x.shape, shape, strict=True)]
+    stride = [
+        0 if is_fixed(old) and int(old) == 1 and not same(old, new) else 1
+        for old, new in zip(x.shape, shape, strict=True)
+    ]
     if x.dtype.name == "BOOL":
         return cast(slice_(cast(x, torch.int32), [0] * len(shape), shape, stride), torch.bool)
     return slice_(x, [0] * len(shape), shape, stride)
@@ -181,7 +187,11 @@ def matmul(a, b, transpose_a=False, transpose_b=False):
         b.tensor,
         operation.TRANSPOSE if transpose_b else operation.NONE,
     )
-    shape = [*broadcast_shape(a.shape[:-2], b.shape[:-2]), a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1]]
+    shape = [
+        *broadcast_shape(a.shape[:-2], b.shape[:-2]),
+        a.shape[-1 if transpose_a else -2],
+        b.shape[-2 if transpose_b else -1],
+    ]
     return graph.output(layer, shape)
 
 
@@ -248,7 +258,9 @@ def iota(graph, size, start=0, step=1, dtype=torch.int64):
     """start, start + step, ... with `size` entries; start and step are numbers, the size may be symbolic."""
     dtype = graph.type(dtype)
     if is_fixed(size) and is_fixed(start) and is_fixed(step):
-        values = torch.arange(int(size)).to(torch.float64 if isinstance(start, float) or isinstance(step, float) else torch.int64)
+        values = torch.arange(int(size)).to(
+            torch.float64 if isinstance(start, float) or isinstance(step, float) else torch.int64
+        )
         return graph.constant(values * step + start, dtype)
     counted = dtype if dtype.name in (*INT_TYPES, "FLOAT") else graph.trt.float32
     layer = graph.layer("fill", graph.trt.Dims([1]), graph.trt.FillOperation.LINSPACE, counted)

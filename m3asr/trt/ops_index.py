@@ -35,7 +35,11 @@ def gather(net, x, dim, index, sparse_grad=False):
     if x.dim() == 0:
         return x.reshape(1).gather(0, index.reshape(-1)).reshape(index.shape)
     dim %= x.dim()
-    if any(not is_fixed(a) or not is_fixed(b) or int(a) != int(b) for i, (a, b) in enumerate(zip(x.shape, index.shape)) if i != dim):
+    if any(
+        not is_fixed(a) or not is_fixed(b) or int(a) != int(b)
+        for i, (a, b) in enumerate(zip(x.shape, index.shape))
+        if i != dim
+    ):
         starts, window = [0] * x.dim(), list(index.shape)
         window[dim] = x.shape[dim]
         node = L.slice_(net.node(x), starts, window, [1] * x.dim())
@@ -51,7 +55,11 @@ def scatter(net, x, dim, index, source, *, reduce=None):
     if not isinstance(source, torch.Tensor):
         source = torch.full(index.shape, source, dtype=x.dtype)
     x, source = net.operands(x, source, dtype=x.dtype)
-    source = L.slice_(source, [0] * source.rank, index.shape, [1] * source.rank) if tuple(source.shape) != tuple(index.shape) else source
+    source = (
+        L.slice_(source, [0] * source.rank, index.shape, [1] * source.rank)
+        if tuple(source.shape) != tuple(index.shape)
+        else source
+    )
     return L.scatter(x, net.node(index), source, dim)
 
 

@@ -37,7 +37,14 @@ def _product(net, a, b):
 
 
 @converter(
-    torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot,
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    aten.matmul,
+    aten.mm,
+    aten.bmm,
+    aten.mv,
+    aten.dot,
     kind="matmul",
 )
 def matmul(net, a, b):
@@ -87,7 +94,9 @@ def convolution(net, x, weight, bias, stride, padding, dilation, transposed, out
     stride, padding, dilation, output_padding = (
         [int(n) for n in v] * (spatial if len(v) == 1 else 1) for v in (stride, padding, dilation, output_padding)
     )
-    shape = _convolved(x.shape if batched else (1, *x.shape), weight, stride, padding, dilation, transposed, output_padding, groups)
+    shape = _convolved(
+        x.shape if batched else (1, *x.shape), weight, stride, padding, dilation, transposed, output_padding, groups
+    )
     if transposed and any(d > 1 for d in dilation):
         # TensorRT has no transposed convolution that is strided and dilated; zeros between the kernel's entries say it.
         weight, dilation = _spread(weight, dilation), [1] * spatial
@@ -98,7 +107,9 @@ def convolution(net, x, weight, bias, stride, padding, dilation, transposed, out
         x_node = L.reshape(x_node, (*x_node.shape, 1))
         w_node = L.reshape(w_node, (*w_node.shape, 1))
         shape = (*shape, 1)
-        stride, padding, dilation, output_padding = ([*v, n] for v, n in ((stride, 1), (padding, 0), (dilation, 1), (output_padding, 0)))
+        stride, padding, dilation, output_padding = (
+            [*v, n] for v, n in ((stride, 1), (padding, 0), (dilation, 1), (output_padding, 0))
+        )
     x_node, w_node = net.quantised(x_node, w_node, 1 if transposed else 0)
     kernel = [*weight.shape[2:], *([1] if spatial == 1 else [])]
     maps = int(weight.shape[1] * groups if transposed else weight.shape[0])
@@ -129,7 +140,9 @@ def _convolved(shape, weight, stride, padding, dilation, transposed, output_padd
     """Output sizes (torch.nn.Conv2d and ConvTranspose2d documentation); x (B, C, ...)."""
     sizes = []
     for n, k, s, p, d, o in zip(shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True):
-        sizes.append((n - 1) * s - 2 * p + d * (k - 1) + o + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1)
+        sizes.append(
+            (n - 1) * s - 2 * p + d * (k - 1) + o + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1
+        )
     return (shape[0], weight.shape[1] * groups if transposed else weight.shape[0], *sizes)
 
 

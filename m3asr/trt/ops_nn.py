@@ -59,7 +59,9 @@ def rrelu(net, x, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
 @converter(aten.softplus, kind="float32")
 def softplus(net, x, beta=1, threshold=20):
     node = net.operand(x)
-    soft = L.activation("SOFTPLUS", L.binary("MIN", node * float(beta), net.scalar(float(threshold), node.dtype)), alpha=1.0, beta=1.0)
+    soft = L.activation(
+        "SOFTPLUS", L.binary("MIN", node * float(beta), net.scalar(float(threshold), node.dtype)), alpha=1.0, beta=1.0
+    )
     steep = L.binary("GREATER", node * float(beta), net.scalar(float(threshold), node.dtype))
     return L.select(steep, node, soft / float(beta))
 
@@ -128,9 +130,7 @@ def _layer_norm_node(net, x, shape, weight, bias, eps):
     one, zero = (torch.full(wide, v) for v in (1.0, 0.0))
     scale = net.constant(one.const) if weight is None else L.reshape(net.operand(weight), wide)
     shift = net.constant(zero.const) if bias is None else L.reshape(net.operand(bias), wide)
-    layer = net.package.normalization(
-        net.network, node.tensor, scale.tensor, shift.tensor, sum(1 << a for a in axes)
-    )
+    layer = net.package.normalization(net.network, node.tensor, scale.tensor, shift.tensor, sum(1 << a for a in axes))
     layer = net.named(layer, "normalization")
     layer.epsilon = float(eps)
     return net.output(layer, node.shape)
@@ -196,7 +196,16 @@ def native_group_norm(net, x, weight, bias, n, c, hw, groups, eps):
 
 @converter(F.instance_norm, aten.instance_norm, kind="float32")
 def instance_norm(
-    net, x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5, *_
+    net,
+    x,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
+    *_,
 ):
     shape = (1, x.shape[1], *[1] * (x.dim() - 2))
     if not use_input_stats:
@@ -310,7 +319,9 @@ def _adaptive(net, x, output_size, n, average):
             continue
         if not is_fixed(size):
             if not average:
-                raise UncoveredOperation(f"{net.where()}adaptive max pooling to {wanted} of a size that varies: {net.sizes.text(size)}")
+                raise UncoveredOperation(
+                    f"{net.where()}adaptive max pooling to {wanted} of a size that varies: {net.sizes.text(size)}"
+                )
             cell = torch.arange(wanted).unsqueeze(1)
             start, end = (cell * size) // wanted, ((cell + 1) * size + wanted - 1) // wanted
             at = torch.arange(size).unsqueeze(0)
@@ -323,7 +334,13 @@ def _adaptive(net, x, output_size, n, average):
     return x
 
 
-@converter(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d)
+@converter(
+    F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d,
+    aten._adaptive_avg_pool2d,
+    aten._adaptive_avg_pool3d,
+)
 def adaptive_avg_pool(net, x, output_size):
     return _adaptive(net, x, output_size, _spatial(net), True)
 
@@ -348,7 +365,14 @@ RESIZE = {"nearest": "NEAREST", "linear": "LINEAR", "bilinear": "LINEAR", "trili
 
 @converter(F.interpolate)
 def interpolate(
-    net, x, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False
+    net,
+    x,
+    size=None,
+    scale_factor=None,
+    mode="nearest",
+    align_corners=None,
+    recompute_scale_factor=None,
+    antialias=False,
 ):
     if antialias or mode not in (*RESIZE, "nearest-exact"):
         raise UncoveredOperation(f"{net.where()}interpolate with mode {mode!r}{' and antialias' if antialias else ''}")

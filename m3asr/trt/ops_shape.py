@@ -128,7 +128,9 @@ def split_with_sizes(net, x, sizes, dim=0):
 @converter(aten.unbind)
 def unbind(net, x, dim=0):
     if not is_fixed(x.shape[dim]):
-        raise UncoveredOperation(f"{net.where()}unbind (or a Python loop) over a size that varies: {net.sizes.text(x.shape[dim])}")
+        raise UncoveredOperation(
+            f"{net.where()}unbind (or a Python loop) over a size that varies: {net.sizes.text(x.shape[dim])}"
+        )
     dim %= x.dim()
     rest = [s for i, s in enumerate(x.shape) if i != dim]
     return [L.reshape(p, rest) for p in _pieces(net, x, [1] * int(x.shape[dim]), dim)]
@@ -182,8 +184,10 @@ def flip(net, x, dims):
     starts, steps = [0] * x.dim(), [1] * x.dim()
     for d in dims:
         starts[d], steps[d] = x.shape[d] - 1, -1
-    return L.slice_(node, starts, x.shape, steps) if x.dtype != torch.bool else L.cast(
-        L.slice_(L.cast(node, torch.int32), starts, x.shape, steps), torch.bool
+    return (
+        L.slice_(node, starts, x.shape, steps)
+        if x.dtype != torch.bool
+        else L.cast(L.slice_(L.cast(node, torch.int32), starts, x.shape, steps), torch.bool)
     )
 
 
@@ -191,7 +195,9 @@ def flip(net, x, dims):
 def roll(net, x, shifts, dims=()):
     if not dims:
         return torch.roll(x.reshape(-1), shifts, 0).view(x.shape)
-    for shift, dim in zip([shifts] if isinstance(shifts, int) else shifts, [dims] if isinstance(dims, int) else dims, strict=True):
+    for shift, dim in zip(
+        [shifts] if isinstance(shifts, int) else shifts, [dims] if isinstance(dims, int) else dims, strict=True
+    ):
         size = x.shape[dim]
         at = (size - shift) % size
         x = torch.cat([x.narrow(dim, at, size - at), x.narrow(dim, 0, at)], dim)
@@ -331,8 +337,12 @@ def constant_pad_nd(net, x, pad, value=0.0):
 
 
 @converter(
-    aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
-    aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d,
+    aten.reflection_pad1d,
+    aten.reflection_pad2d,
+    aten.reflection_pad3d,
+    aten.replication_pad1d,
+    aten.replication_pad2d,
+    aten.replication_pad3d,
 )
 def border_pad(net, x, pad):
     starts = [0] * x.dim()

@@ -108,7 +108,10 @@ def take_along_dim(net, x, indices, dim=None):
     if dim is None:
         return x.reshape(-1).gather(0, indices.reshape(-1))
     dim %= x.dim()
-    wide = [max(p, q) if isinstance(p, int) and isinstance(q, int) else p for p, q in zip(x.shape, indices.shape, strict=True)]
+    wide = [
+        max(p, q) if isinstance(p, int) and isinstance(q, int) else p
+        for p, q in zip(x.shape, indices.shape, strict=True)
+    ]
     own, at = list(wide), list(wide)
     own[dim], at[dim] = x.shape[dim], indices.shape[dim]
     return x.expand(own).gather(dim, indices.expand(at))

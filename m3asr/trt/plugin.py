@@ -50,9 +50,7 @@ class OneKernel:
         grid = grid if isinstance(grid, tuple) else (grid,)
         scalars = self.scalars(*shapes)
         outputs = tensors[len(inputs) :]
-        self.function[grid](
-            *inputs, *scalars, *outputs, **{**self.constants, **attributes}, num_warps=self.num_warps
-        )
+        self.function[grid](*inputs, *scalars, *outputs, **{**self.constants, **attributes}, num_warps=self.num_warps)
 
     def _inputs(self, tensors):
         """How many of the tensors are inputs: the parameters that `grid` takes."""

@@ -10,7 +10,15 @@ import re
 from .errors import PluginError
 from .plugin import OneKernel
 
-POINTERS = {"FLOAT": "*fp32", "HALF": "*fp16", "BF16": "*bf16", "INT32": "*i32", "INT64": "*i64", "INT8": "*i8", "BOOL": "*i1"}
+POINTERS = {
+    "FLOAT": "*fp32",
+    "HALF": "*fp16",
+    "BF16": "*bf16",
+    "INT32": "*i32",
+    "INT64": "*i64",
+    "INT8": "*i8",
+    "BOOL": "*i1",
+}
 
 
 def compile_kernel(description, dtypes, attributes, capability):
@@ -100,7 +108,9 @@ def declare(package, description, attributes, capability):
         shapes = [tuple(t.shape_expr[i] for i in range(t.ndim)) for t in inputs]
         launch = trtp.KernelLaunchParams()
         grid = description.launch.grid(*shapes)
-        for axis, size in zip(("grid_x", "grid_y", "grid_z"), grid if isinstance(grid, tuple) else (grid,), strict=False):
+        for axis, size in zip(
+            ("grid_x", "grid_y", "grid_z"), grid if isinstance(grid, tuple) else (grid,), strict=False
+        ):
             setattr(launch, axis, size)
         launch.block_x, launch.shared_mem = threads, shared
         scalars = description.launch.scalars(*shapes)
@@ -112,9 +122,7 @@ def declare(package, description, attributes, capability):
     tensors = inspect.Signature(parameters, return_annotation=tuple[(trtp.TensorDesc,) * len(description.dtypes)])
     outputs_of.__signature__ = tensors
     outputs_of.__annotations__ = {p.name: trtp.TensorDesc for p in parameters} | {"return": tensors.return_annotation}
-    tail = [
-        inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("outputs", "tactic")
-    ]
+    tail = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("outputs", "tactic")]
     implementation.__signature__ = inspect.Signature([*parameters, *tail])
     trtp.register(identity)(outputs_of)
     trtp.aot_impl(identity)(implementation)

@@ -12,7 +12,7 @@ import tempfile
 from . import layers, plugin_v3
 from .errors import BuildError
 from .graph import Node
-from .sizes import expression, is_fixed
+from .sizes import is_fixed
 
 ONNX_TYPES = {"FLOAT": 1, "INT8": 3, "INT32": 6, "INT64": 7, "BOOL": 9, "HALF": 10, "BF16": 16}
 
@@ -106,9 +106,7 @@ def _parsed(package, network, calls):
                 **crossing,
             )
         )
-        outputs += [
-            helper.make_tensor_value_info(r, ONNX_TYPES[t], None) for r, t in zip(results, types, strict=True)
-        ]
+        outputs += [helper.make_tensor_value_info(r, ONNX_TYPES[t], None) for r, t in zip(results, types, strict=True)]
     graph = helper.make_graph(nodes, "plugins", [], outputs, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     parser = package.module.OnnxParser(network, package.logger)

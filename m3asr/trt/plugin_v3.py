@@ -101,7 +101,10 @@ def plugin_class(package):
             return TorchPlugin(self.description, self.attributes)
 
         def get_output_data_types(self, input_types):
-            named = [t if not isinstance(t, str) else package.dtype(getattr(torch, t)) for t in description_types(self, input_types)]
+            named = [
+                t if not isinstance(t, str) else package.dtype(getattr(torch, t))
+                for t in description_types(self, input_types)
+            ]
             return named
 
         def get_output_shapes(self, inputs, shape_inputs, builder):
@@ -202,8 +205,10 @@ def _field_type(trt, parameter):
 def _read(field, kind):
     data = field.data
     if kind is str:
-        return bytes(np.asarray(data).astype(np.uint8)).decode().rstrip("\0") if not isinstance(data, (str, bytes)) else (
-            data if isinstance(data, str) else data.decode()
+        return (
+            bytes(np.asarray(data).astype(np.uint8)).decode().rstrip("\0")
+            if not isinstance(data, (str, bytes))
+            else (data if isinstance(data, str) else data.decode())
         )
     return kind(np.asarray(data).reshape(-1)[0])
 

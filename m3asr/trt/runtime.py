@@ -123,7 +123,8 @@ class Engine:
                 raise TrtError(f"input {name!r} of {tuple(tensor.shape)} was refused: {self.package.logger.text()}")
             context.set_tensor_address(name, tensor.data_ptr())
         outputs = {
-            n: torch.empty(tuple(context.get_tensor_shape(n)), dtype=self.dtypes[n], device="cuda") for n in self.outputs
+            n: torch.empty(tuple(context.get_tensor_shape(n)), dtype=self.dtypes[n], device="cuda")
+            for n in self.outputs
         }
         for name, tensor in outputs.items():
             context.set_tensor_address(name, tensor.data_ptr())

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy import functions as sf
+from torch.utils._sympy.value_ranges import bound_sympy
 
 from .errors import TraceError
 
@@ -54,6 +55,12 @@ class NamedSizes(ShapeEnv):
 
     def text(self, size):
         return self.readable(expression(size))
+
+    def largest(self, size):
+        """The largest value a size can take within the ranges."""
+        if is_fixed(size):
+            return int(size)
+        return int(bound_sympy(expression(size), self.var_to_range).upper)
 
     def _samples(self, expr):
         """Size assignments, at least 2 each, over the corners and inside of the range."""

@@ -52,7 +52,9 @@ class SymTensor(torch.Tensor):
 
     def __repr__(self, **_):
         names = self.tracer.sizes.readable
-        return f"SymTensor({[names(s.node.expr) if isinstance(s, torch.SymInt) else s for s in self.shape]}, {self.dtype})"
+        return (
+            f"SymTensor({[names(s.node.expr) if isinstance(s, torch.SymInt) else s for s in self.shape]}, {self.dtype})"
+        )
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

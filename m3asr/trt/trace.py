@@ -154,7 +154,17 @@ def _trace(module, inputs, profiles, precision, outputs, quantize, package, prep
         result = module(*args, **kwargs)
         names = _mark_outputs(tracer, result, outputs)
     return Network(
-        package, builder, network, dict(inputs), names, profiles, tracer.values, tracer.points, tracer.module_outputs, bool(kwargs), [tracer, module]
+        package,
+        builder,
+        network,
+        dict(inputs),
+        names,
+        profiles,
+        tracer.values,
+        tracer.points,
+        tracer.module_outputs,
+        bool(kwargs),
+        [tracer, module],
     )
 
 
@@ -182,7 +192,9 @@ def _arguments(module, symbolic):
     except (TypeError, ValueError):
         return list(symbolic.values()), {}
     named = {
-        n for n, p in parameters.items() if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        n
+        for n, p in parameters.items()
+        if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     }
     if set(symbolic) <= named:
         return [], symbolic
@@ -226,7 +238,9 @@ def _mark_outputs(tracer, result, names):
         names = [k for k, v in result.items() if isinstance(v, torch.Tensor)]
     tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
     if not tensors:
-        tensors = [t for t in tree_leaves(vars(result)) if isinstance(t, torch.Tensor)] if hasattr(result, "__dict__") else []
+        tensors = (
+            [t for t in tree_leaves(vars(result)) if isinstance(t, torch.Tensor)] if hasattr(result, "__dict__") else []
+        )
     if not tensors:
         raise TraceError(f"forward returned no tensor but {type(result).__name__}")
     if names is None:
@@ -238,7 +252,9 @@ def _mark_outputs(tracer, result, names):
         tracer.operation = f"output {name}"
         # Its own layer: an input or constant cannot be an output, nor one tensor two, and names stay the layers' own.
         wanted = tracer.package.dtype(tensor.dtype)
-        layer = tracer.layer("cast", node.tensor, wanted) if node.dtype != wanted else tracer.layer("identity", node.tensor)
+        layer = (
+            tracer.layer("cast", node.tensor, wanted) if node.dtype != wanted else tracer.layer("identity", node.tensor)
+        )
         out = layer.get_output(0)
         out.name = name
         tracer.network.mark_output(out)

@@ -95,9 +95,7 @@ class Tracer(Graph):
             symbolic = any(isinstance(a, SymTensor) and a.const is None for a in flat)
             symbolic |= any(isinstance(a, (torch.SymInt, torch.SymFloat)) and not sizes.is_fixed(a) for a in flat)
             schema = function._schema
-            written = [
-                i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
-            ]
+            written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
             if written:
                 return self.in_place(function, args, kwargs, symbolic, written)
             if not symbolic:
@@ -394,7 +392,9 @@ class Tracer(Graph):
         overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
         overload = next((o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == wanted), None)
         if overload is None or not name.endswith("_"):
-            raise UncoveredOperation(f"{self.where()}the in-place operation {name} has no form without '_' to use instead")
+            raise UncoveredOperation(
+                f"{self.where()}the in-place operation {name} has no form without '_' to use instead"
+            )
         return overload
 
     def write(self, target, new):

@@ -56,7 +56,9 @@ IMAGE = f("B", 4, "T", 9)
 POSITIVE = pos("B", "T", 6)
 
 # pointwise, one argument
-for name in """abs neg negative ceil floor sign round trunc fix frac exp exp2 expm1 sin cos tan sinh cosh atan arctan asinh
+for (
+    name
+) in """abs neg negative ceil floor sign round trunc fix frac exp exp2 expm1 sin cos tan sinh cosh atan arctan asinh
     arcsinh erf erfc square sigmoid tanh relu reciprocal sgn positive isnan isinf isfinite isposinf isneginf signbit deg2rad
     rad2deg sinc nan_to_num logical_not angle softmax_last""".split():
     if name != "softmax_last":
@@ -82,7 +84,9 @@ row("torch.bitwise_not", torch.bitwise_not, ints(-5, 5, "B", 5))
 row("torch.round(decimals)", lambda x: torch.round(x, decimals=2), X)
 
 # pointwise, two arguments
-for name in "add sub mul div true_divide maximum minimum fmax fmin atan2 arctan2 hypot subtract multiply divide".split():
+for (
+    name
+) in "add sub mul div true_divide maximum minimum fmax fmin atan2 arctan2 hypot subtract multiply divide".split():
     row(f"torch.{name}", getattr(torch, name), X, f("T", 6))
     if name in ("add", "sub", "mul", "div", "maximum", "minimum"):
         row(f"Tensor.{name}", lambda a, b, n=name: getattr(a, n)(b), X, f("T", 1))
@@ -445,7 +449,12 @@ row("F.conv2d", lambda x, w, b: F.conv2d(x, w, b, stride=(1, 2)), IMAGE, f(5, 4,
 row("F.conv2d(groups)", lambda x, w: F.conv2d(x, w, groups=2, padding=(1, 0)), IMAGE, f(6, 2, 3, 3))
 row("F.conv3d", lambda x, w: F.conv3d(x, w), f("B", 2, "T", 5, 4), f(3, 2, 2, 3, 2))
 row("F.conv_transpose1d", lambda x, w: F.conv_transpose1d(x, w, stride=2), f("B", 4, "T"), f(4, 5, 3))
-row("F.conv_transpose2d", lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1, output_padding=1), IMAGE, f(4, 5, 3, 3))
+row(
+    "F.conv_transpose2d",
+    lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1, output_padding=1),
+    IMAGE,
+    f(4, 5, 3, 3),
+)
 row("F.conv_transpose3d", lambda x, w: F.conv_transpose3d(x, w), f("B", 2, "T", 3, 4), f(2, 3, 2, 2, 2))
 row("F.max_pool1d", lambda x: F.max_pool1d(x, 2), f("B", 4, "T"))
 row("F.max_pool2d", lambda x: F.max_pool2d(x, 3, 2, 1), IMAGE)
@@ -473,8 +482,19 @@ row("F.channel_shuffle", lambda x: F.channel_shuffle(x, 2), IMAGE)
 row("F.unfold", lambda x: F.unfold(x, (2, 3)), f("B", 2, 5, 6))
 row("F.cosine_similarity", lambda x, y: F.cosine_similarity(x, y, -1), X, X)
 row("F.pairwise_distance", F.pairwise_distance, f("B", 6), f("B", 6))
-row("F.scaled_dot_product_attention", F.scaled_dot_product_attention, f("B", 2, "T", 4), f("B", 2, "T", 4), f("B", 2, "T", 4))
-row("F.scaled_dot_product_attention(mask)", lambda q, m: F.scaled_dot_product_attention(q, q, q, m), f("B", 2, "T", 4), f("T", "T"))
+row(
+    "F.scaled_dot_product_attention",
+    F.scaled_dot_product_attention,
+    f("B", 2, "T", 4),
+    f("B", 2, "T", 4),
+    f("B", 2, "T", 4),
+)
+row(
+    "F.scaled_dot_product_attention(mask)",
+    lambda q, m: F.scaled_dot_product_attention(q, q, q, m),
+    f("B", 2, "T", 4),
+    f("T", "T"),
+)
 row(
     "F.scaled_dot_product_attention(causal)",
     lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True),
@@ -520,7 +540,9 @@ module("nn.InstanceNorm2d", lambda: nn.InstanceNorm2d(4), IMAGE)
 module("nn.LocalResponseNorm", lambda: nn.LocalResponseNorm(2), IMAGE)
 module("nn.Embedding", lambda: nn.Embedding(9, 4, padding_idx=0), ints(0, 9, "B", "T"))
 module("nn.Embedding(int32)", lambda: nn.Embedding(9, 4), ints(0, 9, "B", "T", dtype="int32"))
-for name in """ReLU ReLU6 ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh LeakyReLU Softsign Softplus LogSigmoid
+for (
+    name
+) in """ReLU ReLU6 ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh LeakyReLU Softsign Softplus LogSigmoid
     Tanhshrink Softshrink Hardshrink Sigmoid Tanh GLU PReLU RReLU Identity Flatten Dropout AlphaDropout""".split():
     module(f"nn.{name}", getattr(nn, name), X)
 module("nn.PReLU(channels)", lambda: nn.PReLU(4), IMAGE)
@@ -567,7 +589,11 @@ module("nn.MultiheadAttention(mask)", SelfAttention, X, Make("B", "T", dtype="bo
 module("nn.MultiheadAttention(bias_kv)", lambda: SelfAttention(add_bias_kv=True), X)
 module("nn.MultiheadAttention(time first)", lambda: SelfAttention(False), f("T", "B", 6))
 module("nn.TransformerEncoderLayer", lambda: nn.TransformerEncoderLayer(6, 2, 12, batch_first=True), X)
-module("nn.TransformerEncoderLayer(pre)", lambda: nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, norm_first=True), X)
+module(
+    "nn.TransformerEncoderLayer(pre)",
+    lambda: nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, norm_first=True),
+    X,
+)
 module(
     "nn.TransformerEncoder",
     lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 12, batch_first=True), 2),

@@ -2,13 +2,10 @@
 
 import pytest
 import torch
+from rows import ROWS  # noqa: E402
 from torch.utils._pytree import tree_leaves
 
-
-
 import m3asr.trt as trt  # noqa: E402
-
-from rows import ROWS  # noqa: E402
 
 SIZES = ({"B": 2, "T": 7}, {"B": 3, "T": 12}, {"B": 5, "T": 5})
 RANGES = {"B": (1, 4, 16), "T": (4, 10, 60)}
@@ -35,7 +32,9 @@ def compare(got, want):
 @pytest.mark.parametrize("function, inputs", [r[1:] for r in ROWS], ids=[r[0] for r in ROWS])
 def test_row(function, inputs):
     described = {f"x{i}": trt.Input(m.dtype, m.dims) for i, m in enumerate(inputs)}
-    network = trt.trace(function if isinstance(function, torch.nn.Module) else lambda *a: function(*a), described, RANGES)
+    network = trt.trace(
+        function if isinstance(function, torch.nn.Module) else lambda *a: function(*a), described, RANGES
+    )
     generator = torch.Generator().manual_seed(3)
     for sizes in SIZES:
         values = [m.values(sizes, generator) for m in inputs]

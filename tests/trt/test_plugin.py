@@ -170,7 +170,9 @@ def test_compiled_without_python():
 
 
 def test_hidden_parameter_in_use_is_refused():
-    ptx = ".visible .entry k(\n\t.param .u64 k_param_0,\n\t.param .u64 k_param_1\n)\n{ ld.param.u64 %rd1, [k_param_1]; }"
+    ptx = (
+        ".visible .entry k(\n\t.param .u64 k_param_0,\n\t.param .u64 k_param_1\n)\n{ ld.param.u64 %rd1, [k_param_1]; }"
+    )
     with pytest.raises(trt.PluginError, match="hidden parameter 1"):
         plugin_aot.without_hidden_parameters(ptx, "k", 1)
     assert ".param .u64 k_param_1" in plugin_aot.without_hidden_parameters(ptx, "k", 2)
