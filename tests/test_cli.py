@@ -1,0 +1,215 @@
+"""The real command: what goes to standard output, to standard error and to files, and exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from typer.testing import CliRunner
+
+import m3asr
+from m3asr.audio import SAMPLE_RATE
+from m3asr.cli import app, main
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ONE, TWO = str(EXAMPLES / "goforward.flac"), str(EXAMPLES / "librivox-0880.flac")
+
+
+@pytest.fixture(scope="module")
+def model(golden_folders):
+    return str(golden_folders["3m-moe-80"])
+
+
+@pytest.fixture(scope="module")
+def texts(model):
+    transcriber = m3asr.load(model, threads=1)
+    return [transcriber.transcribe(path).text for path in (ONE, TWO)]
+
+
+@pytest.fixture
+def m3(monkeypatch, capfd):
+    """Run `m3asr ARGUMENTS` in this process -> (exit code, standard output, standard error)."""
+
+    def call(*arguments, stdin: bytes | None = None):
+        monkeypatch.setattr(sys, "argv", ["m3asr", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """Files that are no recordings: name -> path."""
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "text.wav").write_text("hello there")
+    soundfile.write(tmp_path / "nan.wav", np.full(9000, np.nan, np.float32), SAMPLE_RATE, "FLOAT")
+    names = "empty.wav", "text.wav", "nan.wav", "missing.wav"
+    return {name: str(tmp_path / name) for name in names}
+
+
+def test_text_alone_on_standard_output(m3, model, texts):
+    code, out, err = m3("transcribe", "-m", model, ONE, TWO)
+    assert code == 0 and out == f"{texts[0]}\n{texts[1]}\n"
+    assert err == "model 3m-moe-80, engine onnx on cpu\n"
+    assert m3("transcribe", "-m", model, "-q", ONE)[1:] == (f"{texts[0]}\n", "")
+
+
+def test_standard_input(m3, model, texts):
+    code, out, _ = m3("transcribe", "-m", model, "-f", "jsonl", "-", stdin=Path(ONE).read_bytes())
+    assert code == 0 and json.loads(out)["text"] == texts[0] and json.loads(out)["name"] == "stdin"
+
+
+def test_a_real_process_whose_reader_goes_away(model, texts):
+    command = [sys.executable, "-m", "m3asr.cli", "transcribe", "-m", model, "-q", *[ONE, TWO] * 3]
+    whole = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert whole.returncode == 0 and whole.stdout.splitlines() == texts * 3 and whole.stderr == ""
+    piped = subprocess.run(["bash", "-c", '"$@" | head -1', "-", *command], capture_output=True, text=True)
+    assert piped.stdout.splitlines() == texts[:1] and "Traceback" not in piped.stderr
+
+
+@pytest.mark.parametrize("format", ["text", "kaldi", "json", "jsonl", "srt", "vtt", "ctm"])
+def test_every_format_to_a_file_as_to_standard_output(m3, model, tmp_path, format):
+    printed = m3("transcribe", "-m", model, "-f", format, ONE, TWO)
+    assert printed[0] == 0 and printed[1]
+    code, out, _ = m3("transcribe", "-m", model, "-f", format, ONE, TWO, "-o", tmp_path / "out")
+    assert (code, out) == (0, "")
+    assert (tmp_path / "out").read_text(encoding="utf-8") == printed[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_json_says_what_made_it_and_holds_the_nbest(m3, model, texts):
+    code, out, _ = m3("transcribe", "-m", model, "-f", "json", "--nbest", "3", "--decoder", "beam", ONE)
+    document = json.loads(out)
+    assert code == 0
+    made_by = {name: document[name] for name in ("model", "engine", "device", "decoder")}
+    assert made_by == {"model": "3m-moe-80", "engine": "onnx", "device": "cpu", "decoder": "beam"}
+    assert len(document["segments"][0]["nbest"]) == 3
+
+
+def test_one_bad_recording_among_several(m3, model, texts, bad, tmp_path):
+    code, out, err = m3("transcribe", "-m", model, "-q", ONE, *bad.values(), TWO)
+    assert code == 2 and out == f"{texts[0]}\n{texts[1]}\n"
+    lines = err.splitlines()
+    assert len(lines) == 4 and "Traceback" not in err
+    for line, found in zip(lines, ("0 bytes", "not audio", "NaN", "no such file"), strict=True):
+        assert line.startswith("m3asr: ") and found in line
+    code, out, _ = m3("transcribe", "-m", model, "-q", "-o", tmp_path / "out", ONE, bad["nan.wav"])
+    assert code == 2 and (tmp_path / "out").read_text(encoding="utf-8") == f"{texts[0]}\n"
+
+
+def test_nothing_is_written_when_nothing_could_be_read(m3, model, bad, tmp_path):
+    for format in ("text", "json", "vtt"):
+        code, out, err = m3("transcribe", "-m", model, "-q", "-f", format, "-o", tmp_path / "out", *bad.values())
+        assert code == 2 and out == "" and len(err.splitlines()) == 4
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_recording_cut_short_is_used_and_told(m3, model, tmp_path):
+    (tmp_path / "cut.flac").write_bytes(Path(ONE).read_bytes()[:30000])
+    code, out, err = m3("transcribe", "-m", model, "-q", tmp_path / "cut.flac")
+    assert code == 0 and out.strip() and len(err.splitlines()) == 1 and "cut short" in err
+
+
+def test_wav_scp(m3, model, texts, tmp_path):
+    (tmp_path / "near.flac").write_bytes(Path(TWO).read_bytes())
+    (tmp_path / "wav.scp").write_text(f"utt-1 {ONE}\nutt-2\tnear.flac\n")
+    code, out, _ = m3("transcribe", "-m", model, "--wav-scp", tmp_path / "wav.scp")
+    assert code == 0 and out == f"utt-1 {texts[0]}\nutt-2 {texts[1]}\n"
+    code, out, _ = m3("transcribe", "-m", model, "--wav-scp", tmp_path / "wav.scp", "-f", "jsonl")
+    assert [json.loads(line)["name"] for line in out.splitlines()] == ["utt-1", "utt-2"]
+    touched = tmp_path / "touched"
+    for content, found in (
+        (f"a touch {touched} |\n", "command"),
+        ("a\n", "key path"),
+        (f"a {ONE}\na {TWO}\n", "again"),
+    ):
+        (tmp_path / "bad.scp").write_text(content)
+        code, out, err = m3("transcribe", "-m", model, "--wav-scp", tmp_path / "bad.scp")
+        assert code == 2 and out == "" and found in err
+    assert not touched.exists()
+
+
+def test_hotwords_from_a_list_and_from_a_file(m3, model, tmp_path):
+    transcriber = m3asr.load(model, threads=1)
+    options = m3asr.DecodeOptions("beam", nbest=10)
+    plain = transcriber.transcribe(ONE, options=options).segments[0]
+    token = next(t for other in plain.nbest for t in other.tokens if t not in plain.tokens)
+    symbol = transcriber.folder.tokenizer.symbols[token]
+    (tmp_path / "names.txt").write_text(f"\ufeff{symbol}\n\n", encoding="utf-8")
+    common = "transcribe", "-m", model, "-q", "--decoder", "beam", "--hotword-score", "20", ONE
+    outputs = [
+        m3(*common, "--hotwords", words)[:2] for words in (symbol, f"{symbol} , {symbol}", tmp_path / "names.txt")
+    ]
+    assert outputs[0] == outputs[1] == outputs[2] and outputs[0][0] == 0
+    assert symbol in outputs[0][1] and symbol not in plain.text
+    code, out, err = m3(*common, "--hotwords", tmp_path / "missing.txt")
+    assert code == 2 and out == "" and "no such file" in err
+    code, out, err = m3(*common, "--hotwords", "\U0001f600")
+    assert code == 0 and len(err.splitlines()) == 1 and "\U0001f600" in err
+
+
+def test_decoding_options_arrive(m3, model, texts):
+    base = m3("transcribe", "-m", model, "-q", "--decoder", "greedy", ONE)[1]
+    assert m3("transcribe", "-m", model, "-q", "--decoder", "greedy", "--blank-penalty", "-6", ONE)[1] != base
+    assert m3("transcribe", "-m", model, "-q", "--decoder", "beam", "--beam-size", "1", ONE)[0] == 0
+    assert m3("transcribe", "-m", model, "-q", "--decoder", "attention", ONE)[0] == 0
+    weights = [m3("transcribe", "-m", model, "-f", "jsonl", "--ctc-weight", w, ONE)[1] for w in ("0", "1")]
+    assert json.loads(weights[0])["segments"] != json.loads(weights[1])["segments"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--decoder", "greedy", "--hotwords", "a"], "hotwords"),
+        (["--decoder", "greedy", "--nbest", "2"], "one hypothesis"),
+        (["--nbest", "20"], "beam size"),
+        (["--blank-penalty", "nan"], "blank_penalty"),
+        (["--max-seconds", "0.1"], "max_seconds"),
+        (["--lm-unit", "letter"], "lm_unit"),
+        (["-o", "/nonexistent/folder/out"], "/nonexistent/folder/out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_make_no_sense(m3, model, arguments, found):
+    code, out, err = m3("transcribe", "-m", model, "-q", *arguments, ONE)
+    assert code == 2 and out == "" and found in err and len(err.splitlines()) == 1
+
+
+def test_models_and_recordings_that_are_not_there(m3, model, tmp_path):
+    assert m3("transcribe", "-m", tmp_path / "no-model", ONE)[0] == 2
+    code, out, err = m3("transcribe", "-m", model)
+    assert code == 2 and out == "" and "name recordings" in err
+    assert m3("transcribe", "-m", model, ONE, "--wav-scp", "x")[0] == 2
+    assert m3("transcribe", "-m", model, "--wav-scp", tmp_path / "missing.scp")[0] == 2
+
+
+def test_speech_detection_can_be_left_out(m3, model, tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.05, 3 * SAMPLE_RATE)
+    soundfile.write(tmp_path / "noise.wav", noise, SAMPLE_RATE)
+    assert m3("transcribe", "-m", model, "-q", tmp_path / "noise.wav")[:2] == (0, "\n")
+    assert m3("transcribe", "-m", model, "-q", "--no-vad", tmp_path / "noise.wav")[1].strip()
+
+
+def test_every_command_has_a_manual():
+    runner = CliRunner()
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert {"transcribe", "evaluate", "convert", "build", "engines", "infer"} <= set(commands)
+    for command in commands:
+        shown = runner.invoke(app, [command, "--help"])
+        assert shown.exit_code == 0 and command in shown.output
+    assert runner.invoke(app, ["--version"]).output.strip() == f"m3asr {m3asr.__version__}"
