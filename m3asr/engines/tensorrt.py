@@ -130,7 +130,7 @@ def trace_encoder(
 def trace_decoder(
     decoder: TransformerDecoder, width: int, *, precision="fp32", profiles=DECODER_PROFILES, package=None
 ):
-    """One attention decoder as a network: hidden (1, S, D), hidden_lengths (1,), tokens (N, L) -> log_probs (N, L, V)."""
+    """One attention decoder: hidden (1, S, D), hidden_lengths (1,), tokens (N, L) -> log_probs (N, L, V)."""
     inputs = {
         "hidden": trt.Input("float32", (1, "S", width)),
         "hidden_lengths": trt.Input("int32", (1,)),

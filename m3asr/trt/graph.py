@@ -101,7 +101,7 @@ class Graph:
     def named(self, layer, kind):
         if layer is None:
             raise TraceError(
-                f"{self.where()}{self.package} refused a {kind} layer for {self.operation}: {self.package.logger.text()}"
+                f"{self.where()}{self.package} refused a {kind} layer for {self.operation} {self.package.logger.text()}"
             )
         name = "/".join(part for part in (self.module_path, self.operation, kind) if part)
         count = self._counts[name] = self._counts.get(name, 0) + 1

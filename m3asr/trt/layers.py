@@ -1,4 +1,4 @@
-"""TensorRT layers as functions of nodes; each returns a node with its symbolic sizes. Nothing here knows torch functions."""
+"""TensorRT layers as functions of nodes; each returns a node with its symbolic sizes. No torch functions here."""
 
 import torch
 

@@ -37,7 +37,7 @@ def gather(net, x, dim, index, sparse_grad=False):
     dim %= x.dim()
     if any(
         not is_fixed(a) or not is_fixed(b) or int(a) != int(b)
-        for i, (a, b) in enumerate(zip(x.shape, index.shape))
+        for i, (a, b) in enumerate(zip(x.shape, index.shape, strict=True))
         if i != dim
     ):
         starts, window = [0] * x.dim(), list(index.shape)

@@ -1,4 +1,4 @@
-"""The two TensorRT packages, `tensorrt` (10.x, 11.x) and `tensorrt_rtx`: every difference between them is in this file."""
+"""The two TensorRT packages, `tensorrt` (10.x, 11.x) and `tensorrt_rtx`: every difference between them is here."""
 
 import importlib
 

@@ -8,12 +8,12 @@ from torch.utils._pytree import tree_leaves
 
 # The converters register themselves.
 from . import (  # noqa: F401
-    layers,
     ops_attention,
     ops_elementwise,
     ops_index,
     ops_matmul,
     ops_nn,
+    ops_pool,
     ops_recurrent,
     ops_reduce,
     ops_shape,

@@ -19,8 +19,7 @@ from . import layers, sizes, table
 from .errors import TraceError, UncoveredOperation
 from .graph import Graph, Node
 from .tensor import SymTensor
-
-aten = torch.ops.aten
+from .writing import in_place, remember_views
 
 
 class _Everything(TorchDispatchMode):
@@ -97,13 +96,13 @@ class Tracer(Graph):
             schema = function._schema
             written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
             if written:
-                return self.in_place(function, args, kwargs, symbolic, written)
+                return in_place(self, function, args, kwargs, symbolic, written)
             if not symbolic:
                 result = self.fold(function, args, kwargs)
             else:
                 result = self.symbolic(function, args, kwargs)
             if any(r.alias_info is not None for r in schema.returns) and args and isinstance(args[0], SymTensor):
-                self.remember_views(function, args, kwargs, result)
+                remember_views(self, function, args, kwargs, result)
             return result
 
     def symbolic(self, function, args, kwargs):
@@ -209,7 +208,7 @@ class Tracer(Graph):
     def wrap_node(self, node, fake):
         if node.rank != fake.dim():
             raise TraceError(
-                f"{self.where()}the converter of {self.operation} gave sizes {node.shape} where torch gives {fake.shape}"
+                f"{self.where()}the converter of {self.operation} gave rank {node.rank} where torch gives {fake.shape}"
             )
         pinned = fake.dtype == torch.float32 and self.pinned and not self.keeps
         if fake.dtype in (torch.float32, torch.float64):
@@ -344,75 +343,6 @@ class Tracer(Graph):
         """Tensors and numbers as nodes of one type: torch's promotion, then the type to compute in."""
         dtype = self.result_type(*values) if dtype is None else dtype
         return [self.operand(v, dtype) for v in values]
-
-    # views and writing in place
-
-    def remember_views(self, function, args, kwargs, result):
-        """Results that look into args[0] are tied to it, so that writing to either shows in the other."""
-        results = result if isinstance(result, (list, tuple)) else [result]
-        for i, view in enumerate(results):
-            if not isinstance(view, SymTensor) or view is args[0]:
-                continue
-
-            def replay(base, i=i):
-                again = self.dispatch(function, (base, *args[1:]), kwargs)
-                return again[i] if isinstance(again, (list, tuple)) else again
-
-            view.base, view.replay, view.seen = args[0], replay, args[0].version
-
-    def in_place(self, function, args, kwargs, symbolic, written):
-        name = function._schema.name.split("::")[1]
-        target = args[0] if written == [0] else None
-        if not symbolic and target is not None and isinstance(target, SymTensor):
-            new = self.fold(self._functional(function), args, kwargs)
-        elif not symbolic and not any(isinstance(a, torch.Tensor) and not isinstance(a, SymTensor) for a in args):
-            return self.fold(function, args, kwargs)
-        elif target is None or not isinstance(target, SymTensor):
-            raise TraceError(
-                f"{self.where()}{name} writes into a tensor of the module (or into out=); a network has no state. Pass "
-                "the tensor in as an input and return the new one"
-            )
-        else:
-            new = self.dispatch(self._functional(function), args, kwargs)
-        if len(new.shape) != target.dim() or not all(map(sizes.same, new.shape, target.shape)):
-            raise TraceError(f"{self.where()}{name} changes the sizes of a tensor in place; use the form without '_'")
-        if new.dtype != target.dtype:
-            new = new.to(target.dtype)
-        self.write(target, new)
-        return target
-
-    def _functional(self, function):
-        name = function._schema.name.split("::")[1]
-        if name == "copy_":
-            return aten.copy.default
-        if name == "zero_":
-            return aten.zeros_like.default
-        packet = getattr(aten, name.rstrip("_"), None)
-        wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
-        overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
-        overload = next((o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == wanted), None)
-        if overload is None or not name.endswith("_"):
-            raise UncoveredOperation(
-                f"{self.where()}the in-place operation {name} has no form without '_' to use instead"
-            )
-        return overload
-
-    def write(self, target, new):
-        """`target` takes the value of `new`; a view passes it on into its base."""
-        target.become(new)
-        if target.base is None:
-            return
-        base = target.base
-        # Where each element of the view lies in its base: the same view of 0, 1, 2, ...
-        count = 1
-        for s in base.shape:
-            count = count * s
-        with torch._C.DisableTorchFunctionSubclass():
-            positions = torch.arange(count).view(base.shape)
-            index = target.replay(positions)
-            flat = base.reshape(-1).scatter(0, index.reshape(-1), new.reshape(-1))
-            self.write(base, flat.view(base.shape))
-        target.seen = base.version
 
 
 _BODIES = {}

@@ -56,14 +56,12 @@ IMAGE = f("B", 4, "T", 9)
 POSITIVE = pos("B", "T", 6)
 
 # pointwise, one argument
-for (
-    name
-) in """abs neg negative ceil floor sign round trunc fix frac exp exp2 expm1 sin cos tan sinh cosh atan arctan asinh
-    arcsinh erf erfc square sigmoid tanh relu reciprocal sgn positive isnan isinf isfinite isposinf isneginf signbit deg2rad
-    rad2deg sinc nan_to_num logical_not angle softmax_last""".split():
-    if name != "softmax_last":
-        row(f"torch.{name}", getattr(torch, name), X)
-for name in "log log2 log10 log1p sqrt rsqrt lgamma digamma".split()[:6]:
+POINTWISE = """abs neg negative ceil floor sign round trunc fix frac exp exp2 expm1 sin cos tan sinh cosh atan arctan
+    asinh arcsinh erf erfc square sigmoid tanh relu reciprocal sgn positive isnan isinf isfinite isposinf isneginf
+    signbit deg2rad rad2deg sinc nan_to_num logical_not angle"""
+for name in POINTWISE.split():
+    row(f"torch.{name}", getattr(torch, name), X)
+for name in "log log2 log10 log1p sqrt rsqrt".split():
     row(f"torch.{name}", getattr(torch, name), POSITIVE)
 for name in "asin acos atanh arcsin arccos arctanh".split():
     row(f"torch.{name}", getattr(torch, name), unit("B", 7))
@@ -317,7 +315,6 @@ row("F.embedding", lambda i, w: F.embedding(i, w), ints(0, 9, "B", "T"), f(9, 4)
 
 # reductions
 for name in "sum mean amax amin prod logsumexp std var".split():
-    extra = {"dim": -1}
     row(f"torch.{name}", lambda x, n=name: getattr(torch, n)(x, dim=-1), X)
     row(f"Tensor.{name}", lambda x, n=name: getattr(x, n)(dim=1, keepdim=True), X)
 row("torch.sum(all)", lambda x: torch.sum(x), X)
@@ -540,10 +537,9 @@ module("nn.InstanceNorm2d", lambda: nn.InstanceNorm2d(4), IMAGE)
 module("nn.LocalResponseNorm", lambda: nn.LocalResponseNorm(2), IMAGE)
 module("nn.Embedding", lambda: nn.Embedding(9, 4, padding_idx=0), ints(0, 9, "B", "T"))
 module("nn.Embedding(int32)", lambda: nn.Embedding(9, 4), ints(0, 9, "B", "T", dtype="int32"))
-for (
-    name
-) in """ReLU ReLU6 ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh LeakyReLU Softsign Softplus LogSigmoid
-    Tanhshrink Softshrink Hardshrink Sigmoid Tanh GLU PReLU RReLU Identity Flatten Dropout AlphaDropout""".split():
+NAMES = """ReLU ReLU6 ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh LeakyReLU Softsign Softplus LogSigmoid
+    Tanhshrink Softshrink Hardshrink Sigmoid Tanh GLU PReLU RReLU Identity Flatten Dropout AlphaDropout"""
+for name in NAMES.split():
     module(f"nn.{name}", getattr(nn, name), X)
 module("nn.PReLU(channels)", lambda: nn.PReLU(4), IMAGE)
 module("nn.Threshold", lambda: nn.Threshold(0.1, 5.0), X)

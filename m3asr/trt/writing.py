@@ -1,0 +1,80 @@
+"""Views and writing in place: a network has neither, so a write makes a new value and passes it on to the base."""
+
+import torch
+
+from . import sizes
+from .errors import TraceError, UncoveredOperation
+from .tensor import SymTensor
+
+aten = torch.ops.aten
+
+
+def remember_views(tracer, function, args, kwargs, result):
+    """Results that look into args[0] are tied to it, so that writing to either shows in the other."""
+    results = result if isinstance(result, (list, tuple)) else [result]
+    for i, view in enumerate(results):
+        if not isinstance(view, SymTensor) or view is args[0]:
+            continue
+
+        def replay(base, i=i):
+            again = tracer.dispatch(function, (base, *args[1:]), kwargs)
+            return again[i] if isinstance(again, (list, tuple)) else again
+
+        view.base, view.replay, view.seen = args[0], replay, args[0].version
+
+
+def in_place(tracer, function, args, kwargs, symbolic, written):
+    name = function._schema.name.split("::")[1]
+    target = args[0] if written == [0] else None
+    if not symbolic and target is not None and isinstance(target, SymTensor):
+        new = tracer.fold(_functional(tracer, function), args, kwargs)
+    elif not symbolic and not any(isinstance(a, torch.Tensor) and not isinstance(a, SymTensor) for a in args):
+        return tracer.fold(function, args, kwargs)
+    elif target is None or not isinstance(target, SymTensor):
+        raise TraceError(
+            f"{tracer.where()}{name} writes into a tensor of the module (or into out=); a network has no state. Pass "
+            "the tensor in as an input and return the new one"
+        )
+    else:
+        new = tracer.dispatch(_functional(tracer, function), args, kwargs)
+    if len(new.shape) != target.dim() or not all(map(sizes.same, new.shape, target.shape)):
+        raise TraceError(f"{tracer.where()}{name} changes the sizes of a tensor in place; use the form without '_'")
+    if new.dtype != target.dtype:
+        new = new.to(target.dtype)
+    write(tracer, target, new)
+    return target
+
+
+def _functional(tracer, function):
+    name = function._schema.name.split("::")[1]
+    if name == "copy_":
+        return aten.copy.default
+    if name == "zero_":
+        return aten.zeros_like.default
+    packet = getattr(aten, name.rstrip("_"), None)
+    wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
+    overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
+    overload = next((o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == wanted), None)
+    if overload is None or not name.endswith("_"):
+        raise UncoveredOperation(
+            f"{tracer.where()}the in-place operation {name} has no form without '_' to use instead"
+        )
+    return overload
+
+
+def write(tracer, target, new):
+    """`target` takes the value of `new`; a view passes it on into its base."""
+    target.become(new)
+    if target.base is None:
+        return
+    base = target.base
+    # Where each element of the view lies in its base: the same view of 0, 1, 2, ...
+    count = 1
+    for s in base.shape:
+        count = count * s
+    with torch._C.DisableTorchFunctionSubclass():
+        positions = torch.arange(count).view(base.shape)
+        index = target.replay(positions)
+        flat = base.reshape(-1).scatter(0, index.reshape(-1), new.reshape(-1))
+        write(tracer, base, flat.view(base.shape))
+    target.seen = base.version
