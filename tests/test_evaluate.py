@@ -218,12 +218,9 @@ def test_results_are_picked_up_again(model, tmp_path):
 
 
 def made(*pairs):
-    from m3asr.evaluate import Result
-
-    return [
-        Result(Utterance(str(i), Path(str(i)), said, "ab"[i % 2]), heard, 2.0, 0.5)
-        for i, (said, heard) in enumerate(pairs)
-    ]
+    """Results of (said, heard), by two speakers in turn."""
+    utterances = [Utterance(str(i), Path(str(i)), said, "ab"[i % 2]) for i, (said, _) in enumerate(pairs)]
+    return [Result(utterance, heard, 2.0, 0.5) for utterance, (_, heard) in zip(utterances, pairs, strict=True)]
 
 
 def test_summary_worst_and_differences():
