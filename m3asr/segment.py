@@ -215,6 +215,7 @@ class _Spans:
         half = len(around) // 2
         probability, loudness = around[half:].T
         at = half + int(np.lexsort((loudness, probability.round(1)))[0]) + _SMOOTHING // 2
-        yield self._start, self._start + at, not self._cut, False
-        self._start, self._cut = self._start + at, True
+        start = self._count - len(heard)
+        yield start, start + at, not self._cut, False
+        self._start, self._cut = start + at, True
         del self._heard[:at]

@@ -224,9 +224,9 @@ class Transcriber:
         for hotword in hotwords:
             try:
                 tokens = tokenizer.encode(hotword)
-            except ModelError:
-                tokens = [None]
-            if tokens and tokenizer.unk not in tokens and None not in tokens:
+            except ModelError:  # a vocabulary without <unk>
+                tokens = []
+            if tokens and tokenizer.unk not in tokens:
                 phrases.append(tokens)
             elif hotword.strip():
                 warnings.warn(
