@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3asr import __version__, ops, trt
+from m3asr import __version__, trt
 from m3asr.engines import padded
+from m3asr.engines.tensorrt_experts import EXPERTS, experts_as
 from m3asr.errors import ModelError
 from m3asr.folder import ModelFolder
 from m3asr.model import Model, TransformerDecoder
@@ -27,29 +27,6 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 # Sizes of one optimisation profile: smallest, usual, largest. B utterances of T frames; N hypotheses of L tokens.
 PROFILES = ({"B": (1, 1, 4), "T": (7, 512, 2048)}, {"B": (1, 8, 16), "T": (7, 1024, 6100)})
 DECODER_PROFILES = ({"N": (1, 10, 32), "L": (1, 20, 400), "S": (1, 150, 1524)},)
-# Bytes that the hidden layer of all experts on all tokens may take; above it the experts are computed in groups.
-EXPERT_BYTES = 1 << 28
-
-
-@trt.converter(ops.moe)
-def _experts(net, x, expert_idx, w_1, b_1, w_2, b_2, activation):
-    """All experts on all tokens, all but the chosen one masked: static shapes, no sorting, plain layers.
-
-    Near the floor for few tokens, where every expert's weights are read anyway. The mask stands on the hidden layer, so
-    that the second product sums over experts: zeros add nothing, and a masked NaN or infinity is gone. With many
-    tokens the experts come in groups, which bounds the memory and not the work.
-    """
-    experts, hidden, width = w_1.shape
-    largest = net.sizes.largest(x.shape[0]) * experts * hidden * 4
-    groups = min(experts, max(1, -(-largest // EXPERT_BYTES)))
-    chosen = F.one_hot(expert_idx, experts).to(torch.bool)  # (N, E)
-    y = F.embedding(expert_idx, b_2)  # (N, D)
-    for part in torch.arange(experts).chunk(groups):
-        a, b = int(part[0]), int(part[-1]) + 1
-        h = ops.ACTIVATIONS[activation](F.linear(x, w_1[a:b].flatten(0, 1), b_1[a:b].flatten()))  # (N, e*F)
-        h = torch.where(chosen[:, a:b, None], h.unflatten(-1, (b - a, hidden)), 0.0).flatten(1)
-        y = y + F.linear(h, w_2[a:b].transpose(0, 1).flatten(1))
-    return y
 
 
 class _Encoder(nn.Module):
@@ -102,12 +79,15 @@ def trace_encoder(
     left_chunks: int = -1,
     compat: bool = False,
     calibration: Iterable | None = None,
+    experts: str = "layers",
     package=None,
 ) -> trt.Network:
     """The encoder and its CTC head as a network: feats, lengths -> log_probs, hidden, out_lengths.
 
     precision "int8" and "fp8" need `calibration`, an iterable of (features (B, T, F), lengths (B,)); what is not
-    quantised is float16 then. With `prior` (V,) log_probs has -ln(prior) added. Raises trt.TraceError.
+    quantised is float16 then. experts "layers": all experts on all tokens in plain layers; "plugin": the Triton plugin
+    of `tensorrt_experts`, which must be imported wherever the plan runs. With `prior` (V,) log_probs has -ln(prior)
+    added. Raises trt.TraceError.
     """
     encoder = model.config.encoder
     smallest = encoder.min_frames
@@ -115,16 +95,21 @@ def trace_encoder(
     module = _Encoder(model, prior, chunk_size, left_chunks, compat).eval()
     inputs = {"feats": trt.Input("float32", ("B", "T", encoder.input_dim)), "lengths": trt.Input("int32", ("B",))}
     options = {"ranges": profiles, "outputs": ["log_probs", "hidden", "out_lengths"], "package": package}
+    if experts not in EXPERTS:
+        raise ModelError(f"unknown form of the experts {experts!r}: expected one of {', '.join(EXPERTS)}")
     if precision not in ("int8", "fp8"):
-        return trt.trace(module, inputs, precision=precision, **options)
+        with experts_as(experts):
+            return trt.trace(module, inputs, precision=precision, **options)
     if calibration is None:
         raise ModelError(f"precision {precision} needs recordings to find its scales on: give a calibration list")
-    reference = trt.trace(module, inputs, precision="fp32", **options)
+    with experts_as(experts):
+        reference = trt.trace(module, inputs, precision="fp32", **options)
     batches = ({"feats": torch.as_tensor(f), "lengths": torch.as_tensor(n)} for f, n in calibration)
     # The subsampling convolutions see raw features, whose range a single scale serves badly.
     scales = trt.calibrate(reference, batches, precision, exclude=["*subsampling*"])
     del reference
-    return trt.trace(module, inputs, precision="fp16", quantize=scales, **options)
+    with experts_as(experts):
+        return trt.trace(module, inputs, precision="fp16", quantize=scales, **options)
 
 
 def trace_decoder(
@@ -178,6 +163,7 @@ def build(
         "chunk_size": options.get("chunk_size", 0),
         "left_chunks": options.get("left_chunks", -1),
         "compat": bool(options.get("compat", False)),
+        "experts": options.get("experts", "layers"),
         "config_sha256": config_digest,
         "plans": found,
     }

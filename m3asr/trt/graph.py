@@ -7,6 +7,8 @@ from . import sizes
 from .errors import TraceError
 from .package import _CARRIED
 
+LARGE = 1 << 18  # elements
+
 
 class Node:
     """A TensorRT tensor with its sizes (ints and SymInts). Arithmetic operators add elementwise layers."""
@@ -22,6 +24,8 @@ class Node:
     def tensor(self):
         if self._tensor is None:
             self._tensor = self.graph.add_constant(self.source, self.dtype)
+            if not self.graph.lasts(self.source):
+                self.source = None
         return self._tensor
 
     @property
@@ -76,6 +80,7 @@ class Graph:
         self.values = {}  # constant layer name -> torch tensor: TensorRT cannot read bf16 back, and frees nothing of it
         self._constants = {}  # what a constant is made of -> Node
         self._stored = {}
+        self.weights = set()  # addresses of the module's own tensors
         self._counts = {}
         self._sizes = {}  # (sympy expression, dtype) -> Node
         self._shapes = {}  # input name -> shape layer output
@@ -137,7 +142,14 @@ class Graph:
         value = getattr(value, "const", value)
         dtype = self.package.dtype(value.dtype) if dtype is None else dtype
         with _disable_current_modes():
+            if not self.lasts(value):
+                # Computed from weights while tracing: not worth keeping beside its converted copy.
+                return Node(self, None, [int(s) for s in value.shape], value, dtype)
             return self._constant(value, dtype)
+
+    def lasts(self, value):
+        """A weight of the module, or too small to matter: may be kept, and is recognised when it comes again."""
+        return value.numel() <= LARGE or value.untyped_storage().data_ptr() in self.weights
 
     def _constant(self, value, dtype):
         key = (value.data_ptr(), value._version, tuple(value.shape), value.stride(), value.dtype, dtype.name)
@@ -152,11 +164,11 @@ class Graph:
         """The constant layer; its memory lives as long as the graph, in one copy whatever shapes it is seen in."""
         with _disable_current_modes():
             key = (value.data_ptr(), value._version, value.numel(), value.dtype, dtype.name)
-            stored = self._stored.get(key) if value.is_contiguous() else None
+            stored = self._stored[key][0] if key in self._stored else None
             if stored is None:
                 stored = self._convert(value.detach(), self.package.torch_dtype(dtype)).contiguous().cpu()
-                if value.is_contiguous():
-                    self._stored[key] = stored
+                if value.is_contiguous() and self.lasts(value):
+                    self._stored[key] = stored, value
             weights = self.trt.Weights(dtype, stored.data_ptr(), stored.numel())
             shape = tuple(int(s) for s in value.shape)
             layer = self.layer("constant", self.trt.Dims(shape), weights)

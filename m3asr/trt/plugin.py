@@ -81,7 +81,12 @@ class Plugin:
         self.name, self.version, self.namespace, self.kind = name, version, namespace, kind
         self.reference, self.shape, self.dtypes = reference, shape, tuple(dtypes)
         self.inputs = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        self.attributes = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        kinds = {t.__name__: t for t in ATTRIBUTE_TYPES}  # annotations may be strings
+        self.attributes = {
+            p.name: p.replace(annotation=kinds.get(p.annotation, p.annotation) if p.annotation is not p.empty else None)
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY
+        }
         self.launch = kernel
         self.__doc__, self.__name__ = reference.__doc__, name
         for p in self.attributes.values():

@@ -148,6 +148,9 @@ def _trace(module, inputs, profiles, precision, outputs, quantize, package, prep
     prepare(tracer, network)
     symbolic = {name: _add_input(tracer, name, given) for name, given in inputs.items()}
     args, kwargs = _arguments(module, symbolic)
+    if isinstance(module, torch.nn.Module):
+        own = [*module.parameters(), *module.buffers()]
+        tracer.weights = {t.untyped_storage().data_ptr() for t in own}
     if isinstance(module, torch.nn.Module) and module.training:
         raise TraceError(f"{type(module).__name__} is in training mode; call .eval() before building")
     with _module_paths(tracer, module), tracer.tracing():
@@ -164,7 +167,7 @@ def _trace(module, inputs, profiles, precision, outputs, quantize, package, prep
         tracer.points,
         tracer.module_outputs,
         bool(kwargs),
-        [tracer, module],
+        [getattr(tracer, "keep", None)],
     )
 
 

@@ -306,7 +306,6 @@ class Tracer(Graph):
         if isinstance(x, SymTensor):
             if x.const is None:
                 return x.node if dtype is None else layers.cast(x.node, dtype)
-            x = x.const
         return self.constant(x, self.package.dtype(x.dtype) if dtype is None else dtype)
 
     def result_type(self, *values):
