@@ -56,6 +56,7 @@ class Tokenizer:
         control = re.compile(r"<[^<>\s]+>")
         self._pieces = {s: i for s, i in first_id.items() if s and i not in self._silent and not control.fullmatch(s)}
         self._longest = max(map(len, self._pieces), default=1)
+        self._merge_order = self._is_merge_order()
         letters = "".join(self._pieces)
         self._upper_only = bool(re.search("[A-Z]", letters)) and not re.search("[a-z]", letters)
         self._lower_only = bool(re.search("[a-z]", letters)) and not re.search("[A-Z]", letters)
@@ -154,9 +155,12 @@ class Tokenizer:
         return self.symbols[index]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, for phrases to listen for. Words become the fewest pieces, the longest first.
+        """Token ids of a text, for phrases to listen for.
 
-        SentencePiece, which cut the training text, may prefer another cut of the same word; it needs its model file.
+        Word pieces in the order of their byte pair merges, as SentencePiece writes a BPE vocabulary, are merged in
+        that order: the cut of the training text. In any other order (sorted, or a unigram model, which needs its
+        scores) that cut is not known, and words become the fewest pieces, the longest first.
+
         Case follows a vocabulary that has only one. A character outside the vocabulary becomes "<unk>"; a vocabulary
         without one raises ModelError.
         """
@@ -169,7 +173,7 @@ class Tokenizer:
             if number and self._space is not None and not self._has_word_pieces:
                 ids.append(self._space)
             for run in self._runs(chunk):
-                ids += self._fewest_pieces(run)
+                ids += self._merged_pieces(run) if self._merge_order else self._fewest_pieces(run)
         return ids
 
     def _runs(self, chunk: str) -> list[str]:
@@ -180,6 +184,34 @@ class Tokenizer:
         return [
             WORD_START + run if not _UNSPACED.match(run) or WORD_START + run[0] in self._pieces else run for run in runs
         ]
+
+    def _is_merge_order(self) -> bool:
+        """Whether every piece is two that stand before it; single characters stand anywhere."""
+        never = len(self.symbols)
+        rank = {piece: index if len(piece) > 1 else -1 for piece, index in self._pieces.items()}
+        longer = [piece for piece in self._pieces if len(piece) > 1]
+        return bool(longer) and all(
+            any(max(rank.get(p[:i], never), rank.get(p[i:], never)) < rank[p] for i in range(1, len(p))) for p in longer
+        )
+
+    def _merged_pieces(self, run: str) -> list[int]:
+        """Merge neighbours as long as a pair is a piece, the pair of the smallest id first, the leftmost of equals."""
+        parts, never = list(run), len(self.symbols)
+        while True:
+            pairs = (self._pieces.get(a + b, never) for a, b in zip(parts, parts[1:], strict=False))
+            rank, i = min(((rank, i) for i, rank in enumerate(pairs)), default=(never, 0))
+            if rank == never:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        ids = []
+        for part in parts:
+            if part in self._pieces:
+                ids.append(self._pieces[part])
+            elif part != WORD_START:  # no piece starts a word like this one: spell it without
+                if self.unk is None:
+                    raise ModelError(f"The vocabulary has neither {part!r} nor <unk>; expected text it can spell.")
+                ids.append(self.unk)
+        return ids
 
     def _fewest_pieces(self, run: str) -> list[int]:
         """Cut a run into pieces: fewest unknown characters, then fewest pieces, then the longest first."""

@@ -195,3 +195,19 @@ def test_read_refuses_other_files(tmp_path):
         Tokenizer.read(tmp_path / "gbk.txt")
     with pytest.raises(ModelError, match="eos is 7"):
         Tokenizer.read(write(tmp_path / "units.txt", ["<blank> 0", "a 1"]), eos=7)
+
+
+def test_pieces_in_merge_order_are_merged_as_sentencepiece_does():
+    """The first ids are merges in their order, letters follow, as SentencePiece writes a BPE vocabulary."""
+    letters = ["▁", "h", "e", "r", "t", "<sos/eos>"]
+
+    def cut(word, *merges):
+        tokenizer = Tokenizer(["<blank>", "<unk>", *merges, *letters])
+        return " ".join(tokenizer.symbols[i] for i in tokenizer.encode(word))
+
+    merges = "he", "er", "▁h", "re", "▁he"
+    cuts = {"her": "▁he r", "here": "▁he re", "ere": "▁ er e", "hher": "▁h he r", "x": "▁ <unk>"}
+    assert {word: cut(word, *merges) for word in cuts} == cuts
+    assert cut("her", *merges[:4]) == "▁ he r"
+    # "▁there" is no two pieces before it: the order says nothing, so the fewest pieces.
+    assert cut("her", "▁there", *merges[:4]) == "▁h er"
