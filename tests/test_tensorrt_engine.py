@@ -145,13 +145,13 @@ def test_engine_and_decoders():
 def test_plans_are_really_built(tmp_path):
     model = golden_model("3m-moe-80")[0]
     built = tensorrt.build(
-        model, "digest", tmp_path, precision="fp16", profiles=[*SMALL, {"B": (1, 1, 1), "T": (7, 90, 99)}]
+        lambda: model, "digest", tmp_path, precision="fp16", profiles=[*SMALL, {"B": (1, 1, 1), "T": (7, 90, 99)}]
     )
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["plans"] == built and manifest["precision"] == "fp16" and len(manifest["profiles"]) == 2
     assert all((tmp_path / f"{n}.plan").stat().st_size == size > 10**5 for n, size in built.items())
     with pytest.raises(ModelError, match="unknown precision"):
-        tensorrt.build(model, "digest", tmp_path, precision="int3")
+        tensorrt.build(lambda: model, "digest", tmp_path, precision="int3")
 
 
 EXPERTS, WIDTH, HIDDEN = 5, 24, 40

@@ -8,7 +8,7 @@ whatever the precision. A plan is built and interpreted without a GPU; `Tensorrt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -138,25 +138,25 @@ def networks(model: Model, *, precision: str = "fp32", package=None, **options):
 
 
 def build(
-    model: Model, config_digest: str, target: Path, *, precision="fp32", package=None, **options
+    load: Callable[[], Model], config_digest: str, target: Path, *, precision="fp32", package=None, **options
 ) -> dict[str, int]:
-    """Writes the plans and manifest.json into `target`; -> bytes of each plan. Raises ModelError."""
+    """Writes the plans and manifest.json into `target`; -> bytes of each plan.
+
+    load: makes the model. It is called here so that the model's memory is given back before TensorRT builds. Options
+    are those of `trace_encoder`. Raises ModelError.
+    """
     target.mkdir(parents=True, exist_ok=True)
     options["profiles"] = list(options.get("profiles") or PROFILES)
-    found = {}
+    package = trt.Package(package)
     try:
-        for name, network in networks(model, precision=precision, package=package, **options):
-            plan = trt.serialize(network)
-            (target / f"{name}.plan").write_bytes(plan)
-            found[name] = len(plan)
-            builder = str(network.package)
-            del network, plan
+        traced = dict(networks(load(), precision=precision, package=package, **options))
+        plans = {name: trt.write(traced.pop(name), target / f"{name}.plan") for name in list(traced)}
     except trt.TrtError as error:
         raise ModelError(f"TensorRT: {error}") from error
     manifest = {
         "format_version": FORMAT_VERSION,
         "m3asr": __version__,
-        "builder": builder,
+        "builder": str(package),
         "precision": precision,
         "profiles": options["profiles"],
         "prior": options.get("prior") is not None,
@@ -165,10 +165,10 @@ def build(
         "compat": bool(options.get("compat", False)),
         "experts": options.get("experts", "layers"),
         "config_sha256": config_digest,
-        "plans": found,
+        "plans": plans,
     }
     (target / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return found
+    return plans
 
 
 class _Base:

@@ -1,9 +1,10 @@
 """PyTorch is the TensorRT API: networks from unmodified forwards, plugins without CUDA. Knows nothing of speech."""
 
 from . import layers
-from .build import build, serialize
+from .build import build, serialize, write
 from .compare import Comparison, compare
 from .errors import BuildError, PluginError, TensorRTMissing, TraceError, TrtError, UncoveredOperation
+from .package import Package
 from .plugin import OneKernel, cdiv, numel, plugin
 from .plugin_check import check_plugin
 from .quantize import Quantization, calibrate
@@ -18,6 +19,7 @@ __all__ = [
     "Input",
     "Network",
     "OneKernel",
+    "Package",
     "PluginError",
     "Quantization",
     "TensorRTMissing",
@@ -35,4 +37,5 @@ __all__ = [
     "plugin",
     "serialize",
     "trace",
+    "write",
 ]

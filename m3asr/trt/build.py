@@ -1,5 +1,7 @@
 """A network becomes a plan: optimisation profiles, builder configuration, serialisation."""
 
+import os
+
 from .trace import trace
 
 
@@ -43,6 +45,24 @@ def build(
 
 def serialize(network, *, workspace=None, compute_capabilities=()):
     """Builds a traced Network into a plan (bytes)."""
+    return bytes(_plan(network, workspace, compute_capabilities))
+
+
+def write(network, path, *, workspace=None, compute_capabilities=()):
+    """Builds a traced Network into a file, without a second copy of a large plan; -> its size in bytes."""
+    plan = _plan(network, workspace, compute_capabilities)
+    aside = f"{os.fspath(path)}.part"
+    try:
+        with open(aside, "wb") as file:
+            file.write(plan)
+        os.replace(aside, path)
+    finally:
+        if os.path.exists(aside):
+            os.remove(aside)
+    return plan.nbytes
+
+
+def _plan(network, workspace, compute_capabilities):
     package, builder = network.package, network.builder
     config = package.config(builder, workspace, compute_capabilities)
     dynamic = any(isinstance(d, str) for given in network.inputs.values() for d in given.dims)

@@ -179,6 +179,8 @@ class Graph:
         """Narrowing keeps finite numbers finite: torch.finfo(float32).min as a mask must not become -inf * 0."""
         if dtype in (torch.float16, torch.bfloat16) and value.dtype in (torch.float32, torch.float64):
             limit = torch.finfo(dtype).max
+            if value.numel() > LARGE and max(abs(float(v)) for v in value.aminmax()) <= limit:
+                return value.to(dtype)
             return torch.where(value.isfinite(), value.clamp(-limit, limit), value).to(dtype)
         if dtype in (torch.int32,) and value.dtype == torch.int64:
             return value.clamp(-(2**31), 2**31 - 1).to(dtype)

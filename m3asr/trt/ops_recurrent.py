@@ -123,20 +123,22 @@ def _recurrent(net, make_step, x, initial, parameters, has_biases, num_layers, b
     return tuple(net.tensor(node, x.dtype) for node in (output, *(L.concat(kept, 0) for kept in lasts)))
 
 
-def _refuse_packed(net, arguments):
+def _refuse(net, arguments, dropout, train):
+    if train and dropout:
+        raise UncoveredOperation(f"{net.where()}recurrent dropout in training mode; call module.eval() before building")
     if not isinstance(arguments[3], bool):
         raise UncoveredOperation(f"{net.where()}packed sequences have as many rows as the data says; pass padded ones")
 
 
 @converter(torch.lstm, torch._VF.lstm, kind="float32")
 def lstm(net, x, hx, parameters, has_biases, num_layers, dropout, train, bidirectional, *batch_first):
-    _refuse_packed(net, (x, hx, parameters, has_biases))
+    _refuse(net, (x, hx, parameters, has_biases), dropout, train)
     return _recurrent(net, _lstm_step, x, hx, parameters, has_biases, num_layers, bidirectional, *batch_first)
 
 
 def _single_state(step):
     def convert(net, x, hx, parameters, has_biases, num_layers, dropout, train, bidirectional, *batch_first):
-        _refuse_packed(net, (x, hx, parameters, has_biases))
+        _refuse(net, (x, hx, parameters, has_biases), dropout, train)
         return _recurrent(net, step, x, [hx], parameters, has_biases, num_layers, bidirectional, *batch_first)
 
     return convert

@@ -83,12 +83,12 @@ class Package:
         return config
 
     def build(self, builder, network, config):
-        """-> bytes of the plan. Raises BuildError with what TensorRT logged."""
+        """-> IHostMemory with the plan. Raises BuildError with what TensorRT logged."""
         self.logger.clear()
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise BuildError(f"{self} refused the network: {self.logger.text() or 'without a reason'}")
-        return bytes(plan)
+        return plan
 
     def normalization(self, network, *arguments):
         """add_normalization_v2 came with 10.15; the first form means the same for what is built here."""

@@ -94,7 +94,7 @@ def trace(module, inputs, ranges=None, *, precision="fp32", keep_float32=(), out
     """Runs `module`'s own forward on symbolic tensors and writes down the network.
 
     Args:
-        module: a torch.nn.Module in eval mode, or any function of tensors.
+        module: a torch.nn.Module in eval mode (dropout and batch norm refuse training mode), or a function of tensors.
         inputs: {argument name: Input}; names that are no arguments of forward are passed in order.
         ranges: {size name: (min, opt, max)} or a list of those, one for each optimisation profile.
         precision: "fp32", "fp16" or "bf16"; see `Precision`.
@@ -151,8 +151,6 @@ def _trace(module, inputs, profiles, precision, outputs, quantize, package, prep
     if isinstance(module, torch.nn.Module):
         own = [*module.parameters(), *module.buffers()]
         tracer.weights = {t.untyped_storage().data_ptr() for t in own}
-    if isinstance(module, torch.nn.Module) and module.training:
-        raise TraceError(f"{type(module).__name__} is in training mode; call .eval() before building")
     with _module_paths(tracer, module), tracer.tracing():
         result = module(*args, **kwargs)
         names = _mark_outputs(tracer, result, outputs)
