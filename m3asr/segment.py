@@ -45,8 +45,9 @@ class SegmentOptions:
     """Where recordings are cut. Times in seconds.
 
     vad: False finds no speech and no pauses: everything is taken for speech, and cut where it is quietest.
-    threshold: probability of speech from which a frame counts. min_speech: a stretch in which speech never lasts so
-    long without a break is noise. min_silence: a shorter pause does not end a segment. padding: kept on both sides.
+    threshold: probability of speech from which a frame counts. sure, min_speech: a stretch in which the probability
+    never stays at `sure` for so long is noise, or music. min_silence: a shorter pause does not end a segment. padding:
+    kept on both sides.
     """
 
     vad: bool = True
@@ -55,6 +56,7 @@ class SegmentOptions:
     min_speech: float = 0.25
     padding: float = 0.2
     threshold: float = 0.5
+    sure: float = 0.8
 
     def __post_init__(self):
         for name, low, high in (
@@ -63,6 +65,7 @@ class SegmentOptions:
             ("min_speech", 0.0, 60.0),
             ("padding", 0.0, 10.0),
             ("threshold", 0.01, 0.99),
+            ("sure", 0.01, 0.99),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -163,7 +166,8 @@ class _Spans:
         self._count = 0  # frames so far
         self._start: int | None = None  # of the running span
         self._stop = 0  # behind its last frame of speech
-        self._run = self._longest = 0  # frames of speech without a break
+        self._voiced: int | None = None  # where the speech that has had no break until now began
+        self._sure = self._longest = 0  # frames of sure speech until now, and at most in the running span
         self._cut = False  # the running span continues one that was cut
         self._heard: list[tuple[float, float]] = []  # probability and RMS of the running span's frames
 
@@ -180,17 +184,19 @@ class _Spans:
         yield from self._end()
 
     def _step(self, probability: float, loudness: float) -> Iterator[tuple[int, int, bool, bool]]:
-        threshold = self.options.threshold - (_HYSTERESIS if self._run else 0.0)
+        threshold = self.options.threshold - (0.0 if self._voiced is None else _HYSTERESIS)
         self._count += 1
         if probability >= threshold:
+            if self._voiced is None:
+                self._voiced = self._count - 1
             if self._start is None:
-                self._start, self._cut, self._longest = self._count - 1, False, 0
+                self._start, self._cut, self._longest = self._voiced, False, 0
                 self._heard.clear()
             self._stop = self._count
-            self._run += 1
-            self._longest = max(self._longest, self._run)
         else:
-            self._run = 0
+            self._voiced = None
+        self._sure = self._sure + 1 if probability >= self.options.sure else 0
+        self._longest = max(self._longest, self._sure)
         if self._start is None:
             return
         self._heard.append((probability, loudness))
@@ -207,8 +213,10 @@ class _Spans:
     def _divide(self) -> Iterator[tuple[int, int, bool, bool]]:
         """End the running span where it is least like speech, and go on from there."""
         if self._longest < self._speech:  # noise, but for what may have begun just now
-            self._start = self._count - self._run if self._run else None
-            del self._heard[: len(self._heard) - self._run]
+            start, self._start = self._count - len(self._heard), None
+            if self._voiced is not None:
+                self._start = max(self._voiced, self._count - self._max // 2)
+                del self._heard[: self._start - start]
             return
         heard = np.array(self._heard)  # (N, 2)
         around = np.lib.stride_tricks.sliding_window_view(heard, _SMOOTHING, axis=0).mean(axis=-1)  # (N - 6, 2)

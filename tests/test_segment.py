@@ -77,14 +77,18 @@ def test_padding_stays_inside_the_recording():
 
 
 def test_a_blip_is_noise_but_its_neighbours_are_not():
-    probabilities = runs((10, 0.0), (0.2, 0.99), (3, 0.0), (0.3, 0.6), (10, 0.0))
+    probabilities = runs((10, 0.0), (0.2, 0.99), (3, 0.0), (0.3, 0.85), (3, 0.0), (2, 0.75), (10, 0.0))
     spans = cut(probabilities, SegmentOptions())
     assert len(spans) == 1 and spans[0][0] > 13 * SAMPLE_RATE - FRAME
 
 
 def test_speech_goes_on_a_little_below_the_threshold():
-    assert cut(runs((15, 0.0), (0.15, 0.6), (0.15, 0.4), (15, 0.0)), SegmentOptions())
-    assert not cut(runs((15, 0.0), (0.15, 0.4), (0.15, 0.4), (15, 0.0)), SegmentOptions())
+    pauses = (15, 0.0), (0.7, 0.4)
+    (alone,) = cut(runs(pauses[0], (0.3, 0.9), (15, 0.0)), SegmentOptions())
+    (longer,) = cut(runs(pauses[0], (0.3, 0.9), pauses[1], (15, 0.0)), SegmentOptions())
+    (before,) = cut(runs(pauses[0], pauses[1], (0.3, 0.9), (15, 0.0)), SegmentOptions())
+    assert longer[1] - longer[0] == alone[1] - alone[0] + round(0.7 * SECOND) * FRAME
+    assert before[1] - before[0] == alone[1] - alone[0]
 
 
 def test_endless_speech_is_cut_where_it_is_least_like_speech():
@@ -114,7 +118,7 @@ def test_without_detection_all_of_it_is_kept_and_cut_where_it_is_quiet():
 def test_any_probabilities(data):
     """In order, apart, not too long, no stretch of sure speech lost; and the same in blocks of any size."""
     pairs = data.draw(
-        st.lists(st.tuples(st.integers(1, 200), st.sampled_from([0.0, 0.3, 0.45, 0.6, 0.99])), min_size=1, max_size=25)
+        st.lists(st.tuples(st.integers(1, 200), st.sampled_from([0.0, 0.3, 0.45, 0.6, 0.9])), min_size=1, max_size=25)
     )
     probabilities = [p for count, p in pairs for _ in range(count)]
     options = SegmentOptions(
@@ -133,7 +137,7 @@ def test_any_probabilities(data):
         assert all(end - start <= (options.max_seconds + 2 * options.padding) * SAMPLE_RATE for start, end in spans)
     first = 0
     for count, p in pairs:
-        if p >= options.threshold and count * FRAME >= (options.min_speech + 0.04) * SAMPLE_RATE:
+        if p >= options.sure and count * FRAME >= (options.min_speech + 0.04) * SAMPLE_RATE:
             covered = sum(max(0, min(end, (first + count) * FRAME) - max(start, first * FRAME)) for start, end in spans)
             assert covered == count * FRAME, (first, count, spans)
         first += count
