@@ -45,9 +45,10 @@ class SegmentOptions:
     """Where recordings are cut. Times in seconds.
 
     vad: False finds no speech and no pauses: everything is taken for speech, and cut where it is quietest.
-    threshold: probability of speech from which a frame counts. sure, min_speech: a stretch in which the probability
-    never stays at `sure` for so long is noise, or music. min_silence: a shorter pause does not end a segment. padding:
-    kept on both sides.
+    threshold: probability of speech from which a frame counts. min_speech: a stretch in which speech never lasts so
+    long without a break is noise. sure: what the probability must reach for so long in a short recording, which the
+    detector has not had the time to get used to: music in its first seconds is taken for speech more often.
+    min_silence: a shorter pause does not end a segment. padding: kept on both sides.
     """
 
     vad: bool = True
@@ -90,10 +91,10 @@ def speech_segments(
         if n_start > options.max_seconds * SAMPLE_RATE:
             break
     else:
-        if n_start and any(True for _ in _pieces(start, options, detector)):
+        if n_start and any(True for _ in _pieces(start, options, detector, options.sure)):
             yield Speech(0, np.concatenate(start))
         return
-    yield from _pieces(_chained(start, blocks), options, detector)
+    yield from _pieces(_chained(start, blocks), options, detector, options.threshold)
 
 
 def silero_detector() -> Detector:
@@ -122,10 +123,12 @@ def _windows(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         yield rest
 
 
-def _pieces(blocks: Iterable[np.ndarray], options: SegmentOptions, detector: Detector) -> Iterator[Speech]:
-    """Stretches of speech, whatever the recording's length."""
+def _pieces(
+    blocks: Iterable[np.ndarray], options: SegmentOptions, detector: Detector, needed: float
+) -> Iterator[Speech]:
+    """Stretches in which the probability of speech stays at `needed` for long enough, whatever the whole's length."""
     padding = round(options.padding * SAMPLE_RATE)
-    spans = _Spans(options)
+    spans = _Spans(options, needed)
     samples, first = np.zeros(0, np.float32), 0  # what is kept of the recording, and where that begins
     end = 0  # of the last piece
 
@@ -157,8 +160,8 @@ def _levelled(frames: np.ndarray) -> np.ndarray:
 class _Spans:
     """Probabilities of speech -> spans (first frame, behind the last, padding before, padding behind)."""
 
-    def __init__(self, options: SegmentOptions):
-        self.options = options
+    def __init__(self, options: SegmentOptions, needed: float):
+        self.options, self._needed = options, needed
         per_second = SAMPLE_RATE / FRAME
         self._max = int(options.max_seconds * per_second)
         self._silence = max(round(options.min_silence * per_second), 1)
@@ -167,7 +170,7 @@ class _Spans:
         self._start: int | None = None  # of the running span
         self._stop = 0  # behind its last frame of speech
         self._voiced: int | None = None  # where the speech that has had no break until now began
-        self._sure = self._longest = 0  # frames of sure speech until now, and at most in the running span
+        self._run = self._longest = 0  # frames at `needed` until now, and at most in the running span
         self._cut = False  # the running span continues one that was cut
         self._heard: list[tuple[float, float]] = []  # probability and RMS of the running span's frames
 
@@ -195,8 +198,8 @@ class _Spans:
             self._stop = self._count
         else:
             self._voiced = None
-        self._sure = self._sure + 1 if probability >= self.options.sure else 0
-        self._longest = max(self._longest, self._sure)
+        self._run = self._run + 1 if probability >= self._needed else 0
+        self._longest = max(self._longest, self._run)
         if self._start is None:
             return
         self._heard.append((probability, loudness))

@@ -57,6 +57,7 @@ def test_short_recordings_stay_whole_if_there_is_speech():
     probabilities = runs((6, 0.0), (0.5, 0.9), (6, 0.0))
     assert cut(probabilities, SegmentOptions(), extra=77) == [(0, len(probabilities) * FRAME + 77)]
     assert cut(runs((6, 0.0), (0.1, 0.9), (6, 0.0)), SegmentOptions()) == []
+    assert cut(runs((6, 0.0), (3, 0.75), (6, 0.0)), SegmentOptions()) == [], "not sure enough in a short one"
     assert list(speech_segments([], SegmentOptions(), Scripted([]))) == []
 
 
@@ -77,7 +78,7 @@ def test_padding_stays_inside_the_recording():
 
 
 def test_a_blip_is_noise_but_its_neighbours_are_not():
-    probabilities = runs((10, 0.0), (0.2, 0.99), (3, 0.0), (0.3, 0.85), (3, 0.0), (2, 0.75), (10, 0.0))
+    probabilities = runs((10, 0.0), (0.2, 0.99), (3, 0.0), (0.3, 0.55), (10, 0.0))
     spans = cut(probabilities, SegmentOptions())
     assert len(spans) == 1 and spans[0][0] > 13 * SAMPLE_RATE - FRAME
 
@@ -137,7 +138,8 @@ def test_any_probabilities(data):
         assert all(end - start <= (options.max_seconds + 2 * options.padding) * SAMPLE_RATE for start, end in spans)
     first = 0
     for count, p in pairs:
-        if p >= options.sure and count * FRAME >= (options.min_speech + 0.04) * SAMPLE_RATE:
+        needed = options.sure if total <= options.max_seconds * SAMPLE_RATE else options.threshold
+        if p >= needed and count * FRAME >= (options.min_speech + 0.04) * SAMPLE_RATE:
             covered = sum(max(0, min(end, (first + count) * FRAME) - max(start, first * FRAME)) for start, end in spans)
             assert covered == count * FRAME, (first, count, spans)
         first += count
