@@ -14,6 +14,7 @@ def build(
     keep_float32=(),
     outputs=None,
     quantize=None,
+    branches=None,
     package=None,
     workspace=None,
     compute_capabilities=(),
@@ -38,6 +39,7 @@ def build(
         keep_float32=keep_float32,
         outputs=outputs,
         quantize=quantize,
+        branches=branches,
         package=package,
     )
     return serialize(network, workspace=workspace, compute_capabilities=compute_capabilities)

@@ -5,7 +5,6 @@ import math
 import torch
 
 from . import layers as L
-from .errors import UncoveredOperation
 from .table import converter
 
 aten = torch.ops.aten
@@ -229,15 +228,6 @@ for function, operation in {aten.logical_and: "AND", aten.logical_or: "OR", aten
     @converter(function)
     def logical(net, a, b, operation=operation):
         return L.binary(operation, truth(net, a), truth(net, b))
-
-
-for function, operation in {aten.bitwise_and: "AND", aten.bitwise_or: "OR", aten.bitwise_xor: "XOR"}.items():
-
-    @converter(function)
-    def bitwise(net, a, b, operation=operation):
-        if net.result_type(a, b) != torch.bool:
-            raise UncoveredOperation(f"{net.where()}TensorRT has bit operations on bool only, not on integers")
-        return L.binary(operation, *net.operands(a, b))
 
 
 @converter(aten.logical_not)

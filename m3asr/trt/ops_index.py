@@ -51,7 +51,8 @@ def gather(net, x, dim, index, sparse_grad=False):
 @converter(aten.scatter)
 def scatter(net, x, dim, index, source, *, reduce=None):
     if reduce is not None:
-        raise UncoveredOperation(f"{net.where()}scatter with reduce={reduce!r} has no TensorRT layer")
+        source = torch.full(index.shape, source, dtype=x.dtype) if not isinstance(source, torch.Tensor) else source
+        return x.scatter_reduce(dim, index, source, {"add": "sum", "multiply": "prod"}[reduce])
     if not isinstance(source, torch.Tensor):
         source = torch.full(index.shape, source, dtype=x.dtype)
     x, source = net.operands(x, source, dtype=x.dtype)
@@ -81,16 +82,29 @@ def scatter_add(net, x, dim, index, source, *, alpha=1):
     return x + alpha * added.movedim(0, dim)
 
 
+def _without_masks(net, indices):
+    """A mask known while tracing is the positions it holds; another has as many results as the data says."""
+    plain = []
+    for i in indices:
+        if i is None or i.dtype not in (torch.bool, torch.uint8):
+            plain.append(i)
+            continue
+        mask = getattr(i, "const", i)
+        if mask is None:
+            raise UncoveredOperation(
+                f"{net.where()}x[mask] has as many results as the data says; use torch.where or masked_fill, whose "
+                "sizes are known"
+            )
+        with net.plainly():
+            plain.extend(mask.bool().nonzero(as_tuple=True))
+    return plain
+
+
 @converter(aten.index, aten._unsafe_index)
 def index(net, x, indices):
     """Advanced indexing: the indexed dimensions broadcast together, by one flat gather."""
-    indices = list(indices) + [None] * (x.dim() - len(indices))
-    masks = [i for i in indices if i is not None and i.dtype == torch.bool]
-    if masks:
-        raise UncoveredOperation(
-            f"{net.where()}x[mask] has as many results as the data says; use torch.where or masked_fill, whose sizes "
-            "are known"
-        )
+    indices = _without_masks(net, list(indices))
+    indices += [None] * (x.dim() - len(indices))
     used = [d for d, i in enumerate(indices) if i is not None]
     shape = L.broadcast_shape(*(tuple(indices[d].shape) for d in used))
     adjacent = used == list(range(used[0], used[-1] + 1))
@@ -120,14 +134,16 @@ def index_put(net, x, indices, values, accumulate=False):
             mask = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
             return torch.where(mask, values.reshape(()).to(x.dtype), x)
         raise UncoveredOperation(f"{net.where()}x[mask] = tensor needs as many values as the data says")
-    if accumulate or any(i is not None and i.dtype == torch.bool for i in indices):
-        raise UncoveredOperation(f"{net.where()}index_put with accumulate or with several masks has no TensorRT layer")
+    indices = _without_masks(net, indices)
     count = 1
     for s in x.shape:
         count = count * s
     positions = aten.index.Tensor(torch.arange(count).view(x.shape), indices)
     values = values.to(x.dtype).expand(positions.shape)
-    return x.reshape(-1).scatter(0, positions.reshape(-1), values.reshape(-1)).view(x.shape)
+    flat = x.reshape(-1)
+    if accumulate:
+        return flat.index_add(0, positions.reshape(-1), values.reshape(-1)).view(x.shape)
+    return flat.scatter(0, positions.reshape(-1), values.reshape(-1)).view(x.shape)
 
 
 @converter(aten.slice_scatter)

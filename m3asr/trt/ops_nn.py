@@ -179,6 +179,18 @@ def batch_norm(net, x, running_mean, running_var, weight=None, bias=None, traini
     return node * net.constant(scale) + net.constant(shift)
 
 
+@converter(aten.native_batch_norm, aten._native_batch_norm_legit, kind="float32")
+def native_batch_norm(net, x, weight, bias, running_mean, running_var, training, momentum, eps):
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return out, torch.zeros(0), torch.zeros(0)
+
+
+@converter(aten._native_batch_norm_legit_no_training, kind="float32")
+def batch_norm_no_training(net, x, weight, bias, running_mean, running_var, momentum, eps):
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    return out, torch.zeros(0), torch.zeros(0)
+
+
 @converter(F.group_norm, aten.group_norm, kind="float32")
 def group_norm(net, x, num_groups, weight=None, bias=None, eps=1e-5, *_):
     batch, channels, *rest = x.shape

@@ -53,7 +53,7 @@ def max_pool(net, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=
     stride = _tuple(stride, n) if stride not in (None, [], ()) else kernel
     padding, dilation = _tuple(padding, n), _tuple(dilation, n)
     if return_indices:
-        raise UncoveredOperation(f"{net.where()}max pooling that returns indices has no TensorRT layer")
+        return _max_with_indices(net, x, kernel, stride, padding, dilation)
     if n == 1:
         flat = F.max_pool2d(x.unsqueeze(-1), (*kernel, 1), (*stride, 1), (*padding, 0), (*dilation, 1), ceil_mode)
         return flat.squeeze(-1)
@@ -75,6 +75,28 @@ def _max_over_shifts(net, x, kernel, stride, padding, dilation):
     return best
 
 
+def _max_with_indices(net, x, kernel, stride, padding, dilation):
+    """Values, and where in the flattened image each came from."""
+    values_shape = net.fake_call(*net.calls[-1][1:4])[0].shape
+    lead = x.dim() - len(kernel)
+    count = 1
+    for s in x.shape[lead:]:
+        count = count * s
+    node = net.operand(x)
+    positions = net.node(torch.arange(count).view(x.shape[lead:]).expand(x.shape))
+    best = where = None
+    for offset in itertools.product(*map(range, kernel)):
+        starts = [0] * lead + [o * d - p for o, d, p in zip(offset, dilation, padding, strict=True)]
+        steps = [1] * lead + list(stride)
+        piece = L.slice_(node, starts, values_shape, steps, fill=float("-inf"))
+        place = L.slice_(positions, starts, values_shape, steps, fill=0)
+        if best is not None:
+            better = L.binary("GREATER", piece, best)
+            place, piece = L.select(better, place, where), L.select(better, piece, best)
+        best, where = piece, place
+    return best, where
+
+
 for n in (1, 2, 3):
     converter(getattr(torch, f"max_pool{n}d"), getattr(aten, f"max_pool{n}d"))(max_pool)
 
@@ -86,8 +108,22 @@ def f_max_pool(net, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mod
 
 @converter(aten.max_pool2d_with_indices, aten.max_pool3d_with_indices)
 def max_pool_with_indices(net, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
-    plain = F.max_pool2d if "2d" in str(net.calls[-1][1]) else F.max_pool3d
-    return plain(x, kernel_size, stride, padding, dilation, ceil_mode), torch.zeros(0, dtype=torch.int64)
+    n = _spatial(net)
+    kernel = _tuple(kernel_size, n)
+    stride = _tuple(stride, n) if stride not in (None, [], ()) else kernel
+    return _max_with_indices(net, x, kernel, stride, _tuple(padding, n), _tuple(dilation, n))
+
+
+@converter(F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices)
+def f_max_pool_with_indices(
+    net, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
+    n = _spatial(net)
+    arguments = [_tuple(kernel_size, n), _tuple(stride or kernel_size, n), _tuple(padding, n), _tuple(dilation, n)]
+    if n == 1:
+        wide = [[a[0], b] for a, b in zip(arguments, (1, 1, 0, 1), strict=True)]
+        return tuple(t.squeeze(-1) for t in aten.max_pool2d_with_indices(x.unsqueeze(-1), *wide, ceil_mode))
+    return getattr(aten, f"max_pool{n}d_with_indices")(x, *arguments, ceil_mode)
 
 
 @converter(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d)
@@ -97,9 +133,33 @@ def avg_pool(
     n = _spatial(net)
     kernel = _tuple(kernel_size, n)
     stride = _tuple(stride, n) if stride not in (None, [], ()) else kernel
-    if divisor_override or (ceil_mode and any(_tuple(padding, n)) and count_include_pad):
-        raise UncoveredOperation(f"{net.where()}avg_pool with divisor_override, or ceil_mode with counted padding")
-    return _pool(net, x, "AVERAGE", kernel, stride, _tuple(padding, n), ceil_mode, count_include_pad)
+    padding = _tuple(padding, n)
+    if divisor_override:
+        area = 1
+        for k in kernel:
+            area *= k
+        wide = F.pad(x, [p for amount in reversed(padding) for p in (amount, amount)])
+        shape = net.fake_call(*net.calls[-1][1:4]).shape
+        extra = [e - w for e, w in zip(shape, _pooled(wide, kernel, stride), strict=True)]
+        wide = F.pad(
+            wide,
+            [
+                p
+                for e, s in zip(reversed(extra), reversed([1] * (x.dim() - n) + stride), strict=True)
+                for p in (0, e * s)
+            ],
+        )
+        return getattr(F, f"avg_pool{n}d")(wide, kernel, stride) * (area / divisor_override)
+    if ceil_mode and any(padding) and count_include_pad:
+        # Padding counts, what ceil_mode reads beyond it does not: so the padding becomes part of the image.
+        wide = F.pad(x, [p for amount in reversed(padding) for p in (amount, amount)])
+        return getattr(F, f"avg_pool{n}d")(wide, kernel, stride, 0, True)
+    return _pool(net, x, "AVERAGE", kernel, stride, padding, ceil_mode, count_include_pad)
+
+
+def _pooled(x, kernel, stride):
+    lead = x.dim() - len(kernel)
+    return [*x.shape[:lead], *((s - k) // t + 1 for s, k, t in zip(x.shape[lead:], kernel, stride, strict=True))]
 
 
 def _adaptive(net, x, output_size, n, average):
@@ -162,6 +222,9 @@ def interpolate(
     recompute_scale_factor=None,
     antialias=False,
 ):
+    if mode == "area" and not antialias:
+        shape = sized(net)
+        return _adaptive(net, x, list(shape[2:]), x.dim() - 2, True)
     if antialias or mode not in (*RESIZE, "nearest-exact"):
         raise UncoveredOperation(f"{net.where()}interpolate with mode {mode!r}{' and antialias' if antialias else ''}")
     spatial = x.dim() - 2

@@ -48,18 +48,18 @@ def _tanh(node):
     return L.activation("TANH", node)
 
 
-def _lstm_step(recur):
+def _lstm_step(recur, project):
     def step(x, states):
         hidden, cell = states
         i, f, g, o = _chunks(x + recur(hidden), 4)
         cell = _sigmoid(f) * cell + _sigmoid(i) * _tanh(g)
-        hidden = _sigmoid(o) * _tanh(cell)
+        hidden = project(_sigmoid(o) * _tanh(cell))
         return hidden, [hidden, cell]
 
     return step
 
 
-def _gru_step(recur):
+def _gru_step(recur, project):
     def step(x, states):
         (hidden,) = states
         xr, xz, xn = _chunks(x, 3)
@@ -73,7 +73,7 @@ def _gru_step(recur):
 
 
 def _rnn_step(activation):
-    def make(recur):
+    def make(recur, project):
         def step(x, states):
             hidden = L.activation(activation, x + recur(states[0]))
             return hidden, [hidden]
@@ -91,9 +91,8 @@ def _linear(net, node, weight, bias):
 def _recurrent(net, make_step, x, initial, parameters, has_biases, num_layers, bidirectional, batch_first):
     """x (T, B, I) or (B, T, I); initial: list of (layers * directions, B, H) -> output, last states stacked."""
     directions = 2 if bidirectional else 1
-    per = (len(parameters) // (num_layers * directions)) if num_layers else 0
-    if per > (4 if has_biases else 2):
-        raise UncoveredOperation(f"{net.where()}LSTM with a projection (proj_size)")
+    per = len(parameters) // (num_layers * directions)
+    projected = per > (4 if has_biases else 2)
     node = net.operand(x)
     if batch_first:
         node = L.transpose(node, [1, 0, 2])
@@ -104,6 +103,7 @@ def _recurrent(net, make_step, x, initial, parameters, has_biases, num_layers, b
         for direction in range(directions):
             at = layer * directions + direction
             w_ih, w_hh, *biases = parameters[at * per : (at + 1) * per]
+            w_hr = biases.pop() if projected else None
             b_ih, b_hh = biases if has_biases else (None, None)
             states = []
             for s in initial:
@@ -114,7 +114,10 @@ def _recurrent(net, make_step, x, initial, parameters, has_biases, num_layers, b
             def recur(hidden, w_hh=w_hh, b_hh=b_hh):
                 return _linear(net, hidden, w_hh, b_hh)
 
-            out, last = _scan(net, sequence, states, make_step(recur), direction == 1)
+            def project(hidden, w_hr=w_hr):
+                return hidden if w_hr is None else _linear(net, hidden, w_hr, None)
+
+            out, last = _scan(net, sequence, states, make_step(recur, project), direction == 1)
             outputs.append(out)
             for kept, state in zip(lasts, last, strict=True):
                 kept.append(L.reshape(state, (1, *state.shape)))

@@ -160,11 +160,6 @@ def cumsum(net, x, dim, *, dtype=None):
     return L.cumulative_sum(node, dim)
 
 
-@converter(aten.cumprod, kind="float32")
-def cumprod(net, x, dim, *, dtype=None):
-    raise UncoveredOperation(f"{net.where()}cumprod has no TensorRT layer; for positive x: exp(cumsum(log(x)))")
-
-
 @converter(aten.median, aten.nanmedian)
 def median(net, x, dim=None, keepdim=False):
     if dim is None:

@@ -9,11 +9,13 @@ from torch.utils._pytree import tree_leaves
 # The converters register themselves.
 from . import (  # noqa: F401
     ops_attention,
+    ops_data,
     ops_elementwise,
     ops_index,
     ops_matmul,
     ops_nn,
     ops_pool,
+    ops_rare,
     ops_recurrent,
     ops_reduce,
     ops_shape,
@@ -90,7 +92,18 @@ class Network:
         return self.network.num_layers
 
 
-def trace(module, inputs, ranges=None, *, precision="fp32", keep_float32=(), outputs=None, quantize=None, package=None):
+def trace(
+    module,
+    inputs,
+    ranges=None,
+    *,
+    precision="fp32",
+    keep_float32=(),
+    outputs=None,
+    quantize=None,
+    branches=None,
+    package=None,
+):
     """Runs `module`'s own forward on symbolic tensors and writes down the network.
 
     Args:
@@ -101,6 +114,7 @@ def trace(module, inputs, ranges=None, *, precision="fp32", keep_float32=(), out
         keep_float32: shell patterns of module paths that compute in float32 whatever the precision.
         outputs: names for the results in order; else keys of a returned dict, else "output0", "output1", ...
         quantize: a `Quantization` from `calibrate`, for Q/DQ around linear layers and convolutions.
+        branches: which way to take every branch that depends on values; None makes them an error.
         package: "tensorrt", "tensorrt_rtx" or None for what is installed.
 
     Raises:
@@ -114,8 +128,9 @@ def trace(module, inputs, ranges=None, *, precision="fp32", keep_float32=(), out
     _check_inputs(inputs, profiles)
     from .plugin_parser import with_plugins
 
+    options = quantize, branches
     return with_plugins(
-        package, lambda prepare: _trace(module, inputs, profiles, precision, outputs, quantize, package, prepare)
+        package, lambda prepare: _trace(module, inputs, profiles, precision, outputs, options, package, prepare)
     )
 
 
@@ -140,11 +155,11 @@ def whole_range(profiles):
     }
 
 
-def _trace(module, inputs, profiles, precision, outputs, quantize, package, prepare):
+def _trace(module, inputs, profiles, precision, outputs, options, package, prepare):
     builder = package.builder()
     network = package.network(builder)
     tracer = Tracer(package, network, whole_range(profiles), precision)
-    tracer.quantization = quantize
+    tracer.quantization, tracer.branches = options
     prepare(tracer, network)
     symbolic = {name: _add_input(tracer, name, given) for name, given in inputs.items()}
     args, kwargs = _arguments(module, symbolic)
@@ -242,6 +257,9 @@ def _mark_outputs(tracer, result, names):
         tensors = (
             [t for t in tree_leaves(vars(result)) if isinstance(t, torch.Tensor)] if hasattr(result, "__dict__") else []
         )
+    if not tensors:  # a size alone: return x.shape[0]
+        numbers = [n for n in tree_leaves(result) if isinstance(n, (int, float, torch.SymInt, torch.SymFloat))]
+        tensors = [torch.ops.aten.scalar_tensor(n, dtype=_number_type(n)) for n in numbers]
     if not tensors:
         raise TraceError(f"forward returned no tensor but {type(result).__name__}")
     if names is None:
@@ -260,3 +278,9 @@ def _mark_outputs(tracer, result, names):
         out.name = name
         tracer.network.mark_output(out)
     return list(names)
+
+
+def _number_type(number):
+    if isinstance(number, bool):
+        return torch.bool
+    return torch.int64 if isinstance(number, (int, torch.SymInt)) else torch.float32

@@ -44,7 +44,7 @@ class Tracer(Graph):
         self.sizes.where = self.where
         self.fakes = FakeTensorMode(shape_env=self.sizes, allow_non_fake_inputs=True)
         self.active = False
-        self.quantization = None
+        self.quantization, self.branches = None, None
         self.module_outputs = {}
         self.points, self._points_in = {}, {}  # where Q/DQ may go: point -> name of the tensor there
         self.forced = 0  # >0 inside a converter that computes in float32 throughout
@@ -95,7 +95,7 @@ class Tracer(Graph):
             symbolic |= any(isinstance(a, (torch.SymInt, torch.SymFloat)) and not sizes.is_fixed(a) for a in flat)
             schema = function._schema
             written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-            if written:
+            if written and table.find(function) is None:
                 return in_place(self, function, args, kwargs, symbolic, written)
             if not symbolic:
                 result = self.fold(function, args, kwargs)

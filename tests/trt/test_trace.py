@@ -288,15 +288,33 @@ def test_a_converter_in_torch_or_in_layers():
         lambda x: x[x > 0],
         lambda x: torch.nonzero(x),
         lambda x: torch.unique(x),
-        lambda x: x * x.sum().item(),
+        lambda x: x[: int(x.sum())],
         lambda x: x if x.sum() > 0 else -x,
         lambda x: F.one_hot(x[..., 0].long()),
     ],
-    ids=["mask", "nonzero", "unique", "item", "bool", "one_hot"],
+    ids=["mask", "nonzero", "unique", "int", "bool", "one_hot"],
 )
 def test_what_depends_on_data_is_refused(function):
     with pytest.raises(trt.TraceError):
         traced(function)
+
+
+def test_a_value_can_be_computed_with():
+    check(lambda x: x * x.sum().item() + x.abs().max().item() ** 2)
+
+
+def test_branches_on_values_are_taken_as_told():
+    def forward(x):
+        rows = x.sum(-1) > 100.0
+        if rows.sum().item() != 0:
+            x = x.masked_fill(rows.unsqueeze(-1), 0.0)
+        return x * 2
+
+    with pytest.raises(trt.TraceError, match="branches=True"):
+        traced(forward)
+    network = traced(forward, branches=True)
+    for x in (torch.ones(2, 4, 6), 50 * torch.ones(2, 4, 6)):
+        assert torch.equal(network.interpret([x])["output0"], forward(x))
 
 
 def test_a_symbolic_tensor_does_not_outlive_its_trace():

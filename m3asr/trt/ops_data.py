@@ -1,0 +1,39 @@
+"""Where a forward asks for a value that only the data has: item(), if tensor, int(tensor)."""
+
+import torch
+
+from .errors import TraceError
+from .table import converter
+
+
+@converter(torch.Tensor.item)
+def item(net, x):
+    """The value stays a tensor of no dimensions: arithmetic with it works as with the number."""
+    return x.const.item() if x.const is not None else x.reshape(())
+
+
+@converter(torch.Tensor.__bool__, torch.is_nonzero, torch.Tensor.is_nonzero)
+def boolean(net, x):
+    if x.const is not None:
+        return bool(x.const)
+    if net.branches is not None:
+        return net.branches
+    raise TraceError(
+        f"{net.where()}the forward takes a branch (if, while, assert) that depends on values, and a network has one "
+        "path. Use torch.where; or, where one branch is right for all data (a check, or a repair that changes nothing "
+        "when there is nothing to repair), pass branches=True or branches=False to take every such branch that way"
+    )
+
+
+@converter(
+    torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.tolist, torch.Tensor.numpy
+)
+def number(net, x, *arguments, **options):
+    name = net.calls[-1][1].__name__
+    if x.const is not None:
+        with net.plainly():
+            return getattr(x.const, name)(*arguments, **options)
+    raise TraceError(
+        f"{net.where()}{name} asks for values that only the data has (a size or a loop that depends on them?); take "
+        "sizes from shapes, as x.shape[1], or pass the number in when tracing"
+    )
