@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from . import layers as L
 from .errors import UncoveredOperation
+from .sizes import same
 from .table import converter
 
 aten = torch.ops.aten
@@ -50,7 +51,7 @@ def logcumsumexp(net, x, dim):
 def _meeting(x, dim, index, source, fill):
     moved, at, values = (v.movedim(dim, -1) for v in (x, index, source))
     values = values[tuple(slice(0, s) for s in at.shape)]
-    if at.dim() != moved.dim() or any(int(a) != int(b) for a, b in zip(at.shape[:-1], moved.shape[:-1], strict=True)):
+    if at.dim() != moved.dim() or not all(map(same, at.shape[:-1], moved.shape[:-1])):
         raise UncoveredOperation("scatter_reduce into a larger tensor in the other dimensions")
     hit = at.unsqueeze(-2) == torch.arange(moved.shape[-1]).unsqueeze(-1)  # (..., target, source)
     return torch.where(hit, values.unsqueeze(-2), fill), hit

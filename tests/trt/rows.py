@@ -630,7 +630,7 @@ row("torch.as_strided", lambda x: torch.as_strided(x, (2, 3), (2, 1), 1), f("B",
 row("Tensor.__getitem__(constant mask)", lambda x: x[:, :, torch.tensor([1, 0, 1, 1, 0, 0]) > 0], X)
 row("Tensor.item", lambda x: x * x.sum().item(), X)
 row("torch.cov", torch.cov, f(4, 7))
-row("torch.cross", lambda x, y: torch.cross(x, y, dim=-1), f("B", 3), f(3))
+row("torch.cross", lambda x, y: torch.cross(x, y, dim=-1), f("B", 3), f("B", 3))
 row("F.cross_entropy", lambda x, i: F.cross_entropy(x, i), f("B", 5), ints(0, 5, "B"))
 module("nn.LSTM(projection)", lambda: nn.LSTM(6, 5, proj_size=3), X)
 module("nn.Transformer", lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), f("B", "T", 8), f("B", 5, 8))
