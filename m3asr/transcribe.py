@@ -33,11 +33,12 @@ from m3asr.folder import ModelFolder
 from m3asr.formats import Alternative, Segment, Transcript
 from m3asr.segment import SegmentOptions, speech_segments
 
-# Frames of a batch, padding included: two minutes. More gains nothing on a CPU and costs memory.
-BATCH_FRAMES = 12000
-# Frames that wait to be sorted into batches by length: six minutes of speech, some 12 MB of features. It bounds the
-# memory, and how much of a long list of recordings is recognised before its first text is there.
-POOL_FRAMES = 3 * BATCH_FRAMES
+# Frames of a batch, padding included, on an engine that does not say its own (`batch_frames`): 40 seconds. On a CPU,
+# more is no faster and costs memory: the first convolution alone holds 20 kB or more a frame.
+BATCH_FRAMES = 4000
+# Batches' worth of frames that wait to be sorted by length. It bounds the memory, and how much of a long list of
+# recordings is recognised before its first text is there.
+POOL_BATCHES = 9
 
 
 class UnusableHotword(UserWarning):
@@ -78,6 +79,7 @@ class Transcriber:
     def __init__(self, folder: ModelFolder, engine: Engine):
         self.folder = folder
         self.engine = engine
+        self.batch_frames: int = getattr(engine, "batch_frames", BATCH_FRAMES)
         # Made once for all batches: a language model takes seconds to read.
         self._context = lru_cache(maxsize=8)(self._new_context)
         self._lm = lru_cache(maxsize=2)(self._new_lm)
@@ -128,7 +130,7 @@ class Transcriber:
             live = [piece for piece in pool if not piece.job.failed]
             pool.clear()
             rest = sum(len(piece.features) for piece in live)
-            for batch in batches([len(piece.features) for piece in live]):
+            for batch in batches([len(piece.features) for piece in live], self.batch_frames):
                 pieces = [live[i] for i in batch]
                 self._recognise_pieces(pieces, options)
                 if progress is not None:
@@ -164,7 +166,7 @@ class Transcriber:
                 if piece is None:
                     break
                 pool.append(piece)
-                if sum(len(piece.features) for piece in pool) >= POOL_FRAMES:
+                if sum(len(piece.features) for piece in pool) >= POOL_BATCHES * self.batch_frames:
                     recognise()
                     yield from finished()
             job.read = True
@@ -295,7 +297,7 @@ class Transcriber:
         )
 
 
-def batches(frames: Sequence[int], limit: int = BATCH_FRAMES) -> Iterable[list[int]]:
+def batches(frames: Sequence[int], limit: int) -> Iterable[list[int]]:
     """Indices in groups of similar length, the longest first, each at most `limit` frames when padded (or one long)."""
     group: list[int] = []
     for i in sorted(range(len(frames)), key=lambda i: -frames[i]):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-import m3asr.transcribe
+import m3asr
 from m3asr.audio import SAMPLE_RATE, load_audio
 from m3asr.errors import AudioError, M3asrError, ModelError
 from m3asr.segment import SegmentOptions
@@ -106,7 +106,7 @@ def test_long_audio_has_the_text_and_times_of_its_segments(transcriber, long_rec
 
 def test_order_and_text_do_not_depend_on_company(transcriber, speech, long_recording, monkeypatch):
     """Short and long ones mixed, enough for several pools."""
-    monkeypatch.setattr(m3asr.transcribe, "POOL_FRAMES", 2500)
+    monkeypatch.setattr(transcriber, "batch_frames", 700)
     clips = [
         ("short", speech),
         ("long", long_recording[0]),
@@ -125,7 +125,7 @@ def test_order_and_text_do_not_depend_on_company(transcriber, speech, long_recor
 
 def test_recordings_are_asked_for_when_their_turn_comes(transcriber, speech, monkeypatch):
     asked = 0
-    monkeypatch.setattr(m3asr.transcribe, "POOL_FRAMES", 1500)
+    monkeypatch.setattr(transcriber, "batch_frames", 200)
 
     def recordings():
         nonlocal asked
