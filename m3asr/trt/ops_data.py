@@ -18,11 +18,7 @@ def boolean(net, x):
         return bool(x.const)
     if net.branches is not None:
         return net.branches
-    raise TraceError(
-        f"{net.where()}the forward takes a branch (if, while, assert) that depends on values, and a network has one "
-        "path. Use torch.where; or, where one branch is right for all data (a check, or a repair that changes nothing "
-        "when there is nothing to repair), pass branches=True or branches=False to take every such branch that way"
-    )
+    return net.paths.decide(x.reshape(()) if x.dtype == torch.bool else x.reshape(()) != 0)
 
 
 @converter(

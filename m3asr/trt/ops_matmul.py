@@ -101,6 +101,8 @@ def convolution(net, x, weight, bias, stride, padding, dilation, transposed, out
         # TensorRT has no transposed convolution that is strided and dilated; zeros between the kernel's entries say it.
         weight, dilation = _spread(weight, dilation), [1] * spatial
     x_node, w_node = net.operand(x), net.operand(weight)
+    if transposed and x_node.dtype.name == "BF16":  # TensorRT has no bfloat16 kernel for it
+        x_node, w_node = L.cast(x_node, torch.float32), L.cast(w_node, torch.float32)
     if not batched:
         x_node = L.reshape(x_node, (1, *x_node.shape))
     if spatial == 1:  # TensorRT convolves in 2 or 3 dimensions
@@ -131,7 +133,8 @@ def convolution(net, x, weight, bias, stride, padding, dilation, transposed, out
     if spatial == 1:
         out = L.reshape(out, shape[:-1])
     if bias is not None:
-        out = out + L.reshape(net.operand(bias), (1, maps, *[1] * spatial))
+        out = out + L.reshape(L.cast(net.operand(bias), out.dtype), (1, maps, *[1] * spatial))
+    out = L.cast(out, net.compute_type(x.dtype))
     # Torch's own formula for symbolic sizes would choose a CPU or GPU kernel first and ask about batch sizes for that.
     return net.tensor(out if batched else L.reshape(out, out.shape[1:]), x.dtype)
 

@@ -114,7 +114,8 @@ def trace(
         keep_float32: shell patterns of module paths that compute in float32 whatever the precision.
         outputs: names for the results in order; else keys of a returned dict, else "output0", "output1", ...
         quantize: a `Quantization` from `calibrate`, for Q/DQ around linear layers and convolutions.
-        branches: which way to take every branch that depends on values; None makes them an error.
+        branches: True or False takes every branch that depends on values that way; None puts all paths into the
+            network and chooses by value, which is exact and costs the work of each (a warning says so).
         package: "tensorrt", "tensorrt_rtx" or None for what is installed.
 
     Raises:
@@ -161,13 +162,19 @@ def _trace(module, inputs, profiles, precision, outputs, options, package, prepa
     tracer = Tracer(package, network, whole_range(profiles), precision)
     tracer.quantization, tracer.branches = options
     prepare(tracer, network)
-    symbolic = {name: _add_input(tracer, name, given) for name, given in inputs.items()}
-    args, kwargs = _arguments(module, symbolic)
+    nodes = {name: _add_input(tracer, name, given) for name, given in inputs.items()}
+
+    def forward():
+        """Anew for each path: fresh inputs, since a forward may write into them, and points counted from the start."""
+        tracer.start_path()
+        args, kwargs = _arguments(module, {name: SymTensor(tracer, *made) for name, made in nodes.items()})
+        return module(*args, **kwargs)
+
     if isinstance(module, torch.nn.Module):
         own = [*module.parameters(), *module.buffers()]
         tracer.weights = {t.untyped_storage().data_ptr() for t in own}
     with _module_paths(tracer, module), tracer.tracing():
-        result = module(*args, **kwargs)
+        result = tracer.paths.run(forward)
         names = _mark_outputs(tracer, result, outputs)
     return Network(
         package,
@@ -179,7 +186,7 @@ def _trace(module, inputs, profiles, precision, outputs, options, package, prepa
         tracer.values,
         tracer.points,
         tracer.module_outputs,
-        bool(kwargs),
+        bool(_arguments(module, nodes)[1]),
         [getattr(tracer, "keep", None)],
     )
 
@@ -198,7 +205,7 @@ def _add_input(tracer, name, given):
                 tracer.symbols.setdefault(dims[i].node.expr, (node, i))
     with tracer.asking_torch(), tracer.fakes:
         fake = torch.empty(dims, dtype=dtype)
-    return SymTensor(tracer, fake, node=node)
+    return fake, node
 
 
 def _arguments(module, symbolic):

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from . import layers, sizes, table
 from .errors import TraceError, UncoveredOperation
 from .graph import Graph, Node
+from .paths import Paths
 from .tensor import SymTensor
 from .writing import in_place, remember_views
 
@@ -45,6 +46,7 @@ class Tracer(Graph):
         self.fakes = FakeTensorMode(shape_env=self.sizes, allow_non_fake_inputs=True)
         self.active = False
         self.quantization, self.branches = None, None
+        self.paths = Paths(self)
         self.module_outputs = {}
         self.points, self._points_in = {}, {}  # where Q/DQ may go: point -> name of the tensor there
         self.forced = 0  # >0 inside a converter that computes in float32 throughout
@@ -52,6 +54,11 @@ class Tracer(Graph):
         self.calls = []  # one entry per converter now running: (converter kind, function, args, kwargs, operands)
 
     # running
+
+    def start_path(self):
+        """The forward begins (again: see `Paths`)."""
+        self._points_in.clear()
+        self.module_outputs.clear()
 
     @contextlib.contextmanager
     def tracing(self):

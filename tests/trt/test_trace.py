@@ -289,10 +289,9 @@ def test_a_converter_in_torch_or_in_layers():
         lambda x: torch.nonzero(x),
         lambda x: torch.unique(x),
         lambda x: x[: int(x.sum())],
-        lambda x: x if x.sum() > 0 else -x,
         lambda x: F.one_hot(x[..., 0].long()),
     ],
-    ids=["mask", "nonzero", "unique", "int", "bool", "one_hot"],
+    ids=["mask", "nonzero", "unique", "int", "one_hot"],
 )
 def test_what_depends_on_data_is_refused(function):
     with pytest.raises(trt.TraceError):
@@ -310,11 +309,42 @@ def test_branches_on_values_are_taken_as_told():
             x = x.masked_fill(rows.unsqueeze(-1), 0.0)
         return x * 2
 
-    with pytest.raises(trt.TraceError, match="branches=True"):
-        traced(forward)
     network = traced(forward, branches=True)
     for x in (torch.ones(2, 4, 6), 50 * torch.ones(2, 4, 6)):
         assert torch.equal(network.interpret([x])["output0"], forward(x))
+
+
+def test_every_path_is_in_the_network_unless_told():
+    def forward(x):
+        if x.max() > 1:
+            x /= x.max()
+            if x.min().item() < -0.5:
+                return x.clamp_min(-0.5), x.sum()
+        assert not x.isnan().any(), "checked"
+        return x * 3, x.mean()
+
+    with pytest.warns(UserWarning, match="3 paths"):
+        network = traced(forward)
+    x = torch.rand(2, 4, 6)
+    for given in (x, x * 5, x * 5 - 4):
+        for got, want in zip(network.interpret([given]).values(), forward(given.clone()), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_a_loop_until_something_holds_is_refused():
+    def forward(x):
+        while x.max() > 1:
+            x = x / 2
+        return x
+
+    with pytest.raises(trt.TraceError, match="more than 8 ways"):
+        traced(forward)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_paths_of_different_kinds_are_refused():
+    with pytest.raises(trt.TraceError, match="different kinds"):
+        traced(lambda x: x if x.sum() > 0 else x.sum())
 
 
 def test_a_symbolic_tensor_does_not_outlive_its_trace():
