@@ -21,6 +21,7 @@ def remember_views(tracer, function, args, kwargs, result):
             return again[i] if isinstance(again, (list, tuple)) else again
 
         view.base, view.replay, view.seen = args[0], replay, args[0].version
+        view.look = function.overloadpacket, args[1:]
 
 
 def in_place(tracer, function, args, kwargs, symbolic, written):
@@ -37,6 +38,10 @@ def in_place(tracer, function, args, kwargs, symbolic, written):
         )
     else:
         new = tracer.dispatch(_functional(tracer, function), args, kwargs)
+    if target.const is not None and target.const.untyped_storage().data_ptr() in tracer.weights:
+        raise TraceError(
+            f"{tracer.where()}{name} writes into a view of the module's own tensor; a network has no state"
+        )
     if len(new.shape) != target.dim() or not all(map(sizes.same, new.shape, target.shape)):
         raise TraceError(f"{tracer.where()}{name} changes the sizes of a tensor in place; use the form without '_'")
     if new.dtype != target.dtype:
@@ -68,13 +73,32 @@ def write(tracer, target, new):
     if target.base is None:
         return
     base = target.base
+    with torch._C.DisableTorchFunctionSubclass():
+        write(tracer, base, _put_back(base, target, new))
+    target.seen = base.version
+
+
+SAME_ORDER = (
+    *(aten.view, aten._unsafe_view, aten._reshape_alias, aten.reshape, aten.unsqueeze, aten.squeeze),
+    *(aten.alias, aten.detach, aten.lift_fresh),
+)
+
+
+def _put_back(base, view, new):
+    """The base with `new` where the view looks."""
+    look, rest = view.look
+    if look in SAME_ORDER:
+        return new.reshape(base.shape)
+    if look is aten.transpose:
+        return new.transpose(*rest)
+    if look is aten.t:
+        return new.t()
+    if look is aten.permute:
+        order = [d % base.dim() for d in rest[0]]
+        return new.permute([order.index(d) for d in range(base.dim())])
     # Where each element of the view lies in its base: the same view of 0, 1, 2, ...
     count = 1
     for s in base.shape:
         count = count * s
-    with torch._C.DisableTorchFunctionSubclass():
-        positions = torch.arange(count).view(base.shape)
-        index = target.replay(positions)
-        flat = base.reshape(-1).scatter(0, index.reshape(-1), new.reshape(-1))
-        write(tracer, base, flat.view(base.shape))
-    target.seen = base.version
+    index = view.replay(torch.arange(count).view(base.shape))
+    return base.reshape(-1).scatter(0, index.reshape(-1), new.reshape(-1)).view(base.shape)

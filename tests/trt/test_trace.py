@@ -227,6 +227,35 @@ def test_views_and_bases_share_what_is_written():
     check(lambda x: forward(x)[1])
 
 
+def test_a_write_through_a_transposed_view_needs_no_scatter():
+    def forward(x):
+        y = x * 1.0
+        turned = y.permute(1, 2, 0)
+        turned.transpose(0, 1).masked_fill_(turned.transpose(0, 1) > 0, 0.5)
+        return y
+
+    network = check(forward)
+    assert not any("scatter" in network.network.get_layer(i).name for i in range(len(network)))
+
+
+def test_a_view_of_a_weight_is_not_written():
+    layer = nn.Linear(6, 6)
+    before = layer.weight.clone()
+    with pytest.raises(trt.TraceError, match="no state"):
+        traced(nn.Sequential(Writes(layer)).eval())
+    assert torch.equal(layer.weight, before)
+
+
+class Writes(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        self.layer.weight.detach()[0].mul_(2)
+        return self.layer(x)
+
+
 def test_a_buffer_made_in_forward_can_be_filled():
     def forward(x):
         out = torch.zeros(x.shape[0], 3, 6)

@@ -1,0 +1,40 @@
+"""Raw input files for NVIDIA's command line tools, so that a plan can be timed without Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from m3asr.errors import ModelError
+
+TOOLS = {"tensorrt": "trtexec", "tensorrt_rtx": "tensorrt_rtx"}
+
+
+def trtexec_inputs(
+    batch: int, frames: int, width: int, folder: Path, *, plan="encoder.plan", package="tensorrt"
+) -> str:
+    """Writes feats.BxSxD.bin and lengths.BxSxD.bin into `folder`; -> the command that runs a plan on them.
+
+    batch, frames, width: sizes B, S (frames before subsampling) and D of the features. The files have no header:
+    float32 in C order, uniform in [0, 1), and int32 lengths, all S. package: "tensorrt" or "tensorrt_rtx".
+    Raises ModelError for sizes below 1 or an unwritable folder.
+    """
+    if min(batch, frames, width) < 1:
+        raise ModelError(f"sizes are {batch} x {frames} x {width}: expected numbers from 1 on")
+    if package not in TOOLS:
+        raise ModelError(f"there is no TensorRT package {package!r}: expected one of {', '.join(TOOLS)}")
+    name = f"{batch}x{frames}x{width}"
+    arrays = {
+        "feats": np.random.default_rng(0).random((batch, frames, width), dtype=np.float32),
+        "lengths": np.full(batch, frames, dtype=np.int32),
+    }
+    paths = {key: Path(folder) / f"{key}.{name}.bin" for key in arrays}
+    try:
+        for key, array in arrays.items():
+            array.astype(array.dtype.newbyteorder("<")).tofile(paths[key])
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be written: {error.strerror}") from None
+    shapes = f"feats:{name},lengths:{batch}"
+    loads = ",".join(f"{key}:{path}" for key, path in paths.items())
+    return f"{TOOLS[package]} --loadEngine={plan} --shapes={shapes} --loadInputs={loads}"
