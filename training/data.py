@@ -227,8 +227,11 @@ def collate(rows: list, samples: int, pin: bool) -> Batch:
 class Planner:
     """An endless stream of batches: utterances alone or joined by silence, sorted into lengths as they come."""
 
-    def __init__(self, speech: Speech, utterances, units: Units, batch_seconds: float, seed: int, joined=0.4):
+    def __init__(
+        self, speech: Speech, utterances, units: Units, batch_seconds: float, seed: int, joined=0.4, perturbed=True
+    ):
         self.speech, self.utterances, self.joined = speech, utterances, joined
+        self.speed_indices = range(len(speech.speeds)) if perturbed else [speech.speeds.index(1.0)]
         self.tokens = {u.id: units.encode(u.text) for u in utterances}
         self.batch_samples = int(batch_seconds * RATE)
         self.random = np.random.default_rng(seed)
@@ -247,7 +250,8 @@ class Planner:
     def join(self, utterances):
         pieces, tokens, texts, time = [], [], [], self.silence()
         for utterance in utterances:
-            source, size = self.speech.place(utterance, int(self.random.integers(len(self.speech.speeds))))
+            speed = self.speed_indices[int(self.random.integers(len(self.speed_indices)))]
+            source, size = self.speech.place(utterance, speed)
             if pieces and time + size > MAX_SECONDS * RATE:
                 yield pieces, time, tokens, " ".join(texts)
                 pieces, tokens, texts, time = [], [], [], self.silence()

@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--clip", type=float, default=2.0, help="largest gradient norm")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, a step")
+    parser.add_argument("--clean-fraction", type=float, default=0.08, help="of the time with speech as it is, alone")
     parser.add_argument("--dense-fraction", type=float, default=0.2, help="of the time before experts are routed to")
     parser.add_argument("--blend-fraction", type=float, default=0.1, help="of the time in which gates fade in")
     parser.add_argument("--sparsity", type=float, default=losses.LossWeights.sparsity)
@@ -249,6 +250,21 @@ class Run:
             routing.blend = min(1.0, (progress - args.dense_fraction) / fade) if fade > 0 else 1.0
         return lr
 
+    def batches(self, pin: bool) -> Iterator[tuple[Batch, Augment | None]]:
+        """Endless (batch, its augmentation). Alignment is found on clean speech first: augmented from the first step,
+        CTC stays where every frame is blank (measured; README.md, Runs)."""
+        args, seed = self.args, self.args.seed + self.step
+        sources = self.speech, self.training, self.units
+        if not args.init and self.progress() < args.clean_fraction:
+            planner = Planner(*sources, min(args.batch_seconds, 400.0), seed + 3, joined=0.0, perturbed=False)
+            for batch in planner.prefetched(16, pin):
+                if self.progress() >= args.clean_fraction:
+                    break
+                yield batch, None
+        augment = self.make_augment(seed + 2)
+        for batch in Planner(*sources, args.batch_seconds, seed, args.joined).prefetched(16, pin):
+            yield batch, augment
+
     def train_step(self, batch: Batch, augment: Augment | None, weights) -> tuple[Tensor, Tensor, Tensor]:
         """-> parts of the loss, entropies, gradient norm; nothing of it is waited for."""
         features, lengths = self.front_end(batch, self.speech, augment)
@@ -345,12 +361,10 @@ def main() -> None:
         log.write(json.dumps({"step": run.step, "elapsed": round(run.elapsed(), 1), **values}) + "\n")
         log.flush()
 
-    planner = Planner(run.speech, run.training, run.units, args.batch_seconds, args.seed + run.step, args.joined)
-    augment = run.make_augment(args.seed + run.step + 2)
     cuda = run.device.type == "cuda"
     run.model.train()
     seconds, window, mark, next_eval = 0.0, [], time.monotonic(), run.elapsed() + args.eval_seconds
-    for batch in planner.prefetched(16, cuda):
+    for batch, augment in run.batches(cuda):
         if run.progress() >= 1.0 or stop:
             break
         lr = run.set_schedule()
