@@ -60,13 +60,14 @@ def build(
 
 def engines() -> None:
     """Which engines can run here, and why the others cannot."""
+    from rich.markup import escape
     from rich.table import Table
 
     from m3asr.engines import available
 
     table = Table("engine", "device", "here")
     for name, (device, reason) in available().items():
-        table.add_row(name, device, reason or "yes")
+        table.add_row(name, device, escape(reason or "yes"))  # [torch] is no markup
     Console(highlight=False).print(table)
 
 
