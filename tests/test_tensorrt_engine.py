@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("tensorrt_rtx")
 
 from conftest import GOLDEN, GOLDEN_NAMES, relative_error  # noqa: E402

@@ -1,9 +1,13 @@
 """Every row of the table: trace, network really built by TensorRT's API, interpreted, compared with torch."""
 
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tensorrt_rtx")
+
 import torch
-from rows import ROWS  # noqa: E402
 from torch.utils._pytree import tree_leaves
+from trt_rows import ROWS  # noqa: E402
 
 import m3asr.trt as trt  # noqa: E402
 

@@ -3,6 +3,10 @@
 import math
 
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tensorrt_rtx")
+
 import torch
 import torch.nn.functional as F
 from torch import nn

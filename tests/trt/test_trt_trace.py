@@ -1,6 +1,10 @@
 """What tracing promises: sizes, names, types, in-place writes, and errors that say what to do."""
 
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tensorrt_rtx")
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -3,10 +3,14 @@
 import os
 
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tensorrt_rtx")
+
 import torch
-from rows import ROWS
-from test_conformance import RANGES
+from test_trt_conformance import RANGES
 from torch import nn
+from trt_rows import ROWS
 
 import m3asr.trt as trt
 from m3asr.trt import runtime

@@ -1,6 +1,10 @@
 """The operations that needed C++ plugins in the original TensorRT project, as plain layers from ordinary torch."""
 
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tensorrt_rtx")
+
 import torch
 import torch.nn.functional as F
 from torch import nn
