@@ -62,7 +62,7 @@ class _StreamGraph(nn.Module):
 
 
 def build(config: ModelConfig, config_digest: str, target: Path) -> None:
-    """Write encoder.onnx, and if the model has them stream.onnx, decoder.onnx and reverse_decoder.onnx; manifest.json."""
+    """Write encoder.onnx, manifest.json, and what the model has of stream.onnx, decoder.onnx, reverse_decoder.onnx."""
     target.mkdir(parents=True, exist_ok=True)
     with FakeTensorMode():
         # Shapes are all that export needs: no memory is spent on weights.
