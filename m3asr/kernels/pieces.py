@@ -124,7 +124,15 @@ def dot(a, b, acc, DOT: tl.constexpr):
 @triton.jit
 def normalise(x, inside, width, eps):
     """(x - mean) / sqrt(var + eps) of each row, two passes over float32 (rows, BLOCK); zero outside the width."""
-    mean = tl.sum(x, axis=1) / width
+    mean = mean_of(tl.sum(x, axis=1), width)
     x = tl.where(inside, x - mean[:, None], 0.0)
-    variance = tl.sum(x * x, axis=1) / width
+    variance = mean_of(tl.sum(x * x, axis=1), width)
     return x * (1.0 / tl.sqrt(variance + eps))[:, None]
+
+
+@triton.jit
+def mean_of(total, width):
+    """total / width, rounded to nearest. Plain division compiles to an approximation that misses by up to 2 ulp: a
+    constant row would then have a variance far above an eps of 1e-12, and come out as 0.2 instead of 0.
+    """
+    return tl.div_rn(total, total * 0.0 + width)
