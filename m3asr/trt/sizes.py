@@ -26,6 +26,7 @@ class NamedSizes(ShapeEnv):
         self.names = {}  # sympy symbol -> name
         self.internal = 0  # >0 while torch's own code asks, not the user's forward
         self.where = lambda: ""
+        self._answers = {}  # expression -> (answer for the whole range or None, answers at sampled sizes)
         taken = set()
         for name, (low, usual, high) in ranges.items():
             if not 0 <= low <= usual <= high:
@@ -77,14 +78,17 @@ class NamedSizes(ShapeEnv):
     def evaluate_expr(self, expr, hint=None, fx_node=None, size_oblivious=False, fallback_value=None, **_):
         if isinstance(expr, (bool, int)) or expr in (sympy.true, sympy.false) or expr.is_number:
             return sympy.sympify(expr)
-        known = self._maybe_evaluate_static(expr)
+        if expr not in self._answers:
+            known = self._maybe_evaluate_static(expr)
+            sampled = () if known is not None else {sympy.sympify(expr.xreplace(v)) for v in self._samples(expr)}
+            self._answers[expr] = known, sampled
+        known, sampled = self._answers[expr]
         if known is not None:
             return known
-        answers = {sympy.sympify(expr.xreplace(values)) for values in self._samples(expr)}
         # Torch asks "is this size 1?" before broadcasting. The general answer also serves size 1 at run time,
         # because a network built for "not 1" broadcasts there by itself. The user's own `if` has no such excuse.
-        if len(answers) == 1 and self.internal:
-            return answers.pop()
+        if len(sampled) == 1 and self.internal:
+            return next(iter(sampled))
         if fallback_value is not None:
             return sympy.sympify(fallback_value)
         if self.internal and isinstance(expr, (sympy.Eq, sympy.Ne)):

@@ -44,6 +44,7 @@ class Tracer(Graph):
         self.sizes = sizes.NamedSizes(ranges)
         self.sizes.where = self.where
         self.fakes = FakeTensorMode(shape_env=self.sizes, allow_non_fake_inputs=True)
+        self.fakes.cache_enabled = False  # its keys over symbolic sizes cost more than the call they would save
         self.active = False
         self.quantization, self.branches = None, None
         self.paths = Paths(self)
