@@ -76,9 +76,9 @@ def numel(shape):
 class Plugin:
     """What `@plugin` makes of a reference. Call it like the function it was."""
 
-    def __init__(self, name, reference, shape, dtypes, kernel=None, version="1", namespace="", kind="plain"):
+    def __init__(self, name, reference, shape, dtypes, kernel=None, version="1", namespace="", kind="plain", aot=False):
         parameters = inspect.signature(reference).parameters.values()
-        self.name, self.version, self.namespace, self.kind = name, version, namespace, kind
+        self.name, self.version, self.namespace, self.kind, self.aot = name, version, namespace, kind, aot
         self.reference, self.shape, self.dtypes = reference, shape, tuple(dtypes)
         self.inputs = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         kinds = {t.__name__: t for t in ATTRIBUTE_TYPES}  # annotations may be strings
@@ -160,7 +160,7 @@ class Plugin:
         return f"<plugin {self.name} ({', '.join(self.inputs)})>"
 
 
-def plugin(name, *, shape=None, dtypes=(0,), kernel=None, version="1", namespace="", kind="plain"):
+def plugin(name, *, shape=None, dtypes=(0,), kernel=None, version="1", namespace="", kind="plain", aot=False):
     """Declares a plugin; decorates its torch reference.
 
     Args:
@@ -169,6 +169,7 @@ def plugin(name, *, shape=None, dtypes=(0,), kernel=None, version="1", namespace
             Default: the shape of the first input.
         dtypes: one entry an output: the number of the input whose dtype it has, or a dtype name.
         kernel: launch function or OneKernel; or decorate it with @<plugin>.kernel.
+        aot: compile the kernel, a `OneKernel`, into the plan: no Python at run time. Full TensorRT 10.9+ only.
         kind: in a low-precision build, "plain" takes the type of the inputs, "matmul" the low type, "float32" float32.
 
     The reference takes tensors as positional and attributes as keyword-only parameters (`*, eps: float = 1e-5`).
@@ -177,7 +178,7 @@ def plugin(name, *, shape=None, dtypes=(0,), kernel=None, version="1", namespace
 
     def declare(reference):
         first = shape or (lambda *shapes: shapes[0] if len(dtypes) == 1 else [shapes[0]] * len(dtypes))
-        made = Plugin(name, reference, first, dtypes, kernel, version, namespace, kind)
+        made = Plugin(name, reference, first, dtypes, kernel, version, namespace, kind, aot)
         PLUGINS[namespace, name, version] = made
         return made
 

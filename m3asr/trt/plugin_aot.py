@@ -21,6 +21,9 @@ POINTERS = {
 }
 
 
+_DECLARED = {}
+
+
 def compile_kernel(description, dtypes, attributes, capability):
     """-> (name, PTX, threads a block, shared bytes) of a plugin whose launch is a `OneKernel`.
 
@@ -80,6 +83,8 @@ def declare(package, description, attributes, capability):
     suffix = "".join(f"_{k}_{v}" for k, v in attributes.items())
     name = re.sub(r"\W", "_", description.name + suffix)
     identity = f"m3asr_trt::{name}"
+    if identity in _DECLARED:
+        return _DECLARED[identity]
     parameters = [
         inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=trtp.TensorDesc)
         for n in description.inputs
@@ -126,4 +131,5 @@ def declare(package, description, attributes, capability):
     implementation.__signature__ = inspect.Signature([*parameters, *tail])
     trtp.register(identity)(outputs_of)
     trtp.aot_impl(identity)(implementation)
-    return getattr(trtp.op.m3asr_trt, name)
+    _DECLARED[identity] = getattr(trtp.op.m3asr_trt, name)
+    return _DECLARED[identity]

@@ -44,6 +44,7 @@ def with_plugins(package, run):
 
 
 def _placeholder(tracer, calls, description, nodes, attributes, shapes, dtypes):
+    _check_aot(tracer.package, description)
     at = len(calls)
     inputs = [(n.dtype.name, [_small(s) for s in n.shape]) for n in nodes]
     calls.append((description, inputs, attributes, [d.name for d in dtypes]))
@@ -59,10 +60,33 @@ def _small(size):
 
 
 def _added(tracer, description, nodes, attributes, shapes, dtypes):
+    if description.aot:
+        layer = _compiled(tracer, description, nodes, attributes)
+        return _outputs(tracer, tracer.named(layer, "plugin"), shapes)
     plugin_v3.register(tracer.package, description)
     instance = plugin_v3.plugin_class(tracer.package)(description, attributes)
     layer = tracer.network.add_plugin_v3([n.tensor for n in nodes], [], instance)
     return _outputs(tracer, tracer.named(layer, "plugin"), shapes)
+
+
+def _compiled(tracer, description, nodes, attributes):
+    """NOT EXECUTED HERE: needs full TensorRT and the GPU that the plan is for."""
+    import torch
+
+    from . import plugin_aot
+
+    _check_aot(tracer.package, description)
+    major, minor = torch.cuda.get_device_capability()
+    operator = plugin_aot.declare(tracer.package, description, attributes, 10 * major + minor)
+    return tracer.network.add_plugin(operator(*(n.tensor for n in nodes)), aot=True)
+
+
+def _check_aot(package, description):
+    if description.aot and not package.adds_aot_plugins:
+        raise BuildError(
+            f"plugin {description.name!r} wants its kernel inside the plan (aot=True): {package} cannot do that, full "
+            "TensorRT from 10.9 on can; declare it without aot"
+        )
 
 
 def _spliced(tracer, layer, description, nodes, attributes, shapes, dtypes):

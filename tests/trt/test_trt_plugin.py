@@ -1,5 +1,6 @@
 """Plugins: parity through the real plugin objects, in a network, compiled into PTX; and the check really fails."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("tensorrt_rtx")
-pytest.importorskip("triton")
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs triton", allow_module_level=True)  # not imported here: the interpreter is chosen before
 
 import torch
 from trt_plugins import WRONG, double, peak, scale_rows
@@ -137,6 +139,15 @@ def test_attributes():
         @trt.plugin("test_untyped")
         def untyped(x, *, eps=1.0):
             return x
+
+
+def test_a_kernel_inside_the_plan_needs_full_tensorrt():
+    @trt.plugin("test_compiled", kernel=double.launch, aot=True)
+    def compiled(x):
+        return x * 2
+
+    with pytest.raises(trt.BuildError, match="full TensorRT"):
+        trt.trace(lambda x: compiled(x), {"x": trt.Input("float32", (2, 3))})
 
 
 def test_empty_library():
