@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, activate, dot, gated, prefetch, release, wait
+from m3asr.kernels.pieces import Tile, dot, finished, prefetch, release, wait
+
+# In place of a tile: the product is the device library's (cuBLAS), and what follows it a kernel of its own.
+LIBRARY = Tile(0, 0)
 
 
 @triton.jit
@@ -73,27 +77,45 @@ def _linear_kernel(
                 a = tl.load(a_at + start, mask=row_in & inside, other=0.0)
                 w = tl.load(w_at + start, mask=col_in & inside, other=0.0)
             acc = dot(a, tl.trans(w), acc, DOT)
-    acc += bias[None, :]
-    if GLU or MASK:
-        valid = (rows % frames) < tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)
-    if GLU:
-        acc = gated(acc, BLOCK_M, BLOCK_N)
-        acc = tl.where(valid[:, None], acc, 0.0)
-        columns = columns // 2
-        cols = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-    out_mask = row_in & (cols < columns)[None, :]
-    if TABLE:
-        third = columns // 3
-        keys = (cols >= third) & (cols < 2 * third)
-        at = (rows % frames)[:, None] * third + (cols - third)[None, :]
-        acc += tl.load(table_ptr + at, mask=out_mask & keys[None, :], other=0.0).to(tl.float32)
-    acc = activate(acc, ACTIVATION)
-    out_at = out_ptr + rows.to(tl.int64)[:, None] * columns + cols[None, :]
-    if MASK:
-        acc = tl.where(valid[:, None], acc, 0.0)
-    if RESIDUAL:
-        acc = tl.load(out_at, mask=out_mask, other=0.0) + scale * acc
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+    finished(
+        acc + bias[None, :], rows, cols, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, scale, BLOCK_M,
+        BLOCK_N, ACTIVATION, GLU, TABLE, RESIDUAL, MASK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish_kernel(
+    product_ptr,
+    b_ptr,
+    table_ptr,
+    lengths_ptr,
+    out_ptr,
+    tokens,
+    frames,
+    columns,
+    scale,
+    out_group,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr,
+    TABLE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    MASK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    group = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    bias = tl.load(b_ptr + group * columns + cols, mask=cols < columns, other=0.0)
+    wait(PDL)
+    at = product_ptr + (group * tokens + rows)[:, None] * columns + cols[None, :]
+    acc = tl.load(at, mask=(rows < tokens)[:, None] & (cols < columns)[None, :], other=0.0).to(tl.float32)
+    finished(
+        acc + bias[None, :], rows, cols, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr + group * out_group,
+        scale, BLOCK_M, BLOCK_N, ACTIVATION, GLU, TABLE, RESIDUAL, MASK,
+    )  # fmt: skip
 
 
 def linear(
@@ -117,11 +139,41 @@ def linear(
     a (N, K) and weight (C, K) in the compute type, bias float32 (C,), out (N, C) of any type; with a leading group
     dimension on all four, one independent product a group. activation, table, glu: as in `norm_linear`.
     mask = (lengths int32 (B,), S): the result counts as zero past the length.
+    tile = LIBRARY rounds the product to the compute type once more, and ignores `dot` and `ahead`.
     """
     groups = a.shape[0] if a.dim() == 3 else 1
     tokens, width = a.shape[-2:]
     columns = weight.shape[-2]
     lengths, frames = glu or mask or (bias, table[1] if table else tokens)
+    epilogue = {
+        "ACTIVATION": activation,
+        "GLU": glu is not None,
+        "TABLE": table is not None,
+        "RESIDUAL": residual_scale is not None,
+        "MASK": mask is not None,
+    }
+    scale = 1.0 if residual_scale is None else residual_scale
+    if tile == LIBRARY:
+        product = torch.matmul(a, weight.transpose(-2, -1))
+        rows, width_of_tile = 8, 256
+        _finish_kernel[(triton.cdiv(columns, width_of_tile), triton.cdiv(tokens, rows), groups)](
+            product,
+            bias,
+            table[0] if table else bias,
+            lengths,
+            out,
+            tokens,
+            frames,
+            columns,
+            scale,
+            out.shape[-1] * tokens,
+            BLOCK_M=rows,
+            BLOCK_N=width_of_tile,
+            PDL=False,
+            num_warps=4,
+            **epilogue,
+        )
+        return
     grid = (triton.cdiv(columns, tile.n), triton.cdiv(tokens, tile.m), groups)
     _linear_kernel[grid](
         a,
@@ -133,7 +185,7 @@ def linear(
         tokens,
         frames,
         columns,
-        1.0 if residual_scale is None else residual_scale,
+        scale,
         tokens * width,
         columns * width,
         out.shape[-1] * tokens,
@@ -143,13 +195,9 @@ def linear(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
-        ACTIVATION=activation,
-        GLU=glu is not None,
-        TABLE=table is not None,
-        RESIDUAL=residual_scale is not None,
-        MASK=mask is not None,
         DOT=dot,
         AHEAD=ahead is not None,
         PDL=pdl,
+        **epilogue,
         **tile.options(pdl),
     )

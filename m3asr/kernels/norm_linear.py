@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, activate, at_least_16, dot, gated, normalise, prefetch, release, wait
+from m3asr.kernels.pieces import Tile, at_least_16, dot, finished, normalise, prefetch, release, wait
 
 
 @triton.jit
@@ -66,22 +66,10 @@ def _norm_linear_kernel(
     y = normalise(x, inside, WIDTH, eps).to(w.dtype)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
     acc = dot(y, tl.trans(w), acc, DOT)  # (BLOCK_M, BLOCK_N)
-    if GLU:
-        acc = gated(acc, BLOCK_M, BLOCK_N)
-        valid = (rows % frames) < tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)
-        acc = tl.where(valid[:, None], acc, 0.0)
-        columns = columns // 2
-        cols = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-    out_mask = (rows < tokens)[:, None] & (cols < columns)[None, :]
-    if TABLE:
-        # One summand a position, for the columns of the keys: the second third.
-        third = columns // 3
-        keys = (cols >= third) & (cols < 2 * third)
-        at = (rows % frames)[:, None] * third + (cols - third)[None, :]
-        acc += tl.load(table_ptr + at, mask=out_mask & keys[None, :], other=0.0).to(tl.float32)
-    acc = activate(acc, ACTIVATION)
-    out_at = out_ptr + rows[:, None] * columns + cols[None, :]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+    finished(
+        acc, rows, cols, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, 1.0, BLOCK_M, BLOCK_N, ACTIVATION,
+        GLU, TABLE, False, False,
+    )  # fmt: skip
 
 
 def norm_linear(

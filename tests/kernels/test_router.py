@@ -18,8 +18,8 @@ def test_route(device, options, check, poisoned, tile, rows, experts):
     y, gate = poisoned(tokens, width, dtype=torch.bfloat16), poisoned(tokens)
     expert_idx = poisoned(tokens, dtype=torch.int32)
     route(
-        x, weight, bias, heard, lengths, y, expert_idx, gate, frames=frames, eps=1e-12, tile=tile(rows),
-        **options(torch.float32),
+        x, weight / 4, bias, heard, lengths, y, expert_idx, gate, frames=frames, eps=1e-12, tile=tile(rows),
+        scale=4.0, pdl=options(torch.float32)["pdl"],
     )  # fmt: skip
     normed = F.layer_norm(x.double(), (width,), eps=1e-12)
     probability, expected = torch.softmax(normed @ weight.double() + bias + heard, -1).max(-1)
@@ -38,6 +38,6 @@ def test_the_first_expert_wins_a_tie(device, options, poisoned, tile, rows):
     y, gate, expert_idx = poisoned(4, 32), poisoned(4), poisoned(4, dtype=torch.int32)
     route(
         x, weight, bias, torch.zeros(4, 6, device=device), lengths, y, expert_idx, gate, frames=4, eps=1e-12,
-        tile=tile(rows), **options(torch.float32),
+        tile=tile(rows), pdl=options(torch.float32)["pdl"],
     )  # fmt: skip
     assert expert_idx.tolist() == [2] * 4

@@ -53,10 +53,12 @@ class Forward:
         self.dtype = TYPES[precision]
         self.wide = precision == "fp32"
         # Three tf32 products keep float32's accuracy; plain tf32 would not.
-        self.dot = self.router_dot = "tf32x3"
+        self.dot = "tf32x3"
         if not self.wide:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
         self.trace = None
+        # Operations whose product the device's library computes, for many tokens.
+        self.library: tuple[str, ...] = ()
         # How much of a block's expert weights its small kernels fetch into the L2 cache, for few tokens.
         self.ahead_bytes = tiles.AHEAD_BYTES if pdl else 0
 
@@ -77,7 +79,7 @@ class Forward:
             if self.weights.heard is not None:
                 heard = self._new((shape.tokens, self.weights.heard.weight.shape[0]), torch.float32)
                 tile = self._tiles(shape, embedding.shape[1], embedding.shape[1]).heard
-                self._linear(embedding, self.weights.heard, heard, tile=tile, dot=self.router_dot)
+                self._linear(embedding, self.weights.heard, heard, tile=tile, dot="tf32x3")
         y, hidden = self._stack(streams[-1], shape, self.weights.main, heard)
         head = self.weights.head
         log_probs = self._new((shape.tokens, head.weight.shape[0]), torch.float32)
@@ -91,7 +93,9 @@ class Forward:
         return self.regime == "few" or (self.regime == "auto" and shape.tokens <= tiles.FEW_TOKENS and not self.wide)
 
     def _tiles(self, shape: Shape, width: int, hidden: int) -> tiles.Tiles:
-        return (tiles.few if self._few(shape) else tiles.many)(shape.tokens, width, hidden, self.wide)
+        regime = "few" if self._few(shape) else "many"
+        chosen = tiles.tiles_for(regime, shape.tokens, width, hidden, self.wide)
+        return tiles.by_library(chosen, self.library) if self.library and regime == "many" else chosen
 
     def _new(self, shape, dtype=None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.weights.head.weight.device)
@@ -152,15 +156,16 @@ class Forward:
             hidden = block.macaron_up.weight.shape[0]
             h = self._new((x.shape[0], hidden))
             x = self._up(
-                x, shape, config, block.macaron_up, h, prior, activation=config.activation_type, ahead=next(ahead)
-            )
+                x, shape, config, "up", block.macaron_up, h, prior, activation=config.activation_type,
+                ahead=next(ahead),
+            )  # fmt: skip
             prior = None
-            tile = self._tiles(shape, width, hidden).residual
+            tile = self._tiles(shape, width, hidden).down
             self._linear(h, block.macaron_down, x, tile=tile, residual_scale=0.5, ahead=next(ahead))
         tile = self._tiles(shape, width, width)
         qkv = self._new((x.shape[0], 3 * width))
         table = None if block.key_table is None else (block.key_table, shape.frames)
-        x = self._up(x, shape, config, block.qkv, qkv, prior, table=table, ahead=next(ahead))
+        x = self._up(x, shape, config, "qkv", block.qkv, qkv, prior, table=table, ahead=next(ahead))
         context = self._new((shape.batch, shape.frames, width))
         attention(
             qkv.view(shape.batch, shape.frames, -1), shape.lengths, context, heads=config.attention_heads,
@@ -168,24 +173,24 @@ class Forward:
             pdl=self.pdl,
         )  # fmt: skip
         self._linear(
-            context.view(-1, width), block.attention_out, x, tile=tile.residual, residual_scale=1.0, ahead=next(ahead)
+            context.view(-1, width), block.attention_out, x, tile=tile.out, residual_scale=1.0, ahead=next(ahead)
         )
         glu, conv = self._new(x.shape), self._new(x.shape)
-        self._up(x, shape, config, block.pointwise_1, glu, None, glu=mask, ahead=next(ahead))
+        self._up(x, shape, config, "gated", block.pointwise_1, glu, None, glu=mask, ahead=next(ahead))
         depthwise(
             glu, block.depthwise, block.depthwise_bias, conv, frames=shape.frames,
             left=config.cnn_module_kernel - 1 if config.causal else (config.cnn_module_kernel - 1) // 2,
             activation=config.activation_type, tile=tile.depthwise, before=block.before_first,
             norm=block.depthwise_norm, ahead=next(ahead), pdl=self.pdl,
         )  # fmt: skip
-        self._linear(conv, block.pointwise_2, x, tile=tile.residual, residual_scale=1.0, mask=mask, ahead=next(ahead))
+        self._linear(conv, block.pointwise_2, x, tile=tile.out, residual_scale=1.0, mask=mask, ahead=next(ahead))
         if block.router:
             self._experts(x, shape, config, block, heard, scale)
         else:
             hidden = block.up.weight.shape[0]
             h = self._new((x.shape[0], hidden))
-            self._up(x, shape, config, block.up, h, None, activation=config.activation_type)
-            tile = self._tiles(shape, width, hidden).residual
+            self._up(x, shape, config, "up", block.up, h, None, activation=config.activation_type)
+            tile = self._tiles(shape, width, hidden).down
             self._linear(h, block.down, x, tile=tile, residual_scale=scale)
         return x
 
@@ -199,20 +204,21 @@ class Forward:
         while True:
             yield None
 
-    def _up(self, x, shape: Shape, config, layer, out, prior, **options) -> Tensor:
+    def _up(self, x, shape: Shape, config, operation: str, layer, out, prior, **options) -> Tensor:
         """out = epilogue(layer(norm(x))); returns x, or its layer norm with `prior` as the new residual stream."""
-        tile = self._tiles(shape, x.shape[1], x.shape[1])
+        tiles_here = self._tiles(shape, x.shape[1], out.shape[1])
+        tile = getattr(tiles_here, operation)
         if self._few(shape):
             if prior:
                 prior = (*prior, torch.empty_like(x))
             norm_linear(
                 x, layer.weight, layer.bias, out, eps=config.norm_eps, prior=prior, dot=self.dot, pdl=self.pdl,
-                tile=tile.norm_linear, **options,
+                tile=tile, **options,
             )  # fmt: skip
             return prior[3] if prior else x
         y = self._new(x.shape)
-        norm(x, y, eps=config.norm_eps, tile=tile.norm, prior=(*prior, x) if prior else None, pdl=self.pdl)
-        self._linear(y, layer, out, tile=tile.linear, **options)
+        norm(x, y, eps=config.norm_eps, tile=tiles_here.norm, prior=(*prior, x) if prior else None, pdl=self.pdl)
+        self._linear(y, layer, out, tile=tile, **options)
         return x
 
     def _experts(self, x, shape: Shape, config, block: Block, heard, scale: float) -> None:
@@ -223,7 +229,7 @@ class Forward:
         expert_idx = self._new((tokens,), torch.int32)
         route(
             x, block.router.weight, block.router.bias, heard, shape.lengths, y, expert_idx, gate, frames=shape.frames,
-            eps=config.norm_eps, tile=tile.router, dot=self.router_dot, pdl=self.pdl,
+            eps=config.norm_eps, tile=tile.router, scale=block.router_scale, pdl=self.pdl,
         )  # fmt: skip
         if self.trace is not None:
             self.trace("routes", block, expert_idx)

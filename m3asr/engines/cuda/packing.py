@@ -44,7 +44,8 @@ class Block:
     depthwise_norm: tuple[Tensor, Tensor, float] | None
     before_first: Tensor | None  # float32 (D,): what a causal convolution sees before the first frame
     pointwise_2: Linear
-    router: Linear | None  # float32, weight (D, E)
+    router: Linear | None  # float32, weight (D, E), divided by router_scale
+    router_scale: float  # a power of two: makes the router's largest weight one between 1 and 2
     up: Linear
     down: Linear
     final_norm: tuple[Tensor, Tensor]
@@ -146,7 +147,7 @@ class Packer:
         if config.causal:
             # The zeros in front go through the pointwise layer, not through the norm: its bias is what remains.
             before_first = torch.nn.functional.glu(bias_1, dim=0)
-        router, up, down = self._feed_forward(prefix, config)
+        router, scale, up, down = self._feed_forward(prefix, config)
         return Block(
             macaron_up=macaron_up,
             macaron_down=macaron_down,
@@ -163,6 +164,7 @@ class Packer:
                 get(conv + "pointwise_conv2.weight").squeeze(-1), get(conv + "pointwise_conv2.bias")
             ),
             router=router,
+            router_scale=scale,
             up=up,
             down=down,
             final_norm=self._norm(prefix + "norm_final"),
@@ -197,18 +199,21 @@ class Packer:
         bias = (bias - self._get(name + "norm.running_mean")) * factor + norm_b
         return (weight * factor).contiguous(), bias.contiguous(), None
 
-    def _feed_forward(self, prefix: str, config: EncoderConfig) -> tuple[Linear | None, Linear, Linear]:
-        name, router = prefix + "feed_forward.", None
+    def _feed_forward(self, prefix: str, config: EncoderConfig):
+        """Router or None, its scale, up, down."""
+        name, router, scale = prefix + "feed_forward.", None, 1.0
         if config.moe is not None:
             norm_w, norm_b = self._norm(prefix + "norm_ff")
             weight = self._get(name + "router_weights")[-config.attention_dim :]  # (D, E)
             bias = norm_b @ weight
             if config.moe.router_with_bias:
                 bias = bias + self._get(name + "router_bias")
-            router = self._packed(weight * norm_w.unsqueeze(-1), bias, torch.float32)
+            weight = weight * norm_w.unsqueeze(-1)
+            scale = 2.0 ** math.floor(math.log2(max(float(weight.abs().max()), 1e-30)))
+            router = self._packed(weight / scale, bias, torch.float32)
             name += "experts."
         up = self._behind_norm(self._get(name + "w_1.weight"), self._get(name + "w_1.bias"), prefix + "norm_ff")
-        return router, self._packed(*up), self._linear(name + "w_2")
+        return router, scale, self._packed(*up), self._linear(name + "w_2")
 
     def _heard(self, config: EncoderConfig) -> Linear:
         width = config.embed.attention_dim

@@ -1,4 +1,4 @@
-"""Tile sizes by operation, number of tokens and type: the numbers that were measured, in one place.
+"""Tile sizes by operation, number of tokens and type: what was measured, and a rule for everything else.
 
 Two regimes. Few tokens: launches and the latency of one program count, so a program holds the whole inner dimension,
 norms are recomputed where they are needed, and every expert's weights are read once. Many tokens: arithmetic counts,
@@ -7,14 +7,20 @@ so products loop over the inner dimension, norms are kernels of their own and to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
+from m3asr.kernels.linear import LIBRARY
 from m3asr.kernels.pieces import Tile, at_least_16
 
 # The largest number of tokens that is treated as few.
-FEW_TOKENS = 512
-# Expert weights that the small kernels of a block fetch ahead into the L2 cache.
-AHEAD_BYTES = 32 << 20
+FEW_TOKENS = 128
+# Expert weights that the small kernels of a block fetch ahead into the L2 cache: on an H200 none is best (0 to 32 MB
+# within 1 %, more is worse).
+AHEAD_BYTES = 0
+# Programs that fill a card: a tile is made smaller until a product has as many.
+PROGRAMS = 120
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,11 @@ class Tiles:
     first_convolution: Tile
     next_convolution: Tile
     subsampling_out: Tile
-    norm_linear: Tile  # few tokens: feed-forward up, QKV, pointwise 1
-    residual: Tile  # feed-forward down, attention out, pointwise 2
-    linear: Tile  # many tokens: the same products as norm_linear
+    up: Tile  # feed-forward up, after a norm
+    down: Tile  # feed-forward down, into the residual stream
+    qkv: Tile  # after a norm
+    out: Tile  # attention out and pointwise 2, into the residual stream
+    gated: Tile  # pointwise 1, after a norm
     norm: Tile
     attention: Tile
     depthwise: Tile
@@ -40,19 +48,59 @@ class Tiles:
     experts_early: bool = True
 
 
+# Measured best tiles: (regime, operation) -> {tokens: tile}, for a width of 512 and 2 bytes a number. Empty until
+# `benchmarks.kernels` has been run; `read_measured` fills it from that run's file.
+MEASURED: dict[tuple[str, str], dict[int, Tile]] = {}
+MEASURED_WIDTH = 512
+
+
+def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
+    """Tiles of a stack of width D with feed-forwards of `hidden`; wide: 4 bytes a number."""
+    rule = (few if regime == "few" else many)(tokens, width, hidden, wide)
+    if wide or width != MEASURED_WIDTH:
+        return rule
+    known = {}
+    for field in fields(Tiles):
+        measured = MEASURED.get((regime, field.name))
+        if measured:
+            near = min(
+                measured, key=lambda n: abs(n.bit_length() - tokens.bit_length()) + abs(n - tokens) / (n + tokens)
+            )
+            tile = measured[near]
+            # A tile that holds the whole inner dimension must hold this one too.
+            if regime == "few" and field.name in ("down", "expert_down") and tile.k >= 512:
+                tile = replace(tile, k=at_least_16(hidden))
+            known[field.name] = tile
+    if "expert_up" in known and "expert_down" in known:
+        # One sort serves both.
+        known["expert_down"] = replace(known["expert_down"], m=known["expert_up"].m)
+    return replace(rule, **known)
+
+
+def read_measured(path: Path) -> None:
+    """Fill MEASURED from the `tiles.json` that `benchmarks.kernels` writes."""
+    MEASURED.clear()
+    for key, rows in json.loads(Path(path).read_text(encoding="utf-8")).items():
+        regime, operation = key.split()
+        MEASURED[regime, operation] = {int(tokens): Tile(**tile) for tokens, tile in rows.items()}
+
+
 def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
-    """Tiles for few tokens; width D, hidden the widest inner dimension, wide: 4 bytes a number."""
+    """The rule for few tokens."""
     rows = 16 if tokens <= 80 else 32
     columns = 16 if wide else 32
     whole, inner = at_least_16(width), at_least_16(hidden)
     warps = 4 if rows == 16 else 8
+    norm_linear = Tile(rows, columns, warps=warps)
     return Tiles(
         first_convolution=Tile(32, 64, warps=4),
         next_convolution=Tile(64, 64, k=32 if wide else 128, warps=4, stages=3 if wide else 4),
         subsampling_out=Tile(16 if tokens <= 80 else 64, 32, k=32 if wide else 128, warps=4, stages=4),
-        norm_linear=Tile(rows, columns, warps=warps),
-        residual=Tile(rows, 16, k=inner, warps=warps),
-        linear=Tile(rows, columns, k=whole, warps=warps),
+        up=norm_linear,
+        qkv=norm_linear,
+        gated=norm_linear,
+        down=Tile(rows, 16, k=inner, warps=warps),
+        out=Tile(rows, 16, k=whole, warps=warps),
         norm=Tile(1, 1, warps=4),
         attention=Tile(16, 64 if wide else 128, warps=4, stages=2),
         depthwise=Tile(1, 1, warps=4),
@@ -67,24 +115,61 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
     )
 
 
+_PRODUCTS = (
+    Tile(128, 256, k=64, warps=8, stages=3),
+    Tile(128, 128, k=64, warps=8, stages=4),
+    Tile(64, 128, k=64, warps=4, stages=4),
+    Tile(64, 64, k=64, warps=4, stages=4),
+    Tile(32, 64, k=128, warps=4, stages=3),
+    Tile(32, 32, k=128, warps=4, stages=3),
+    Tile(16, 32, k=128, warps=4, stages=3),
+)
+
+
+def product(tokens: int, columns: int, wide: bool, rows: int | None = None) -> Tile:
+    """The largest tile that still gives enough programs; `rows` fixes its height."""
+    if wide:
+        return Tile(rows or 64, 64, k=32, warps=4, stages=2)
+    tiles = [tile for tile in _PRODUCTS if rows is None or tile.m == rows] or [Tile(rows, 32, k=128, warps=4)]
+    for tile in tiles:
+        if -(-tokens // tile.m) * -(-columns // tile.n) >= PROGRAMS:
+            return tile
+    return tiles[-1]
+
+
 def many(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
-    """Tiles for many tokens, as for `few`."""
-    product = Tile(64, 64, k=32, warps=4, stages=2) if wide else Tile(128, 128, k=64, warps=8, stages=3)
+    """The rule for many tokens."""
+    # Sorted tokens fill tiles of one expert: with some 32 experts, a tile should not be much higher than a share.
+    height = 64 if wide or tokens > 1024 else 32 if tokens > 512 else 16
+    height = 128 if tokens > 4096 and not wide else height
     return Tiles(
         first_convolution=Tile(64, 64, warps=4),
-        next_convolution=product if wide else Tile(128, 256, k=64, warps=8, stages=3),
-        subsampling_out=product,
-        norm_linear=product,
-        residual=product,
-        linear=product,
-        norm=Tile(4, 1, warps=4),
-        attention=Tile(64, 32, warps=4, stages=2) if wide else Tile(128, 64, warps=8, stages=2),
-        depthwise=Tile(4, 1, warps=4),
-        router=Tile(32, 1, k=64, warps=8, stages=2),
-        expert_up=product,
-        expert_down=product,
-        sort=Tile(1, 4096, warps=16),
-        heard=Tile(64, 64, k=32, warps=4, stages=2),
-        head=product,
+        next_convolution=product(4 * tokens, 2 * width, wide),
+        subsampling_out=product(tokens, 2 * width, wide),
+        up=product(tokens, hidden, wide),
+        qkv=product(tokens, 3 * width, wide),
+        gated=product(tokens, 2 * width, wide),
+        down=product(tokens, width, wide),
+        out=product(tokens, width, wide),
+        norm=Tile(1 if tokens <= 1024 else 4, 1, warps=4),
+        attention=Tile(64, 32, warps=4, stages=2)
+        if wide
+        else Tile(32 if tokens <= 1024 else 128, 64, warps=4 if tokens <= 1024 else 8, stages=2),
+        depthwise=Tile(1 if tokens <= 1024 else 16, 1, warps=4 if tokens <= 1024 else 8),
+        router=Tile(16, 1, k=64, warps=4, stages=2),
+        expert_up=product(tokens, hidden, wide, height),
+        expert_down=product(tokens, width, wide, height),
+        sort=Tile(1, max(128, min(4096, 1 << (tokens - 1).bit_length())), warps=16 if tokens > 1024 else 4),
+        heard=Tile(64 if tokens > 1024 else 16, 64, k=32, warps=4, stages=2),
+        head=product(tokens, 8 * width, wide),
         log_softmax=Tile(1, 2048, warps=8),
     )
+
+
+# Products that the card's own library could compute instead, as one choice of `benchmarks.encoder --variants`.
+LIBRARY_OPERATIONS = ("subsampling_out", "up", "qkv", "gated", "down", "out", "head")
+
+
+def by_library(tiles: Tiles, operations=LIBRARY_OPERATIONS) -> Tiles:
+    """The same tiles with these products computed by the library (cuBLAS)."""
+    return replace(tiles, **dict.fromkeys(operations, LIBRARY))
