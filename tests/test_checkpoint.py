@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import GOLDEN, GOLDEN_NAMES
+from golden import GOLDEN, GOLDEN_NAMES
 from random_model import random_model
 
 from m3asr.checkpoint import read_checkpoint

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, GOLDEN_NAMES, relative_error
+from golden import GOLDEN, GOLDEN_NAMES, relative_error
 from random_model import VARIANTS, random_model
 
 from m3asr.convert import build_onnx

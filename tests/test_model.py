@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, GOLDEN_NAMES, relative_error
+from golden import GOLDEN, GOLDEN_NAMES, relative_error
 from random_model import VARIANTS, random_model
 
 from m3asr import ops

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 import pytest
 import soundfile
-from conftest import GOLDEN
+from golden import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import VARIANTS, random_model

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("tensorrt_rtx")
 
-from conftest import GOLDEN, GOLDEN_NAMES, relative_error  # noqa: E402
+from golden import GOLDEN, GOLDEN_NAMES, relative_error  # noqa: E402
 
 from m3asr import trt  # noqa: E402
 from m3asr.checkpoint import read_checkpoint  # noqa: E402
