@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import baselines
+from benchmarks.accuracy import Reference, check, deviations
 from benchmarks.card import copy_bandwidth, flops, gemm_peak, timed, weight_bytes
-from benchmarks.models import preset, random_model
-from m3asr import ops
+from benchmarks.models import preset, random_model, spread_routers
 from m3asr.engines.cuda import CudaEngine, tiles
+from m3asr.engines.cuda.buckets import bucket_batch, bucket_frames
 
 INPUTS = ("1x206", "1x1024", "1x2048", "16x1024", "64x1024")
 # Milliseconds, bf16, set for an H100 with 2.97 TB/s of copy bandwidth.
@@ -37,79 +38,6 @@ def inputs_for(name: str, bins: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [
         (torch.randn(batch, frames, bins, device="cuda", generator=generator), lengths.clone()) for _ in range(ROTATING)
     ]
-
-
-class Reference:
-    """Eager float32 results for one input: outputs, block outputs, and each router's choice."""
-
-    def __init__(self, model, features, lengths):
-        self.blocks, self.routes = [], []
-        hooks = [
-            block.register_forward_hook(lambda _m, _i, out: self.blocks.append(out))
-            for stack in filter(None, (getattr(model.encoder, "embed", None), model.encoder))
-            for block in stack.blocks
-        ]
-        route = ops.route
-
-        def recorded(logits):
-            gate, expert_idx = route(logits)
-            self.routes.append(expert_idx)
-            return gate, expert_idx
-
-        ops.route = recorded
-        try:
-            self.log_probs, self.hidden, self.lengths = model(features, lengths)
-        finally:
-            ops.route = route
-            for hook in hooks:
-                hook.remove()
-
-    @property
-    def experts_hit(self) -> list[int]:
-        return [int(r.unique().numel()) for r in self.routes]
-
-
-def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
-
-
-def check(engine: CudaEngine, reference: Reference, features, lengths) -> dict:
-    """Errors of one run, and of the graph against the same kernels launched one by one."""
-    log_probs, hidden, out_lengths = engine(features, lengths)
-    size = reference.hidden.shape[1]
-    blocks, routes = [], []
-
-    def trace(kind, block, value):
-        if kind == "routes":
-            routes.append(value.clone())
-        else:
-            weight, bias = block.final_norm
-            eps = engine.config.encoder.norm_eps
-            blocks.append(torch.nn.functional.layer_norm(value, value.shape[-1:], weight, bias, eps))
-
-    graph = engine.graph_for(*features.shape[:2])
-    engine.forward.trace = trace
-    try:
-        again = engine.forward(graph.features, graph.lengths)
-    finally:
-        engine.forward.trace = None
-    batch = features.shape[0]
-    same_shape = [b.view(graph.features.shape[0], -1, b.shape[-1])[:batch, :size] for b in blocks]
-    flips = [
-        int((r.view(graph.features.shape[0], -1)[:batch, :size].flatten() != expected).sum())
-        for r, expected in zip(routes, reference.routes, strict=True)
-    ]
-    return {
-        "hidden_error": relative(hidden, reference.hidden),
-        "log_probs_error": relative(log_probs, reference.log_probs),
-        "worst_block_error": max(map(relative, same_shape, reference.blocks)),
-        "block_errors": [round(relative(a, b), 6) for a, b in zip(same_shape, reference.blocks, strict=True)],
-        "argmax_agreement": float((log_probs.argmax(-1) == reference.log_probs.argmax(-1)).float().mean()),
-        "router_flips": sum(flips),
-        "routed": sum(r.numel() for r in reference.routes),
-        "lengths_right": bool((out_lengths == reference.lengths).all()),
-        "replay_equals_launches": bool(torch.equal(again[0][:batch, :size], log_probs)),
-    }
 
 
 def measure_engine(engine: CudaEngine, name: str, data, repeats: int) -> dict:
@@ -147,24 +75,37 @@ def profile(engine: CudaEngine, name: str) -> list[tuple[str, int, float]]:
 
 def variants(engine: CudaEngine, name: str, data) -> dict[str, float]:
     """Milliseconds with one decision of the engine taken otherwise."""
-    forward, few = engine.forward, tiles.few
-    usual = {"pdl": forward.pdl, "ahead_bytes": forward.ahead_bytes, "regime": forward.regime}
+    forward, tiles_for = engine.forward, tiles.tiles_for
+    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "ahead_bytes", "regime", "library")}
     cases = {"as it is": {}, "no dependent launch": {"pdl": False, "ahead_bytes": 0}}
-    cases |= {f"{mb} MB of experts ahead": {"ahead_bytes": mb << 20} for mb in (0, 8, 16, 24, 32, 40, 56)}
-    cases |= {f"experts' weights early: {early}": {"early": early} for early in (False, True)}
-    cases |= {f"kernels for {regime} tokens": {"regime": regime} for regime in ("few", "many")}
+    if tiles.MEASURED:
+        cases["tiles by rule, not by measurement"] = {"rule": True}
+    batch, frames = map(int, name.split("x"))
+    tokens = bucket_batch(batch) * bucket_frames(engine._subsampled(frames))
+    if batch == 1:
+        cases |= {f"kernels for {regime} tokens": {"regime": regime} for regime in ("few", "many")}
+    if tokens <= tiles.FEW_TOKENS:
+        cases |= {f"{mb} MB of experts ahead": {"ahead_bytes": mb << 20} for mb in (8, 32)}
+        cases |= {f"experts' weights early: {early}": {"early": early} for early in (False, True)}
+    else:
+        cases["every product by cuBLAS"] = {"library": tiles.LIBRARY_OPERATIONS}
+        cases |= {f"by cuBLAS: {operation}": {"library": (operation,)} for operation in tiles.LIBRARY_OPERATIONS}
     rows = {}
     for case, changes in cases.items():
         for attribute, value in {**usual, **changes}.items():
-            if attribute != "early":
+            if attribute in usual:
                 setattr(forward, attribute, value)
         if "early" in changes:
-            tiles.few = lambda *a, early=changes["early"]: dataclasses.replace(few(*a), experts_early=early)
+            tiles.tiles_for = lambda *a, early=changes["early"]: dataclasses.replace(tiles_for(*a), experts_early=early)
+        measured = dict(tiles.MEASURED)
+        if "rule" in changes:
+            tiles.MEASURED.clear()
         engine.drop_graphs()
         try:
             rows[case] = measure_engine(engine, name, data, repeats=15)["ms"]
         finally:
-            tiles.few = few
+            tiles.tiles_for = tiles_for
+            tiles.MEASURED.update(measured)
             for attribute, value in usual.items():
                 setattr(forward, attribute, value)
     engine.drop_graphs()
@@ -195,7 +136,9 @@ def baseline_rows(name: str, model, half, data) -> dict:
 def compiled_rows(args) -> None:
     """In a process of its own: torch.compile with reduce-overhead, printed as JSON."""
     config = preset(args.preset)
-    model = baselines.half(random_model(config, "cuda"))
+    model = random_model(config, "cuda")
+    spread_routers(model)
+    model = baselines.half(model)
     with torch.inference_mode(), baselines.grouped():
         run = torch.compile(model, mode="reduce-overhead", dynamic=False)
         for name in args.inputs:
@@ -237,6 +180,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is started")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--tiles", type=Path, help="tiles.json of benchmarks.kernels, in place of the rule")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--no-variants", action="store_true")
     parser.add_argument("--no-profile", action="store_true")
@@ -249,6 +193,10 @@ def main() -> None:
     if args.only_compile:
         return compiled_rows(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.tiles is not None and args.tiles.is_file():
+        tiles.read_measured(args.tiles)
+    elif args.tiles is not None:
+        print(f"! {args.tiles} is not there: tiles by rule")
     began = time.monotonic()
 
     def late() -> bool:
@@ -277,6 +225,7 @@ def main() -> None:
 
     with torch.inference_mode():
         model = random_model(config, "cuda")
+        spread_routers(model)
         state = model.state_dict()
         say(f"{args.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
         data = {name: inputs_for(name, config.encoder.input_dim) for name in args.inputs}
@@ -306,6 +255,12 @@ def main() -> None:
                 try:
                     rows = baseline_rows(name, model, half, data[name])
                     results["inputs"][name]["ms"].update(rows)
+                    if name in references:
+                        with baselines.grouped():
+                            eager = Reference(half, *data[name][0])
+                        lost = deviations(eager.hidden, eager.log_probs, eager.routes, references[name])
+                        results["inputs"][name]["eager bf16 error"] = lost
+                        say(f"{name}: eager bf16 loses {json.dumps(lost)}")
                     say(f"{name}: " + ", ".join(f"{way} {ms:.2f}" for way, ms in rows.items()))
                 except Exception as error:
                     results["errors"].append(f"baselines {name}: {type(error).__name__}: {str(error)[:500]}")
@@ -334,10 +289,13 @@ def main() -> None:
                     measured.update(check(engine, references[name], *data[name][0]))
                     row["engine"][precision] = measured
                     row["ms"][f"m3asr {precision}"] = measured["ms"]
+                    own = measured["own_block_errors"]
                     goal = f", goal {GOALS[name]}" if precision == "bf16" and args.preset == "seed" else ""
                     say(
                         f"{precision} {name}: {measured['ms']:.3f} ms, floor {row['floor_ms'][precision]:.3f}{goal}; "
-                        f"hidden {measured['hidden_error']:.1e} worst block {measured['worst_block_error']:.1e} flips "
+                        f"hidden {measured['hidden_error']:.1e}, "
+                        f"of tokens unflipped {measured['hidden_error_unflipped'] or 0:.1e}, "
+                        f"worst block {measured['worst_block_error']:.1e}, of its own {max(own):.1e} flips "
                         f"{measured['router_flips']}/{measured['routed']} argmax {measured['argmax_agreement']:.4f} "
                         f"lengths {measured['lengths_right']} replay=launch {measured['replay_equals_launches']}"
                     )
@@ -345,7 +303,7 @@ def main() -> None:
                         row["profile"] = profile(engine, name)
                         for kernel, count, us in row["profile"][:14]:
                             print(f"      {us:9.1f} us {count:4d} x {us / count:7.2f}  {kernel[:60]}", flush=True)
-                    if precision == "bf16" and name.startswith("1x") and not args.no_variants and not late():
+                    if precision == "bf16" and not args.no_variants and not late():
                         row["variants"] = variants(engine, name, data[name])
                         for case, ms in row["variants"].items():
                             print(f"      {ms:9.3f} ms  {case}", flush=True)
@@ -390,6 +348,7 @@ def main() -> None:
         row.pop("variants", None)
         for measured in row["engine"].values():
             measured.pop("block_errors", None)
+            measured.pop("own_block_errors", None)
     print(json.dumps(results))
 
 

@@ -3,7 +3,8 @@
 `python -m benchmarks.kernels --out DIR --shapes 1x206 1x1024 --cases up out` times a chain of launches, each with
 weights of its own, captured in one CUDA graph with dependent launch, as the engine runs them. The floor of a launch is
 the larger of its bytes over the measured copy bandwidth and its arithmetic over the measured matrix rate. Tiles are
-compiled ahead by several processes. The last line is one JSON object.
+compiled ahead by several processes. DIR/tiles.json has the winners, for `benchmarks.encoder --tiles`. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from m3asr.kernels.attention import attention
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
-from m3asr.kernels.linear import linear
+from m3asr.kernels.linear import LIBRARY, linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
 from m3asr.kernels.norm_linear import norm_linear
@@ -80,6 +81,14 @@ def few_rows(tokens: int) -> tuple[int, ...]:
     return (16,) if tokens <= 64 else (16, 32, 64)
 
 
+def products(tokens: int) -> list[Tile]:
+    """Candidates for a product of many tokens, the library's among them."""
+    if tokens <= 1024:
+        tiles = grid((16, 32), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
+        return [LIBRARY, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4))]
+    return [LIBRARY, *grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3, 4))]
+
+
 def make_up(batch, frames, valid, hidden, kind, few):
     """Feed-forward up, QKV or the gated pointwise layer: with the norm inside for few tokens."""
     tokens = batch * frames
@@ -117,7 +126,7 @@ def make_up(batch, frames, valid, hidden, kind, few):
     if few:
         candidates = grid(few_rows(tokens), (16, 32, 64), (4, 8))
     else:
-        candidates = grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3, 4))
+        candidates = products(tokens)
     size = columns * WIDTH * 2 + tokens * (WIDTH * (4 if few else 2) + 2 * out_columns)
     return Case(launch, lambda: out, reference, candidates, size, 2 * tokens * columns * WIDTH, copies=copies)
 
@@ -134,11 +143,7 @@ def make_residual(batch, frames, valid, width, few):
         reference=lambda: x + 0.5 * (a.float() @ weights[0].float().t() + bias),
         tiles=[
             *(grid(few_rows(tokens), (16, 32), (2, 4, 8), k=(width,)) if few else []),
-            *(
-                grid(few_rows(tokens), (16, 32, 64), (4,), k=(128, 256), stages=(3,))
-                if few
-                else grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3, 4))
-            ),
+            *(grid(few_rows(tokens), (16, 32, 64), (4,), k=(128, 256), stages=(3,)) if few else products(tokens)),
         ],
         bytes=WIDTH * width * 2 + tokens * (width * 2 + WIDTH * 8),
         flops=2 * tokens * width * WIDTH,
@@ -180,7 +185,8 @@ def make_depthwise(batch, frames, valid, few):
         lambda i, tile: depthwise(
             x, weight, bias, out, frames=frames, left=7, activation="swish", tile=tile, norm=(w, b, 1e-5), pdl=True
         ),
-        lambda: out, reference, grid((1, 2, 4, 8), (1,), (2, 4, 8)), tokens * WIDTH * 4, tokens * WIDTH * 2 * TAPS,
+        lambda: out, reference, grid((1, 2, 4, 8, 16, 32), (1,), (2, 4, 8)),
+        tokens * WIDTH * 4, tokens * WIDTH * 2 * TAPS,
     )  # fmt: skip
 
 
@@ -206,11 +212,13 @@ def make_router(batch, frames, valid, few):
     idx = routed(tokens)
     return Case(
         lambda i, tile: route(
-            x, weight, bias, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, tile=tile, dot="tf32x3", pdl=True
+            x, weight, bias, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, tile=tile, pdl=True
         ),
         lambda: gate,
         lambda: torch.softmax(F.layer_norm(x, (WIDTH,)) @ weight + bias + heard, -1).amax(-1),
-        grid((1,), (1,), (4, 8, 16)) if few else grid((16, 32, 64), (1,), (4, 8), k=(32, 64), stages=(2,)),
+        [*grid((1,), (1,), (4, 8, 16)), *grid((16,), (1,), (4,), k=(64, 128), stages=(2,))]
+        if few
+        else [*grid((16, 32, 64), (1,), (4, 8), k=(64, 128), stages=(2, 3)), *grid((1,), (1,), (4,))],
         tokens * WIDTH * 6 + WIDTH * EXPERTS * 4,
         2 * tokens * WIDTH * EXPERTS,
     )
@@ -241,7 +249,7 @@ def make_experts(batch, frames, valid, hidden, down, few):
 
     def prepare():
         made["out"] = x.clone() if down else torch.zeros(tokens, columns, device="cuda", dtype=DTYPE)
-        for rows in (64, 128) if not few else ():
+        for rows in (16, 32, 64, 128) if not few else ():
             slot_token, tile_expert = slots(tokens, EXPERTS, rows, "cuda")
             slot_token.fill_(-1)
             sort_tokens(idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=Tile(1, 1024), pdl=False)
@@ -280,6 +288,8 @@ def make_experts(batch, frames, valid, hidden, down, few):
         grid((16,), (16, 32, 64), (2, 4, 8), k=(width,), stages=(1, 2))
         if few
         else grid((64, 128), (128, 256), (4, 8), stages=(3, 4))
+        if tokens > 1024
+        else grid((16, 32, 64), (64, 128), (4,), k=(64, 128), stages=(3, 4))
     )
     return Case(
         remember, result, reference, candidates, hit * columns * width * 2 + tokens * 2 * (columns + width),
@@ -343,7 +353,7 @@ def make_head(batch, frames, valid, few, kind):
     if few:
         candidates = grid(few_rows(tokens), (16, 32, 64), (4,), k=(128, 256, 512), stages=(3,))
     else:
-        candidates = grid((64, 128), (128, 256), (4, 8), stages=(3, 4))
+        candidates = products(tokens)
     return Case(
         lambda i, tile: linear(a, weight, bias, out, tile=tile, pdl=True),
         lambda: out, lambda: torch.stack([a[g].float() @ weight[g].float().t() + bias[g] for g in range(groups)]),
@@ -376,16 +386,12 @@ def make(name: str, shape: str, hidden: int, few: bool) -> Case:
     return CASES[name](SHAPES[shape], hidden, few)
 
 
-def is_few(shape: str) -> bool:
-    return SHAPES[shape][0] * SHAPES[shape][1] <= tiles.FEW_TOKENS
-
-
 def compile_ahead(job) -> None:
     """In a worker: run some tiles of a case once, which leaves the compiled kernels in Triton's cache."""
-    name, shape, hidden, part, parts = job
+    name, shape, regime, hidden, part, parts = job
     try:
         with torch.inference_mode():
-            case = make(name, shape, hidden, is_few(shape))
+            case = make(name, shape, hidden, regime == "few")
             case.prepare()
             for tile in case.tiles[part::parts]:
                 try:
@@ -413,11 +419,24 @@ def measure(case: Case, tile: Tile) -> tuple[float, float]:
     return 1e3 * timed(graph.replay, repeats=5, warmup=1) / launches, error
 
 
+def best_tiles(cases: dict) -> dict:
+    """What `tiles.read_measured` reads: "regime operation" -> tokens -> tile, of tiles with a right result."""
+    best: dict[str, dict] = {}
+    for key, value in cases.items():
+        regime, operation, shape = key.split()
+        right = [r for r in value["tiles"] if r.get("error", 1.0) < 2e-2]
+        if right:
+            tile = {field.name: right[0][field.name] for field in dataclasses.fields(Tile)}
+            best.setdefault(f"{regime} {operation}", {})[str(SHAPES[shape][0] * SHAPES[shape][1])] = tile
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", default=["1x206", "1x1024", "16x1024"], choices=SHAPES)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--regimes", nargs="+", choices=("few", "many"), help="default: the usual one of each shape")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
     parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is started")
@@ -426,9 +445,14 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     began = time.monotonic()
-    todo = [(case, shape) for shape in args.shapes for case in args.cases if not (case == "norm" and is_few(shape))]
+    todo = []
+    for shape, regime, case in product(args.shapes, args.regimes or ("few", "many"), args.cases):
+        tokens = SHAPES[shape][0] * SHAPES[shape][1]
+        usual = "few" if tokens <= tiles.FEW_TOKENS else "many"
+        if (regime == usual or args.regimes) and not (case == "norm" and regime == "few"):
+            todo.append((case, shape, regime))
     if args.jobs:
-        jobs = [(case, shape, args.hidden, part, 3) for case, shape in todo for part in range(3)]
+        jobs = [(*job, args.hidden, part, 3) for job in todo for part in range(3)]
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
             done = pool.map_async(compile_ahead, jobs, chunksize=1)
             done.wait(timeout=args.budget * 0.6)
@@ -438,13 +462,13 @@ def main() -> None:
     print(f"copy {bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s", flush=True)
     results = {"copy_bytes_per_s": bandwidth, "bf16_flops": peak, "cases": {}}
     with torch.inference_mode():
-        for name, shape in todo:
+        for name, shape, regime in todo:
             if time.monotonic() - began > args.budget:
                 print("no time left")
                 break
             rows = []
             try:
-                case = make(name, shape, args.hidden, is_few(shape))
+                case = make(name, shape, args.hidden, regime == "few")
             except Exception as error:
                 print(f"{name} {shape}: {type(error).__name__}: {error}")
                 continue
@@ -458,18 +482,21 @@ def main() -> None:
                     break
             rows.sort(key=lambda row: row["us"])
             floor = 1e6 * max(case.bytes / bandwidth, case.flops / peak)
-            results["cases"][f"{name} {shape}"] = {"floor_us": floor, "tiles": rows}
-            shown = "; ".join(
+            results["cases"][f"{regime} {name} {shape}"] = {"floor_us": floor, "tiles": rows}
+            library = [r["us"] for r in rows if r["m"] == 0]
+            shown = f"library {library[0]:.2f}; " if library else ""
+            shown += "; ".join(
                 f"{r['us']:.2f} (m{r['m']} n{r['n']} k{r['k']} w{r['warps']} s{r['stages']} {r.get('error', 9):.0e})"
                 for r in rows[: args.show]
             )
             failed = sum("failed" in r for r in rows)
-            print(f"{shape:8s} {name:18s} floor {floor:7.2f}  best {shown}  failed {failed}", flush=True)
+            print(f"{shape:8s} {regime:4s} {name:18s} floor {floor:7.2f}  best {shown}  failed {failed}", flush=True)
             if failed:
                 print("    ", next(r["failed"] for r in rows if "failed" in r).replace("\n", " ")[:160])
             del case
             torch.cuda.empty_cache()
             (args.out / "kernels.json").write_text(json.dumps(results))
+            (args.out / "tiles.json").write_text(json.dumps(best_tiles(results["cases"]), indent=1))
     best = {key: {k: v for k, v in value["tiles"][0].items()} for key, value in results["cases"].items()}
     print(json.dumps({key: round(value["us"], 2) for key, value in best.items()}))
 

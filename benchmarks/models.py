@@ -23,7 +23,7 @@ def preset(name: str) -> ModelConfig:
 
 @torch.no_grad()
 def random_model(config: ModelConfig, device: str, seed: int = 0) -> Model:
-    """A model whose weights keep activations of order one and send tokens to many experts."""
+    """A model whose weights keep activations of order one; see `spread_routers` for its routing."""
     torch.manual_seed(seed)
     with torch.device(device):
         model = Model(config).eval()
@@ -41,3 +41,31 @@ def random_model(config: ModelConfig, device: str, seed: int = 0) -> Model:
         else:
             value.normal_(0.0, value[0].numel() ** -0.5)
     return model
+
+
+@torch.no_grad()
+def spread_routers(model: Model, batch: int = 8, frames: int = 406, seed: int = 1) -> None:
+    """Change the routers so that tokens of noise go to nearly all experts, as those of speech do in trained models.
+
+    What all tokens have in common decides a random router: then few experts are hit, and a forward reads less than it
+    would in earnest. So that common part, measured on noise, is taken out of each router's weights, and the rest is
+    scaled to logits with a standard deviation of 2.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def spread(layer, inputs):
+        x, embedding = inputs
+        z = torch.cat((embedding, x), dim=-1).flatten(0, 1).double()  # (N, D' + D)
+        mean, weight = z.mean(0), layer.router_weights.double()
+        weight = weight - torch.outer(mean, mean @ weight) / (mean @ mean)
+        layer.router_weights.copy_(weight * (2.0 / (z @ weight).std()))
+
+    layers = [block.feed_forward for block in model.encoder.blocks if hasattr(block.feed_forward, "router_weights")]
+    hooks = [layer.register_forward_pre_hook(spread) for layer in layers]
+    features = torch.randn(batch, frames, model.config.encoder.input_dim, device=device, generator=generator)
+    try:
+        model(features, torch.full((batch,), frames, dtype=torch.int32, device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()

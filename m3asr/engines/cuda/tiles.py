@@ -71,9 +71,12 @@ def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> 
             if regime == "few" and field.name in ("down", "expert_down") and tile.k >= 512:
                 tile = replace(tile, k=at_least_16(hidden))
             known[field.name] = tile
-    if "expert_up" in known and "expert_down" in known:
+    if regime == "many" and "expert_up" in known and "expert_down" in known:
         # One sort serves both.
         known["expert_down"] = replace(known["expert_down"], m=known["expert_up"].m)
+    if regime == "few" and "expert_up" in known:
+        # A kernel without a loop has no stages: the measurement says with them whether weights are loaded early.
+        known["experts_early"] = known["expert_up"].stages == 1
     return replace(rule, **known)
 
 
@@ -126,11 +129,13 @@ _PRODUCTS = (
 )
 
 
-def product(tokens: int, columns: int, wide: bool, rows: int | None = None) -> Tile:
-    """The largest tile that still gives enough programs; `rows` fixes its height."""
+def product(tokens: int, columns: int, wide: bool, rows: int | None = None, reads: bool = False) -> Tile:
+    """The largest tile that still gives enough programs; `rows` fixes its height. reads: what follows the product
+    reads as much as it writes, for which the registers of the largest tile do not suffice.
+    """
     if wide:
         return Tile(rows or 64, 64, k=32, warps=4, stages=2)
-    tiles = [tile for tile in _PRODUCTS if rows is None or tile.m == rows] or [Tile(rows, 32, k=128, warps=4)]
+    tiles = [tile for tile in _PRODUCTS[reads:] if rows is None or tile.m == rows]
     for tile in tiles:
         if -(-tokens // tile.m) * -(-columns // tile.n) >= PROGRAMS:
             return tile
@@ -147,18 +152,18 @@ def many(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         next_convolution=product(4 * tokens, 2 * width, wide),
         subsampling_out=product(tokens, 2 * width, wide),
         up=product(tokens, hidden, wide),
-        qkv=product(tokens, 3 * width, wide),
+        qkv=product(tokens, 3 * width, wide, reads=True),
         gated=product(tokens, 2 * width, wide),
-        down=product(tokens, width, wide),
-        out=product(tokens, width, wide),
+        down=product(tokens, width, wide, reads=True),
+        out=product(tokens, width, wide, reads=True),
         norm=Tile(1 if tokens <= 1024 else 4, 1, warps=4),
         attention=Tile(64, 32, warps=4, stages=2)
         if wide
         else Tile(32 if tokens <= 1024 else 128, 64, warps=4 if tokens <= 1024 else 8, stages=2),
-        depthwise=Tile(1 if tokens <= 1024 else 16, 1, warps=4 if tokens <= 1024 else 8),
+        depthwise=Tile(1 if tokens <= 1024 else 8, 1, warps=4 if tokens <= 1024 else 8),
         router=Tile(16, 1, k=64, warps=4, stages=2),
         expert_up=product(tokens, hidden, wide, height),
-        expert_down=product(tokens, width, wide, height),
+        expert_down=product(tokens, width, wide, height, reads=True),
         sort=Tile(1, max(128, min(4096, 1 << (tokens - 1).bit_length())), warps=16 if tokens > 1024 else 4),
         heard=Tile(64 if tokens > 1024 else 16, 64, k=32, warps=4, stages=2),
         head=product(tokens, 8 * width, wide),
