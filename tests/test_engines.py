@@ -173,6 +173,6 @@ def test_a_missing_or_foreign_onnx_engine_names_the_remedy(golden_folders, tmp_p
 
 
 def test_engines_are_named():
-    assert set(available()) >= {"onnx", "eager"}
-    with pytest.raises(ModelError, match="available: auto, onnx, eager"):
+    assert set(available()) >= {"onnx", "eager", "cuda"}
+    with pytest.raises(ModelError, match="available: auto, onnx, eager, cuda"):
         load_engine(None, "cublas")

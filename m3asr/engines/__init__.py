@@ -17,7 +17,7 @@ from m3asr.folder import ModelFolder
 if TYPE_CHECKING:
     from m3asr.engines.streaming import StreamState
 
-NAMES = ("onnx", "eager")
+NAMES = ("onnx", "eager", "cuda")
 
 
 class Engine(Protocol):
@@ -78,7 +78,20 @@ def available() -> dict[str, tuple[str, str]]:
         if importlib.util.find_spec(package) is None:
             reason = f"{package} is not installed" + (f": pip install 'm3asr[{extra}]'" if extra else "")
         engines[name] = ("CPU", reason)
+    engines["cuda"] = _cuda_here()
     return engines
+
+
+def _cuda_here() -> tuple[str, str]:
+    """The GPU's name, and "" or why the cuda engine cannot run."""
+    for package in ("torch", "triton"):
+        if importlib.util.find_spec(package) is None:
+            return "NVIDIA GPU", f"{package} is not installed: pip install 'm3asr[cuda]'"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "NVIDIA GPU", "no CUDA device is found"
+    return torch.cuda.get_device_name(), ""
 
 
 def load_engine(folder: ModelFolder, name: str = "auto", *, threads: int = 0) -> Engine:
@@ -97,7 +110,19 @@ def load_engine(folder: ModelFolder, name: str = "auto", *, threads: int = 0) ->
         from m3asr.engines.eager import EagerEngine
 
         return EagerEngine(folder, threads=threads)
+    if name == "cuda":
+        need_cuda("the cuda engine")
+        from m3asr.engines.cuda.built import load
+
+        return load(folder)
     raise ModelError(f"there is no engine {name!r}; available: auto, {', '.join(NAMES)}")
+
+
+def need_cuda(what: str) -> None:
+    """Raises MissingExtra unless what the cuda engine imports is installed. A missing GPU is the engine's to report."""
+    for package in ("torch", "triton"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtra(what, "cuda")
 
 
 def padded(features: np.ndarray, lengths: np.ndarray, input_dim: int, min_frames: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,12 +11,23 @@ from torch import Tensor
 
 from m3asr.engines.cuda.buckets import bucket_batch, bucket_frames
 from m3asr.engines.cuda.forward import Forward
-from m3asr.engines.cuda.packing import TYPES, Packer, check_supported, lengthen_tables
+from m3asr.engines.cuda.packing import Packed, lengthen_tables, pack
 from m3asr.errors import ModelError
 from m3asr.model import Model
 
 # Positional tables start with this many rows and double when a longer utterance comes.
 FIRST_POSITIONS = 1024
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """The device with its index. Raises ModelError if it is a GPU and there is none."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ModelError("the cuda engine needs an NVIDIA GPU and found none: use the onnx engine")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 class EncoderGraph:
@@ -67,45 +78,42 @@ class EncoderGraph:
 class CudaEngine:
     """The model by fused kernels under CUDA graphs.
 
-    model: a `Model`, a `ModelFolder`, or a path to one. precision: "fp32", "bf16" or "fp16"; the router is always
-    float32. warm: (batch, frames) pairs to capture now instead of when they first come. graphs: how many batch shapes
-    are kept; the least used goes first. Raises ModelError for a model that the kernels do not cover.
+    model: a `Model`, a `ModelFolder`, a path to one, or `Packed` weights, whose precision stands. precision: "fp32",
+    "bf16" or "fp16"; the router is always float32. warm: (batch, frames) pairs to capture now instead of when they
+    first come. graphs: how many batch shapes are kept; the least used goes first. Raises ModelError for a model that
+    the kernels do not cover, and where there is no GPU.
     """
 
     name = "cuda"
+    # Frames of a batch that keep the card busy: 64 utterances of ten seconds.
+    batch_frames = 1 << 16
 
     def __init__(self, model, precision="bf16", device="cuda", warm=(), *, graphs=32, regime="auto", pdl=None):
-        if precision not in TYPES:
-            raise ModelError(f"the cuda engine has no precision {precision!r}; available: {', '.join(TYPES)}")
+        self._device = device_of(device)
         if isinstance(model, str | Path):
             from m3asr.folder import ModelFolder
 
             model = ModelFolder.read(model)
-        if isinstance(model, Model):
-            state = model.state_dict()
+        if isinstance(model, Packed):
+            packed = model
         else:
-            state = {name: torch.from_numpy(value) for name, value in model.weights().items()}
-        self.config, self.precision = model.config, precision
-        check_supported(self.config)
-        self._device = torch.device(device)
+            state = (
+                model.state_dict()
+                if isinstance(model, Model)
+                else {name: torch.from_numpy(value) for name, value in model.weights().items()}
+            )
+            packed = pack(model.config, state, precision, self._device)
+        self.config, self.precision = packed.config, packed.precision
         if self._device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ModelError("the cuda engine needs an NVIDIA GPU and found none: use the onnx engine")
-            if self._device.index is None:
-                self._device = torch.device("cuda", torch.cuda.current_device())
             properties = torch.cuda.get_device_properties(self._device)
-            self.device = properties.name
+            self.device = f"{properties.name}, {self.precision}"
             pdl = properties.major >= 9 if pdl is None else pdl
         else:
-            self.device = "Triton's interpreter on the CPU"
+            self.device = f"Triton's interpreter on the CPU, {self.precision}"
             pdl = False
-        try:
-            weights = Packer(self.config, state, precision, self._device).weights()
-        except KeyError as error:
-            raise ModelError(f"the model's weights lack {error.args[0]}, which its config.json asks for") from None
-        self.forward = Forward(self.config, weights, precision, pdl, regime)
+        self.forward = Forward(self.config, packed.weights, self.precision, pdl, regime)
         self._positions = 0
-        self._decoder = self._load_decoder(state)
+        self._decoder = self._load_decoder(packed.decoder)
         self._graphs: OrderedDict[tuple, EncoderGraph] = OrderedDict()
         self._most_graphs = graphs
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
@@ -174,11 +182,12 @@ class CudaEngine:
         return tuple(output.cpu().numpy() for output in outputs) if as_numpy else outputs
 
     @torch.inference_mode()
-    def decode(self, hidden, lengths, tokens, token_lengths, reversed_tokens):
+    def decode(self, hidden, lengths, tokens, token_lengths=None, reversed_tokens=None):
         """The attention decoder, by the model's own PyTorch in float32 on the same device; see `engines.Engine`."""
         if self._decoder is None:
             raise ModelError("the model has no attention decoder: rescoring is not possible, use greedy or beam")
-        arrays = (torch.as_tensor(a).to(self._device) for a in (hidden, lengths, tokens, reversed_tokens))
+        given = (hidden, lengths, tokens, reversed_tokens)
+        arrays = (None if a is None else torch.as_tensor(np.ascontiguousarray(a)).to(self._device) for a in given)
         return tuple(None if output is None else output.cpu().numpy() for output in self._decoder.decode(*arrays))
 
     def drop_graphs(self) -> None:
@@ -215,8 +224,7 @@ class CudaEngine:
             return None
         with torch.device("meta"):
             model = Model(self.config)
-        own = {name: value.float().to(self._device) for name, value in state.items() if name.startswith("decoder.")}
-        missing, _ = model.load_state_dict(own, strict=False, assign=True)
+        missing, _ = model.load_state_dict(state, strict=False, assign=True)
         if missing := [name for name in missing if name.startswith("decoder.")]:
             raise ModelError(f"the model's weights lack {missing[0]}, which its config.json asks for")
         return model.eval()

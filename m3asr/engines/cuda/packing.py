@@ -84,6 +84,33 @@ class Weights:
     cmvn: tuple[Tensor, Tensor] | None
 
 
+@dataclass
+class Packed:
+    """A model as the engine loads it. decoder: the attention decoder's parameters, float32, by their own names."""
+
+    config: ModelConfig
+    precision: str
+    weights: Weights
+    decoder: dict[str, Tensor]
+
+
+def pack(config: ModelConfig, state: dict[str, Tensor], precision: str, device) -> Packed:
+    """A state_dict, with names as `Model` has them, packed on a device.
+
+    Raises ModelError for an unknown precision, for what no kernel covers, and for missing weights.
+    """
+    if precision not in TYPES:
+        raise ModelError(f"the cuda engine has no precision {precision!r}; available: {', '.join(TYPES)}")
+    check_supported(config)
+    decoder = {}
+    if config.decoder is not None:
+        decoder = {name: value.float().to(device) for name, value in state.items() if name.startswith("decoder.")}
+    try:
+        return Packed(config, precision, Packer(config, state, precision, device).weights(), decoder)
+    except KeyError as error:
+        raise ModelError(f"the model's weights lack {error.args[0]}, which its config.json asks for") from None
+
+
 class Packer:
     """Reads a state_dict, with names as `Model` has them, into `Weights`."""
 
