@@ -220,7 +220,7 @@ def _encoder_config(family, conf, prefix, state, input_dim, path, notes) -> Enco
         static_chunk_size=int(conf.get("static_chunk_size", 0)),
         use_dynamic_chunk=bool(conf.get("use_dynamic_chunk", False)),
         norm_eps=float(conf.get("norm_eps", 1e-5)) if family == "wenet" else 1e-12,
-        cnn_norm_eps=float(conf.get("norm_eps", 1e-5)) if family == "wenet" and norm == "layer_norm" else 1e-5,
+        cnn_norm_eps=float(conf.get("norm_eps", 1e-5)) if family == "wenet" else 1e-5,
         moe=moe,
         embed=embed,
     )
