@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from m3asr import ops  # noqa: E402
 from m3asr.config import FbankConfig  # noqa: E402
+from m3asr.engines.torch_fbank import fbank, frame_count, frame_size, mel_filters  # noqa: E402
 from m3asr.model import Model  # noqa: E402
 from training import losses, moe  # noqa: E402
 from training.augment import Augment, AugmentConfig, fast_size  # noqa: E402
 from training.data import Planner, Speech, Utterance, resample  # noqa: E402
 from training.evaluate import collapse, word_errors  # noqa: E402
-from training.fbank import fbank, frame_count, mel_filters  # noqa: E402
 from training.network import compact, read_folder, tiny, write_folder  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -31,15 +31,30 @@ def signal(seconds: float, seed: int = 0) -> np.ndarray:
     return (0.1 * tone * np.sin(3 * time) + 0.02 * random.standard_normal(len(time))).astype(np.float32)
 
 
-@pytest.mark.parametrize("config", [FbankConfig(), FbankConfig(num_mel_bins=40)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        FbankConfig(),
+        FbankConfig(num_mel_bins=40),
+        FbankConfig(window_type="hamming", frame_length=32.0, frame_shift=12.0),
+        FbankConfig(window_type="blackman", low_freq=64.0, high_freq=-400.0),
+        FbankConfig(window_type="rectangular", sample_rate=8000, num_mel_bins=40),
+    ],
+    ids=lambda c: f"{c.num_mel_bins}-{c.window_type}",
+)
 @pytest.mark.parametrize("samples", [400, 559, 560, 16001])
 def test_fbank_equals_kaldi(config, samples):
     knf = pytest.importorskip("kaldi_native_fbank")
+    samples += frame_size(config) - 400
     waveform = signal(2.0)[:samples] * 32768
     options = knf.FbankOptions()
     options.frame_opts.dither = 0.0
     options.frame_opts.samp_freq = config.sample_rate
+    options.frame_opts.frame_length_ms = config.frame_length
+    options.frame_opts.frame_shift_ms = config.frame_shift
+    options.frame_opts.window_type = config.window_type
     options.mel_opts.num_bins = config.num_mel_bins
+    options.mel_opts.low_freq, options.mel_opts.high_freq = config.low_freq, config.high_freq
     options.energy_floor = 0.0
     kaldi = knf.OnlineFbank(options)
     kaldi.accept_waveform(config.sample_rate, waveform.tolist())

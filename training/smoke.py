@@ -11,9 +11,9 @@ import time
 
 import torch
 
+from m3asr.engines.torch_fbank import fbank, mel_filters
 from training import losses
 from training.data import LENGTHS, Planner
-from training.fbank import fbank, mel_filters
 from training.train import Run, arguments, batch_loss
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from m3asr import ops
 from m3asr.config import FbankConfig, ModelConfig
+from m3asr.engines.torch_fbank import fbank, frame_count, mel_filters
 from m3asr.model import Model
 from training import losses, moe
 from training.augment import Augment, AugmentConfig, read_rooms
 from training.data import Batch, Planner, Speech, Units, decode, plain_batches, read_audio, read_manifest, split
 from training.evaluate import greedy_wer
-from training.fbank import fbank, frame_count, mel_filters
 from training.network import SIZES, read_folder, write_folder
 
 LOSSES = ("total", "ctc", "attention", "embedding_ctc", "sparsity", "importance")
