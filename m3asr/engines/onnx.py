@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -53,15 +54,18 @@ class OnnxEngine:
         if digest != self._folder.config_digest():
             raise ModelError(f"{self._path} was built for another config.json: {rebuild}")
 
-    def _session(self, name: str, weights: dict[str, np.ndarray]) -> ort.InferenceSession:
-        """A session whose external initializers are the folder's weights; "NAME[3]" is expert 3's part of NAME."""
+    def _session(self, name: str, weights: dict[str, np.ndarray], graph: bytes | None = None) -> ort.InferenceSession:
+        """A session whose external initializers are the folder's weights; "NAME[3]" is expert 3's part of NAME.
+
+        graph: a variant to run instead of the file.
+        """
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if self._threads:
             options.intra_op_num_threads = self._threads
         path = self._path / name
         try:
-            graph = path.read_bytes()
+            graph = path.read_bytes() if graph is None else graph
             names, arrays = self._weight_names[name], []
             for initializer in names:
                 tensor, part = _EXTERNAL.fullmatch(initializer).groups()
@@ -82,13 +86,24 @@ class OnnxEngine:
     def __call__(self, features, lengths, *, compat=False, chunk_size=0, left_chunks=-1):
         encoder = self.config.encoder
         features, lengths = padded(features, lengths, encoder.input_dim, encoder.min_frames)
-        inputs = {"feats": features, "lengths": lengths, "compat": np.array(bool(compat))}
-        inputs["chunk_size"] = np.array(chunk_size, np.int64)
-        inputs["left_chunks"] = np.array(left_chunks, np.int64)
         if not len(lengths):
             shape = (self.config.vocab_size, encoder.attention_dim)
             return np.zeros((0, 0, shape[0]), np.float32), np.zeros((0, 0, shape[1]), np.float32), lengths
-        return tuple(_run(self._encoder, inputs))
+        return tuple(_run(self._encoder, _encoder_inputs(features, lengths, compat, chunk_size, left_chunks)))
+
+    @property
+    def graph_path(self) -> Path:
+        return self._path / "encoder.onnx"
+
+    def run_graph(self, graph: bytes, features, lengths, *, compat=False, chunk_size=0, left_chunks=-1):
+        """Runs a serialised variant of the encoder's graph, with further outputs, on this model's weights.
+
+        features (B, T, F) and lengths (B,) as `padded` gives them -> arrays by name of the output.
+        """
+        session = self._session("encoder.onnx", self._folder.weights(), graph)
+        names = [value.name for value in session.get_outputs()]
+        outputs = _run(session, _encoder_inputs(features, lengths, compat, chunk_size, left_chunks))
+        return dict(zip(names, outputs, strict=True))
 
     def decode(self, hidden, lengths, tokens, token_lengths=None, reversed_tokens=None):
         if not self._decoders:
@@ -112,6 +127,13 @@ class OnnxEngine:
         inputs = step_inputs(features, lengths, states, self.config.encoder)
         log_probs, hidden, out_lengths, *caches = _run(self._stream, inputs)
         return log_probs, hidden, out_lengths, next_states(states, out_lengths, caches, keep)
+
+
+def _encoder_inputs(features, lengths, compat, chunk_size, left_chunks) -> dict[str, np.ndarray]:
+    inputs = {"feats": features, "lengths": lengths, "compat": np.array(bool(compat))}
+    inputs["chunk_size"] = np.array(chunk_size, np.int64)
+    inputs["left_chunks"] = np.array(left_chunks, np.int64)
+    return inputs
 
 
 def _run(session: ort.InferenceSession, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

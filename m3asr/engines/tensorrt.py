@@ -175,11 +175,7 @@ class _Base:
     """What the interpreted and the real engine share: checks, and numpy in and out."""
 
     def __call__(self, features, lengths, *, compat=False, chunk_size=0, left_chunks=-1):
-        asked = {"compat": compat, "chunk_size": chunk_size, "left_chunks": left_chunks}
-        if asked != self.built_for:
-            raise ModelError(
-                f"the {self.name} engine was built for {self.built_for}, asked for {asked}: build it again"
-            )
+        self.check_options(compat=compat, chunk_size=chunk_size, left_chunks=left_chunks)
         encoder = self.config.encoder
         features, lengths = padded(features, lengths, encoder.input_dim, encoder.min_frames)
         if not len(lengths):
@@ -190,6 +186,14 @@ class _Base:
         return tuple(out[n].float().cpu().numpy() for n in ("log_probs", "hidden")) + (
             out["out_lengths"].cpu().numpy(),
         )
+
+    def check_options(self, *, compat=False, chunk_size=0, left_chunks=-1):
+        """Raises ModelError for other options than those that the networks were traced with."""
+        asked = {"compat": compat, "chunk_size": chunk_size, "left_chunks": left_chunks}
+        if asked != self.built_for:
+            raise ModelError(
+                f"the {self.name} engine was built for {self.built_for}, asked for {asked}: build it again"
+            )
 
     def decode(self, hidden, lengths, tokens, token_lengths=None, reversed_tokens=None):
         if self.config.decoder is None:
@@ -215,7 +219,7 @@ class InterpretedEngine(_Base):
     device = "cpu"
 
     def __init__(self, model: Model, *, precision: str = "fp32", **options):
-        self.config, self.model = model.config, model
+        self.config, self.model, self.precision = model.config, model, precision
         self.built_for = {
             "compat": options.get("compat", False),
             "chunk_size": options.get("chunk_size", 0),
