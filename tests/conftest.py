@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import pytest
-from golden import GOLDEN
+# Before torch is imported: the tests' arrays are small, and other processes test beside this one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+from golden import GOLDEN  # noqa: E402
 
 
 class _Folders(dict):
