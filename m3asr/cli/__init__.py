@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from m3asr.cli import convert, evaluate, infer, stream, transcribe
+from m3asr.cli import build, convert, evaluate, infer, stream, transcribe
 from m3asr.cli.console import complain
 from m3asr.errors import M3asrError
 
@@ -50,7 +50,8 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 app.command()(transcribe.transcribe)
 app.command()(stream.stream)
 app.command()(convert.convert)
-app.command()(convert.build)
+app.command()(build.build)
+app.command()(build.trtexec_inputs)
 app.command()(convert.engines)
 app.command()(infer.infer)
 app.command()(evaluate.evaluate)

@@ -1,8 +1,7 @@
-"""The commands `convert`, `build` and `engines`: from a checkpoint to what can run."""
+"""The commands `convert` and `engines`: from a checkpoint to what can run."""
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -10,12 +9,6 @@ import typer
 from rich.console import Console
 
 from m3asr.cli.console import err
-from m3asr.cli.options import EngineName
-from m3asr.errors import M3asrError
-
-PrecisionName = Enum("PrecisionName", {name: name for name in ("fp32", "bf16", "fp16")}, type=str)
-# Batches of frames whose kernels are compiled at build: few tokens, many, and very many.
-WARM = ((1, 206), (1, 1024), (16, 1024))
 
 
 def convert(
@@ -43,47 +36,6 @@ def convert(
         err.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     with err.status("writing the model folder" + (" and the onnx engine" if onnx else "")):
         write_model_folder(found, target, onnx=onnx, overwrite=force)
-    err.print(f"wrote {target}", markup=False, soft_wrap=True)
-
-
-def build(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
-    engine: Annotated[EngineName, typer.Option("--engine", "-e")] = EngineName.onnx,
-    precision: Annotated[
-        Optional[PrecisionName],  # noqa: UP007, UP045
-        typer.Option(help="Of the cuda engine; default: bf16. fp16 is as fast and nearer, where its range suffices."),
-    ] = None,
-) -> None:
-    """Build an engine for a model folder, beside the model."""
-    if engine is EngineName.cuda:
-        build_cuda(model, precision.value if precision else "bf16")
-        return
-    if engine is not EngineName.onnx:
-        raise M3asrError(f"the engine {engine.value} needs no building; there are onnx and cuda to build")
-    if precision is not None:
-        raise M3asrError("--precision is for --engine cuda; the onnx engine computes in float32")
-    need_torch("building an engine")
-    from m3asr.convert import build_onnx
-    from m3asr.folder import ModelFolder
-
-    folder = ModelFolder.read(model)
-    with err.status("building the onnx engine"):
-        target = build_onnx(folder)
-    err.print(f"wrote {target}", markup=False, soft_wrap=True)
-
-
-def build_cuda(model: Path, precision: str) -> None:
-    from m3asr.engines import need_cuda
-    from m3asr.folder import ModelFolder
-
-    need_cuda("building the cuda engine")
-    from m3asr.engines.cuda.built import build, load
-
-    folder = ModelFolder.read(model)
-    with err.status("packing the weights"):
-        target = build(folder, precision)
-    with err.status("compiling kernels"):
-        load(folder, warm=WARM)
     err.print(f"wrote {target}", markup=False, soft_wrap=True)
 
 

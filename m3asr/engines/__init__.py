@@ -17,7 +17,7 @@ from m3asr.folder import ModelFolder
 if TYPE_CHECKING:
     from m3asr.engines.streaming import StreamState
 
-NAMES = ("onnx", "eager", "cuda")
+NAMES = ("onnx", "eager", "cuda", "tensorrt")
 
 
 class Engine(Protocol):
@@ -79,6 +79,7 @@ def available() -> dict[str, tuple[str, str]]:
             reason = f"{package} is not installed" + (f": pip install 'm3asr[{extra}]'" if extra else "")
         engines[name] = ("CPU", reason)
     engines["cuda"] = _cuda_here()
+    engines["tensorrt"] = _tensorrt_here()
     return engines
 
 
@@ -92,6 +93,27 @@ def _cuda_here() -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "NVIDIA GPU", "no CUDA device is found"
     return torch.cuda.get_device_name(), ""
+
+
+def _tensorrt_here() -> tuple[str, str]:
+    """The GPU's name, and "" or why plans cannot run. They can be built without a GPU."""
+    try:
+        need_tensorrt("it")
+    except MissingExtra as error:
+        return "NVIDIA GPU", f"neither tensorrt_rtx nor tensorrt is installed: pip install 'm3asr[{error.extra}]'"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "NVIDIA GPU", "no CUDA device is found; plans can be built"
+    device = torch.cuda.get_device_name()
+    if importlib.util.find_spec("tensorrt") is None:
+        import tensorrt_rtx
+
+        known = [name for name in tensorrt_rtx.ComputeCapability.__members__ if name.startswith("SM")]
+        here = "SM{}{}".format(*torch.cuda.get_device_capability())
+        if here not in known:
+            return device, f"tensorrt_rtx runs on {', '.join(known)}, this GPU is {here}; full TensorRT is needed"
+    return device, ""
 
 
 def load_engine(folder: ModelFolder, name: str = "auto", *, threads: int = 0) -> Engine:
@@ -115,6 +137,11 @@ def load_engine(folder: ModelFolder, name: str = "auto", *, threads: int = 0) ->
         from m3asr.engines.cuda.built import load
 
         return load(folder)
+    if name == "tensorrt":
+        need_tensorrt("the tensorrt engine")
+        from m3asr.engines.tensorrt import TensorrtEngine
+
+        return TensorrtEngine(folder, threads=threads)
     raise ModelError(f"there is no engine {name!r}; available: auto, {', '.join(NAMES)}")
 
 
@@ -123,6 +150,13 @@ def need_cuda(what: str) -> None:
     for package in ("torch", "triton"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtra(what, "cuda")
+
+
+def need_tensorrt(what: str) -> None:
+    """Raises MissingExtra unless torch and one of the TensorRT packages are installed."""
+    packages = [importlib.util.find_spec(name) for name in ("tensorrt_rtx", "tensorrt")]
+    if importlib.util.find_spec("torch") is None or not any(packages):
+        raise MissingExtra(what, "tensorrt")
 
 
 def padded(features: np.ndarray, lengths: np.ndarray, input_dim: int, min_frames: int) -> tuple[np.ndarray, np.ndarray]:
