@@ -205,7 +205,9 @@ def _compare(report, folder, engine, reference, names, got: Observation, want: O
             a, b = (_frames_first(path, v, len(lengths), size) for v in (value, want.values[path]))
             if a.shape == b.shape:
                 row = report.layers.setdefault(path, Row(path))
-                row.add(a, b, kept if a.shape[:2] == kept.shape else None, names)
+                # Frames are not yet counted as the encoder's between the subsampling's convolutions.
+                framed = a.shape[:2] == kept.shape and ".subsampling.conv" not in path
+                row.add(a, b, kept if framed else None, names)
     for path, chosen in got.choices.items():
         if path in want.choices:
             _route(report.routing.setdefault(path, Routing(path)), chosen, want, kept)

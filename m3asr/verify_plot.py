@@ -1,0 +1,88 @@
+"""A picture of `verify`'s report: the error of every module by its depth, and what flipped on the way."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from m3asr.errors import M3asrError, MissingExtra, ModelError
+from m3asr.verify import Report
+
+# Below float32's rounding there is nothing to see, and a logarithm needs a floor.
+FLOOR = 1e-9
+
+
+def plot(report: Report, path: Path) -> None:
+    """Write a PNG. Raises MissingExtra without matplotlib, ModelError when no module was compared."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("the plot", "plot") from None
+    rows = list(report.layers.values())
+    if not rows:
+        raise ModelError(f"there is nothing to plot: {report.engine} and {report.against} show no modules in common")
+    largest = max([row.error for row in rows if row.error < float("inf")], default=0.0)
+    ceiling = 10 * max(largest, report.tolerance, FLOOR)
+    heights = [min(max(row.error, FLOOR), ceiling) for row in rows]
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(range(len(rows)), heights, color="#4878a8", linewidth=0.8)
+    axes.scatter(range(len(rows)), heights, s=9, color="#4878a8", label="a module's output", zorder=3)
+    axes.axhline(
+        report.tolerance, color="#b04030", linestyle="--", linewidth=1, label=f"tolerance {report.tolerance:g}"
+    )
+    beyond = [i for i, row in enumerate(rows) if not row.error < float("inf")]
+    if beyond:
+        axes.scatter(beyond, [heights[i] for i in beyond], marker="x", s=30, color="black", label="NaN or infinity")
+    first = report.first_departing
+    if first is not None:
+        i = rows.index(first)
+        side = "left" if i < len(rows) / 2 else "right"
+        axes.scatter([i], [heights[i]], s=60, facecolors="none", edgecolors="#b04030", zorder=4)
+        axes.annotate(f" first to depart: {first.path} ", (i, heights[i]), ha=side, va="bottom", color="#b04030")
+    flipped = {f"{r.path}.experts": r.flips for r in report.routing.values() if r.flips}
+    for i, row in enumerate(rows):
+        if row.path in flipped:
+            axes.annotate(f"{flipped[row.path]} flips", (i, heights[i]), (0, 6), textcoords="offset points", fontsize=7)
+    _name_parts(axes, [part_of(row.path) for row in rows])
+    axes.set_yscale("log")
+    axes.set_ylim(FLOOR / 2, ceiling * 2)
+    axes.set_xlim(-1, len(rows))
+    axes.set_ylabel("relative error")
+    verdict = "passes" if report.passed else "fails"
+    axes.set_title(f"{report.engine} against {report.against}, {report.precision}: {verdict}")
+    axes.legend(loc="lower right", fontsize=8)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(aside, format="png", dpi=120)
+        os.replace(aside, path)
+    except OSError as error:
+        raise M3asrError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def part_of(path: str) -> str:
+    """The block that a module belongs to, in short: encoder.embed.blocks.3.norm_ff -> embed 3."""
+    stack = "embed" if path.startswith("encoder.embed") else "encoder"
+    block = re.search(r"\.blocks\.(\d+)", path)
+    if block:
+        return f"{stack} {block[1]}"
+    return f"{stack} in" if ".subsampling" in path else f"{stack} out"
+
+
+def _name_parts(axes, parts: list[str]) -> None:
+    """A faint line where each block begins, its name in the middle below."""
+    begins = [i for i in range(len(parts)) if i == 0 or parts[i] != parts[i - 1]]
+    ends = [*begins[1:], len(parts)]
+    for begin in begins[1:]:
+        axes.axvline(begin - 0.5, color="0.85", linewidth=0.8, zorder=0)
+    # Names of the narrow parts would cover each other.
+    wide = [(b, e) for b, e in zip(begins, ends, strict=True) if e - b >= len(parts) / 60]
+    axes.set_xticks(
+        [(b + e - 1) / 2 for b, e in wide], [parts[b] for b, _ in wide], rotation=60, fontsize=8, ha="right"
+    )
