@@ -342,9 +342,10 @@ def make_head(batch, frames, valid, few, kind):
     tokens = batch * frames
     if kind == "log_softmax":
         x = tensor(tokens, VOCABULARY, dtype=torch.float32)
-        out = x.clone()
+        out, best, peak = x.clone(), torch.empty(tokens, device="cuda").int(), torch.empty(tokens, device="cuda")
         return Case(
-            lambda i, tile: log_softmax(out, tile=tile, pdl=True), lambda: out, lambda: torch.log_softmax(x, -1),
+            lambda i, tile: log_softmax(out, best, peak, tile=tile, pdl=True),
+            lambda: out, lambda: torch.log_softmax(x, -1),
             grid((1,), (1024, 2048, 8192), (4, 8, 16)), x.numel() * 8, 0, prepare=lambda: out.copy_(x),
         )  # fmt: skip
     groups, columns, width = (2, WIDTH, 9 * WIDTH) if kind == "subsampling_out" else (1, VOCABULARY, WIDTH)

@@ -12,9 +12,10 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from m3asr.config import DecoderConfig, EncoderConfig, ModelConfig, MoEConfig  # noqa: E402
-from m3asr.engines.cuda import CudaEngine  # noqa: E402
+from m3asr.engines.cuda import CudaEngine, tiles  # noqa: E402
 from m3asr.engines.cuda.buckets import bucket_batch, bucket_frames  # noqa: E402
 from m3asr.errors import ModelError  # noqa: E402
+from m3asr.kernels.pieces import Tile  # noqa: E402
 from m3asr.model import Model  # noqa: E402
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
@@ -28,6 +29,27 @@ def device(request):
     if request.param == "interpreter" and on_gpu:
         pytest.skip("the interpreter is for machines without a GPU")
     return "cuda" if on_gpu else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter takes milliseconds for every program: there, tiles are as large as they come."""
+    if torch.cuda.is_available():
+        return
+    chosen = tiles.tiles_for
+
+    def larger(*args):
+        rule = chosen(*args)
+        rows = {name: Tile(8, 1) for name in ("norm", "depthwise")}
+        rows |= {"first_convolution": Tile(256, 64), "log_softmax": Tile(1, 64), "router": Tile(16, 1, k=64)}
+        wide = {
+            name: dataclasses.replace(getattr(rule, name), n=64)
+            for name in ("up", "qkv", "gated", "down", "out", "expert_up", "expert_down")
+        }
+        return dataclasses.replace(rule, **rows, **wide, attention=dataclasses.replace(rule.attention, m=16, n=16))
+
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "tiles_for", larger)
 
 
 def config(cmvn="before", decoder=None, vocab=37, embed=None, **changes) -> ModelConfig:
@@ -201,7 +223,7 @@ def test_a_replay_equals_the_launches_and_shapes_come_and_go(device):
     graph = engine.graph_for(2, 45)
     with torch.inference_mode():
         launched = engine.forward(graph.features, graph.lengths)
-    for one, two, three in zip(first, again, launched, strict=True):
+    for one, two, three in zip(first, again, launched[:3], strict=True):
         assert np.array_equal(one, two)
         three = three.cpu().numpy()[: one.shape[0]]
         assert np.array_equal(one, three[:, : one.shape[1]] if one.ndim > 1 else three)

@@ -25,9 +25,14 @@ def test_norm(device, options, check, poisoned, tile, dtype, rows, prior):
     check(x, stream)
 
 
-def test_log_softmax(device, options, check, tile):
+def test_log_softmax(device, options, check, poisoned, tile):
     x = torch.randn(5, 77, device=device) * 10
     x[1, 3] = 1e4
+    x[2] = 0.5  # all equal: the first is the best
+    x[3, 70] = x[3, 6] = x[3, 40] = 99.0
     reference = torch.log_softmax(x.double(), -1)
-    log_softmax(x, tile=tile(1, 32), pdl=options(torch.float32)["pdl"])
+    best, peak = poisoned(5, dtype=torch.int32), poisoned(5)
+    log_softmax(x, best, peak, tile=tile(1, 32), pdl=options(torch.float32)["pdl"])
     check(x, reference)
+    check(peak, reference.max(-1).values)
+    assert best.tolist() == [reference[0].argmax().item(), 3, 0, 6, reference[4].argmax().item()]

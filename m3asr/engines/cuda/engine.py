@@ -33,9 +33,9 @@ def device_of(device: str | torch.device) -> torch.device:
 class EncoderGraph:
     """The encoder for one batch shape, with its inputs and outputs in fixed places.
 
-    Write `features` float32 (B, T, F) and `lengths` int32 (B,), call `replay`, read `log_probs` float32 (B, S, V),
-    `hidden` float32 (B, S, D) and `out_lengths` int32 (B,). What stands past a length does not matter. On a device
-    without CUDA graphs `replay` launches the kernels one by one.
+    Write `features` float32 (B, T, F) and `lengths` int32 (B,), call `replay`, and read `log_probs` float32 (B, S, V),
+    `hidden` float32 (B, S, D) and `out_lengths` int32 (B,) before another graph of the engine runs. What stands past a
+    length does not matter. On a device without CUDA graphs `replay` launches the kernels one by one.
     """
 
     def __init__(self, forward: Forward, batch: int, frames: int, bins: int, chunk, device, pool):
@@ -132,6 +132,7 @@ class CudaEngine:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         self._hold_positions(size)
+        self._hold_log_probs(batch * size)
         while len(self._graphs) >= self._most_graphs:
             self._graphs.popitem(last=False)
         graph = EncoderGraph(self.forward, batch, frames, encoder.input_dim, key[2], self._device, self._pool)
@@ -147,39 +148,55 @@ class CudaEngine:
         """
         if compat:
             raise ModelError("the cuda engine has no compat mode (original lengths and padding): use the eager engine")
-        encoder = self.config.encoder
         as_numpy = isinstance(features, np.ndarray)
-        if as_numpy:
+        features, lengths = self._checked(features, lengths)
+        if not len(lengths):
+            size, widths = self._output_frames(features), (self.config.vocab_size, self.config.encoder.attention_dim)
+            outputs = *(torch.zeros(0, size, width) for width in widths), torch.zeros(0, dtype=torch.int32)
+        else:
+            outputs = self._run(features, lengths, chunk_size, left_chunks, (0, 1, 2))
+        return tuple(output.cpu().numpy() for output in outputs) if as_numpy else outputs
+
+    def best_path(self, features, lengths):
+        """As `__call__`, for greedy search alone: numpy symbols int32 (B, S), their log-probabilities float32 (B, S),
+        lengths int32 (B,). The log-probabilities of the other symbols stay on the device.
+        """
+        if not len(lengths):
+            return np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32), np.zeros(0, np.int32)
+        return tuple(output.cpu().numpy() for output in self.best_path_on_device(*self._checked(features, lengths)))
+
+    @torch.inference_mode()
+    def best_path_on_device(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`best_path` of at least one utterance, tensors for tensors; the host does not wait for the device."""
+        return self._run(features, lengths, 0, -1, (3, 4, 2))
+
+    def _checked(self, features, lengths) -> tuple[Tensor, Tensor]:
+        encoder = self.config.encoder
+        if isinstance(features, np.ndarray):
             from m3asr.engines import padded
 
             features, lengths = padded(features, lengths, encoder.input_dim, encoder.min_frames)
-            features, lengths = torch.from_numpy(features), torch.from_numpy(lengths)
-        elif features.dim() != 3 or features.shape[2] != encoder.input_dim or lengths.shape != features.shape[:1]:
+            return torch.from_numpy(features), torch.from_numpy(lengths)
+        if features.dim() != 3 or features.shape[2] != encoder.input_dim or lengths.shape != features.shape[:1]:
             raise ModelError(
                 f"features have shape {tuple(features.shape)} and lengths {tuple(lengths.shape)}: "
                 f"the model reads (batch, frames, {encoder.input_dim}) and one length each"
             )
-        batch, frames, _ = features.shape
-        size = self._subsampled(max(frames, encoder.min_frames))
-        if batch == 0:
-            outputs = (
-                torch.zeros(0, size, self.config.vocab_size),
-                torch.zeros(0, size, encoder.attention_dim),
-                torch.zeros(0, dtype=torch.int32),
-            )
-        else:
-            graph = self.graph_for(batch, frames, chunk_size, left_chunks)
-            graph.features[:batch, :frames].copy_(features)
-            graph.lengths.zero_()
-            graph.lengths[:batch].copy_(lengths)
-            graph.replay()
-            # Copies: the graph's own outputs are overwritten by its next run.
-            outputs = (
-                graph.log_probs[:batch, :size].clone(),
-                graph.hidden[:batch, :size].clone(),
-                graph.out_lengths[:batch].clone(),
-            )
-        return tuple(output.cpu().numpy() for output in outputs) if as_numpy else outputs
+        return features, lengths
+
+    def _output_frames(self, features: Tensor) -> int:
+        return self._subsampled(max(features.shape[1], self.config.encoder.min_frames))
+
+    def _run(self, features: Tensor, lengths: Tensor, chunk_size, left_chunks, wanted) -> tuple[Tensor, ...]:
+        """Outputs of `Forward` by number, cut to the batch; copies, since the next run overwrites the graph's own."""
+        (batch, frames, _), size = features.shape, self._output_frames(features)
+        graph = self.graph_for(batch, frames, chunk_size, left_chunks)
+        graph.features[:batch, :frames].copy_(features, non_blocking=True)
+        graph.lengths.zero_()
+        graph.lengths[:batch].copy_(lengths, non_blocking=True)
+        graph.replay()
+        outputs = (graph.outputs[i][:batch] for i in wanted)
+        return tuple((output[:, :size] if output.dim() > 1 else output).clone() for output in outputs)
 
     @torch.inference_mode()
     def decode(self, hidden, lengths, tokens, token_lengths=None, reversed_tokens=None):
@@ -189,6 +206,11 @@ class CudaEngine:
         given = (hidden, lengths, tokens, reversed_tokens)
         arrays = (None if a is None else torch.as_tensor(np.ascontiguousarray(a)).to(self._device) for a in given)
         return tuple(None if output is None else output.cpu().numpy() for output in self._decoder.decode(*arrays))
+
+    @property
+    def place(self) -> torch.device:
+        """The device, for torch; `device` is for people."""
+        return self._device
 
     def drop_graphs(self) -> None:
         """Forget all captured shapes; each is captured again when it next comes."""
@@ -218,6 +240,13 @@ class CudaEngine:
                 lengthen_tables(stack, self._positions, self.forward.dtype)
         # Graphs hold the addresses of the tables that were just replaced.
         self.drop_graphs()
+
+    def _hold_log_probs(self, tokens: int) -> None:
+        """One place for the log-probabilities of all graphs, which are copied out after each run."""
+        size, shared = tokens * self.config.vocab_size, self.forward.shared
+        if self._device.type == "cuda" and (shared is None or shared.numel() < size):
+            self.drop_graphs()
+            self.forward.shared = torch.empty(size, device=self._device)
 
     def _load_decoder(self, state: dict[str, Tensor]) -> Model | None:
         if self.config.decoder is None:

@@ -6,6 +6,7 @@ with `torch.empty` and every element that is read was written before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class Shape:
 
 
 class Forward:
-    """features, lengths -> log_probs, hidden, out_lengths, by Triton kernels.
+    """features, lengths -> log_probs, hidden, out_lengths, best path, by Triton kernels.
 
     `regime` "few" or "many" fixes the kind of kernels; "auto" chooses by the number of tokens. `trace`, if set, is
     called with ("blocks", block, x), x the block's output before its final norm, and ("routes", block, expert_idx).
@@ -59,12 +60,17 @@ class Forward:
         self.trace = None
         # Operations whose product the device's library computes, for many tokens.
         self.library: tuple[str, ...] = ()
+        # Where log_probs go, float32, flat: they are larger than all else, and all graphs can share one place.
+        self.shared: Tensor | None = None
         # How much of a block's expert weights its small kernels fetch into the L2 cache, for few tokens.
         self.ahead_bytes = tiles.AHEAD_BYTES if pdl else 0
 
     def __call__(self, features: Tensor, lengths: Tensor, chunk: tuple[int, int] | None = None):
         """features float32 (B, T, F), lengths int32 (B,) -> log_probs float32 (B, S, V), hidden float32 (B, S, D),
-        out_lengths int32 (B,). T at least the receptive field; chunk = (size, left), left >= 0, or None.
+        out_lengths int32 (B,), the best symbols int32 (B, S) and their log-probabilities float32 (B, S).
+
+        T at least the receptive field; chunk = (size, left), left >= 0, or None. log_probs lie in `self.shared`, if it
+        is set: then the next run overwrites them, whatever its shape.
         """
         encoder = self.config.encoder
         frames = (features.shape[1] - encoder.min_frames) // encoder.subsampling_rate + 1
@@ -82,12 +88,17 @@ class Forward:
                 self._linear(embedding, self.weights.heard, heard, tile=tile, dot="tf32x3")
         y, hidden = self._stack(streams[-1], shape, self.weights.main, heard)
         head = self.weights.head
-        log_probs = self._new((shape.tokens, head.weight.shape[0]), torch.float32)
+        size = (shape.tokens, head.weight.shape[0])
+        log_probs = self._new(size, torch.float32) if self.shared is None else self.shared[: math.prod(size)].view(size)
         tile = self._tiles(shape, hidden.shape[1], hidden.shape[1])
         # The head reads the hidden sequence in the compute type.
         self._linear(y, head, log_probs, tile=tile.head)
-        log_softmax(log_probs, tile=tile.log_softmax, pdl=self.pdl)
-        return log_probs.unflatten(0, (shape.batch, frames)), hidden.unflatten(0, (shape.batch, frames)), out_lengths
+        best, peaks = self._new((shape.tokens,), torch.int32), self._new((shape.tokens,), torch.float32)
+        log_softmax(log_probs, best, peaks, tile=tile.log_softmax, pdl=self.pdl)
+        log_probs, hidden, best, peaks = (
+            t.unflatten(0, (shape.batch, frames)) for t in (log_probs, hidden, best, peaks)
+        )
+        return log_probs, hidden, out_lengths, best, peaks
 
     def _few(self, shape: Shape) -> bool:
         return self.regime == "few" or (self.regime == "auto" and shape.tokens <= tiles.FEW_TOKENS and not self.wide)
