@@ -15,10 +15,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
+from interpreter_tiles import few_programs  # noqa: E402, F401
 from typer.testing import CliRunner  # noqa: E402
 
 from m3asr.checkpoint import read_checkpoint  # noqa: E402
-from m3asr.cli import app, convert  # noqa: E402
+from m3asr.cli import app  # noqa: E402
 from m3asr.convert import write_model_folder  # noqa: E402
 from m3asr.engines import available, load_engine  # noqa: E402
 from m3asr.engines.cuda import CudaEngine, built  # noqa: E402
@@ -142,7 +143,4 @@ def test_without_triton_the_extra_is_named(folder, monkeypatch):
     assert "m3asr[cuda]" in available()["cuda"][1]
     with pytest.raises(MissingExtra, match=r"m3asr\[cuda\]"):
         load_engine(folder, "cuda")
-    with pytest.raises(MissingExtra, match=r"m3asr\[cuda\]"):
-        convert.build(folder.path, convert.EngineName.cuda)
-    with pytest.raises(ModelError.__base__, match="--precision"):
-        convert.build(folder.path, convert.EngineName.onnx, convert.PrecisionName.fp16)
+    assert isinstance(CliRunner().invoke(app, ["build", str(folder.path), "-e", "cuda"]).exception, MissingExtra)

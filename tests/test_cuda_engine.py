@@ -11,11 +11,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
+from interpreter_tiles import few_programs  # noqa: E402, F401
+
 from m3asr.config import DecoderConfig, EncoderConfig, ModelConfig, MoEConfig  # noqa: E402
-from m3asr.engines.cuda import CudaEngine, tiles  # noqa: E402
+from m3asr.engines.cuda import CudaEngine  # noqa: E402
 from m3asr.engines.cuda.buckets import bucket_batch, bucket_frames  # noqa: E402
 from m3asr.errors import ModelError  # noqa: E402
-from m3asr.kernels.pieces import Tile  # noqa: E402
 from m3asr.model import Model  # noqa: E402
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
@@ -29,27 +30,6 @@ def device(request):
     if request.param == "interpreter" and on_gpu:
         pytest.skip("the interpreter is for machines without a GPU")
     return "cuda" if on_gpu else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter takes milliseconds for every program: there, tiles are as large as they come."""
-    if torch.cuda.is_available():
-        return
-    chosen = tiles.tiles_for
-
-    def larger(*args):
-        rule = chosen(*args)
-        rows = {name: Tile(8, 1) for name in ("norm", "depthwise")}
-        rows |= {"first_convolution": Tile(256, 64), "log_softmax": Tile(1, 64), "router": Tile(16, 1, k=64)}
-        wide = {
-            name: dataclasses.replace(getattr(rule, name), n=64)
-            for name in ("up", "qkv", "gated", "down", "out", "expert_up", "expert_down")
-        }
-        return dataclasses.replace(rule, **rows, **wide, attention=dataclasses.replace(rule.attention, m=16, n=16))
-
-    monkeypatch.setattr(tiles, "PROGRAMS", 1)
-    monkeypatch.setattr(tiles, "tiles_for", larger)
 
 
 def config(cmvn="before", decoder=None, vocab=37, embed=None, **changes) -> ModelConfig:

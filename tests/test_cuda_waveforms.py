@@ -1,0 +1,86 @@
+"""Waveforms to the best path on the cuda engine: the features of the CPU, the path of the log-probabilities."""
+
+import os
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from interpreter_tiles import few_programs  # noqa: E402, F401
+from random_model import random_model  # noqa: E402
+
+from m3asr.config import FbankConfig  # noqa: E402
+from m3asr.engines.cuda import CudaEngine  # noqa: E402
+from m3asr.engines.cuda.waveforms import WaveformRecogniser  # noqa: E402
+from m3asr.errors import ModelError  # noqa: E402
+from m3asr.features import Cmvn, fbank, pad_batch  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONFIG = FbankConfig(num_mel_bins=40)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return CudaEngine(random_model("dense"), "fp32", DEVICE)
+
+
+@pytest.fixture(scope="module")
+def cmvn():
+    random = np.random.default_rng(1)
+    return Cmvn(random.uniform(8, 12, 40), random.uniform(0.2, 0.4, 40))
+
+
+def sound(*samples):
+    random = np.random.default_rng(0)
+    return [random.normal(0, 0.05, n).astype(np.float32) for n in samples]
+
+
+def test_best_paths_are_those_of_the_cpu_features(engine, cmvn):
+    """Mixed lengths, one too short for a frame, one for an encoder frame; batches come back in order."""
+    recogniser = WaveformRecogniser(engine, CONFIG, (cmvn.mean, cmvn.istd))
+    batches = [sound(5200, 4000, 300, 900), sound(4400)]
+    results = list(recogniser.best_paths(batches))
+    assert len(results) == 2
+    for waveforms, result in zip(batches, results, strict=True):
+        features, lengths = pad_batch([cmvn.apply(fbank(waveform, CONFIG)) for waveform in waveforms])
+        log_probs, _, out_lengths = engine(features, lengths)
+        assert result.lengths.tolist() == out_lengths.tolist()
+        for b, length in enumerate(out_lengths):
+            best = log_probs[b, :length].argmax(-1)
+            assert result.symbols[b, :length].tolist() == best.tolist()
+            np.testing.assert_allclose(result.peaks[b, :length], log_probs[b, :length].max(-1), atol=2e-3)
+    assert results[0].lengths.tolist()[2:] == [0, 0]
+
+
+def test_features_on_the_device_are_kaldis(engine):
+    recogniser = WaveformRecogniser(engine, CONFIG)
+    waveforms = sound(16000, 7000)
+    padded = torch.zeros(2, 16000)
+    for row, waveform in zip(padded, waveforms, strict=True):
+        row[: len(waveform)] = torch.from_numpy(waveform)
+    features, lengths = recogniser.features(padded.to(DEVICE), torch.tensor([16000, 7000], device=DEVICE))
+    for b, waveform in enumerate(waveforms):
+        expected = fbank(waveform, CONFIG)
+        assert lengths[b] == len(expected)
+        np.testing.assert_allclose(features[b, : len(expected)].cpu(), expected, atol=1e-3)
+
+
+def test_best_path_equals_log_probs(engine):
+    features = np.random.default_rng(2).standard_normal((2, 40, 40), np.float32)
+    lengths = np.array([40, 22], np.int32)
+    log_probs, _, out_lengths = engine(features, lengths)
+    symbols, peaks, path_lengths = engine.best_path(features, lengths)
+    assert path_lengths.tolist() == out_lengths.tolist()
+    assert np.array_equal(symbols, log_probs.argmax(-1)) and np.allclose(peaks, log_probs.max(-1), atol=1e-6)
+    assert engine.best_path(features[:0], lengths[:0])[0].shape[0] == 0
+
+
+def test_what_does_not_fit_is_refused(engine):
+    with pytest.raises(ModelError, match="80 bins"):
+        WaveformRecogniser(engine, FbankConfig())
+    with pytest.raises(ModelError, match="window_type"):
+        WaveformRecogniser(engine, FbankConfig(num_mel_bins=40, window_type="kaiser"))
