@@ -21,6 +21,7 @@ from m3asr.decode import (
     NgramLM,
     attention_rescoring,
     attention_search,
+    ctc_best_path,
     ctc_greedy_search,
     ctc_prefix_beam_search,
     token_times,
@@ -177,6 +178,9 @@ class Transcriber:
 
     def recognise(self, features: Sequence[np.ndarray], options: DecodeOptions) -> list[DecodeResult]:
         """Features (T, F) of several utterances, normalised if the model wants that -> one result each."""
+        if self.decoder_of(options) == "greedy" and not options.blank_penalty and hasattr(self.engine, "best_path"):
+            # Of a large batch the log-probabilities take longer to leave the device than to compute.
+            return ctc_best_path(*self.engine.best_path(*pad_batch(features)), self.folder.config.blank)
         log_probs, hidden, lengths = self.engine(*pad_batch(features))
         return self.decode(log_probs, hidden, lengths, options)
 

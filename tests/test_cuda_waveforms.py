@@ -1,6 +1,7 @@
 """Waveforms to the best path on the cuda engine: the features of the CPU, the path of the log-probabilities."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from m3asr.errors import ModelError  # noqa: E402
 from m3asr.features import Cmvn, fbank, pad_batch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GOLDEN = Path(__file__).parent / "data" / "golden"
 CONFIG = FbankConfig(num_mel_bins=40)
 
 
@@ -84,3 +86,22 @@ def test_what_does_not_fit_is_refused(engine):
         WaveformRecogniser(engine, FbankConfig())
     with pytest.raises(ModelError, match="window_type"):
         WaveformRecogniser(engine, FbankConfig(num_mel_bins=40, window_type="kaiser"))
+
+
+def test_a_transcriber_decodes_the_best_path_alone(tmp_path, monkeypatch):
+    """Greedy results are those of the log-probabilities, which are not asked for."""
+    from m3asr.checkpoint import read_checkpoint
+    from m3asr.convert import write_model_folder
+    from m3asr.decode import DecodeOptions
+    from m3asr.folder import ModelFolder
+    from m3asr.transcribe import Transcriber
+
+    write_model_folder(read_checkpoint(GOLDEN / "3m-dense-80"), tmp_path / "model", onnx=False)
+    folder = ModelFolder.read(tmp_path / "model")
+    transcriber = Transcriber(folder, CudaEngine(folder, "fp32", DEVICE))
+    features = [np.random.default_rng(n).standard_normal((n, 80), np.float32) for n in (40, 23, 0)]
+    through_log_probs = transcriber.decode(*transcriber.engine(*pad_batch(features)), DecodeOptions("greedy"))
+    monkeypatch.setattr(CudaEngine, "__call__", None)
+    results = transcriber.recognise(features, DecodeOptions("greedy"))
+    assert [r.tokens for r in results] == [r.tokens for r in through_log_probs]
+    np.testing.assert_allclose([r.score for r in results], [r.score for r in through_log_probs], atol=1e-5)

@@ -2,7 +2,7 @@
 
 from m3asr.decode.attention import AttentionDecoder, attention_rescoring, attention_search
 from m3asr.decode.biasing import ContextGraph
-from m3asr.decode.ctc import PrefixBeamSearch, Scorer, ctc_greedy_search, ctc_prefix_beam_search
+from m3asr.decode.ctc import PrefixBeamSearch, Scorer, ctc_best_path, ctc_greedy_search, ctc_prefix_beam_search
 from m3asr.decode.hypothesis import DecodeResult, Hypothesis
 from m3asr.decode.ngram import NgramLM
 from m3asr.decode.options import DECODERS, DecodeOptions
@@ -21,6 +21,7 @@ __all__ = [
     "Word",
     "attention_rescoring",
     "attention_search",
+    "ctc_best_path",
     "ctc_greedy_search",
     "ctc_prefix_beam_search",
     "token_times",

@@ -48,11 +48,18 @@ def ctc_greedy_search(
     """
     log_probs, lengths = _checked(log_probs, lengths)
     log_probs = penalise_blank(log_probs, blank_penalty, blank)
-    size = log_probs.shape[1]
+    symbols = log_probs.argmax(axis=-1)  # (B, S)
+    peaks = np.take_along_axis(log_probs, symbols[..., None], axis=-1)[..., 0]  # (B, S)
+    return ctc_best_path(symbols, peaks, lengths, blank)
+
+
+def ctc_best_path(symbols: np.ndarray, peaks: np.ndarray, lengths: np.ndarray, blank: int = 0) -> list[DecodeResult]:
+    """`ctc_greedy_search` from the most probable symbol of each frame, int (B, S), and its log-probability, float
+    (B, S), as an engine finds them that keeps the others to itself. Raises ValueError for NaN.
+    """
+    size, peaks = symbols.shape[1], peaks.astype(np.float64)
     if size == 0:
         return [_empty_result(0.0, 0) for _ in lengths]
-    symbols = log_probs.argmax(axis=-1)  # (B, S)
-    peaks = np.take_along_axis(log_probs, symbols[..., None], axis=-1)[..., 0].astype(np.float64)  # (B, S)
     inside = np.arange(size) < lengths[:, None]
     symbols = np.where(inside, symbols, blank)
     peaks = np.where(inside, peaks, 0.0)
