@@ -9,7 +9,7 @@ from pathlib import Path
 from m3asr.errors import M3asrError, MissingExtra, ModelError
 from m3asr.verify import Report
 
-# Below float32's rounding there is nothing to see, and a logarithm needs a floor.
+# A logarithm needs a floor; float32's rounding is above it.
 FLOOR = 1e-9
 
 
@@ -25,16 +25,19 @@ def plot(report: Report, path: Path) -> None:
         raise ModelError(f"there is nothing to plot: {report.engine} and {report.against} show no modules in common")
     largest = max([row.error for row in rows if row.error < float("inf")], default=0.0)
     ceiling = 10 * max(largest, report.tolerance, FLOOR)
-    heights = [min(max(row.error, FLOOR), ceiling) for row in rows]
+    # What is equal to the last bit has no place on the axis: a gap in the line, and a number in the legend.
+    heights = [min(max(row.error, FLOOR), ceiling) if row.error else float("nan") for row in rows]
+    equal = sum(row.error == 0 for row in rows)
+    floor = max(FLOOR, min([height for height in heights if height > 0], default=FLOOR)) / 3
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(range(len(rows)), heights, color="#4878a8", linewidth=0.8)
-    axes.scatter(range(len(rows)), heights, s=9, color="#4878a8", label="a module's output", zorder=3)
-    axes.axhline(
-        report.tolerance, color="#b04030", linestyle="--", linewidth=1, label=f"tolerance {report.tolerance:g}"
+    axes.scatter(
+        range(len(rows)), heights, s=9, color="#4878a8", label=f"a module's output; {equal} more are equal", zorder=3
     )
+    axes.axhline(report.tolerance, color="#b04030", linestyle="--", linewidth=1, label=f"limit {report.tolerance:g}")
     beyond = [i for i, row in enumerate(rows) if not row.error < float("inf")]
     if beyond:
         axes.scatter(beyond, [heights[i] for i in beyond], marker="x", s=30, color="black", label="NaN or infinity")
@@ -47,10 +50,12 @@ def plot(report: Report, path: Path) -> None:
     flipped = {f"{r.path}.experts": r.flips for r in report.routing.values() if r.flips}
     for i, row in enumerate(rows):
         if row.path in flipped:
-            axes.annotate(f"{flipped[row.path]} flips", (i, heights[i]), (0, 6), textcoords="offset points", fontsize=7)
+            axes.annotate(
+                f"{flipped[row.path]} flipped", (i, heights[i]), (0, 6), textcoords="offset points", fontsize=7
+            )
     _name_parts(axes, [part_of(row.path) for row in rows])
     axes.set_yscale("log")
-    axes.set_ylim(FLOOR / 2, ceiling * 2)
+    axes.set_ylim(floor, ceiling * 2)
     axes.set_xlim(-1, len(rows))
     axes.set_ylabel("relative error")
     verdict = "passes" if report.passed else "fails"
