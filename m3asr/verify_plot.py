@@ -28,7 +28,7 @@ def plot(report: Report, path: Path) -> None:
     # What is equal to the last bit has no place on the axis: a gap in the line, and a number in the legend.
     heights = [min(max(row.error, FLOOR), ceiling) if row.error else float("nan") for row in rows]
     equal = sum(row.error == 0 for row in rows)
-    floor = max(FLOOR, min([height for height in heights if height > 0], default=FLOOR)) / 3
+    floor = max(FLOOR, min([report.tolerance, *(height for height in heights if height > 0)])) / 3
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -56,11 +56,11 @@ def plot(report: Report, path: Path) -> None:
     _name_parts(axes, [part_of(row.path) for row in rows])
     axes.set_yscale("log")
     axes.set_ylim(floor, ceiling * 2)
-    axes.set_xlim(-1, len(rows))
+    axes.set_xlim(-1, len(rows) + len(rows) // 25)
     axes.set_ylabel("relative error")
     verdict = "passes" if report.passed else "fails"
     axes.set_title(f"{report.engine} against {report.against}, {report.precision}: {verdict}")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         figure.savefig(aside, format="png", dpi=120)
