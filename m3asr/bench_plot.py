@@ -1,0 +1,41 @@
+"""A picture of `bench`'s rows: milliseconds of a forward, by input and engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from m3asr.bench import EngineRow
+from m3asr.errors import M3asrError, MissingExtra
+
+
+def plot(rows: Sequence[EngineRow], inputs: Sequence[str], path: Path, title: str) -> None:
+    """Write a PNG, whole or not at all. Raises MissingExtra without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("the plot", "plot") from None
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shown = [row for row in rows if row.forwards]
+    width = 0.8 / len(shown)
+    for j, row in enumerate(shown):
+        at = [i + (j - (len(shown) - 1) / 2) * width for i in range(len(inputs))]
+        bars = axes.bar(at, [row.forwards[name].ms for name in inputs], width, label=f"{row.engine} on {row.device}")
+        axes.bar_label(bars, fmt="%.3g", fontsize=7)
+    axes.set_xticks(range(len(inputs)), inputs)
+    axes.set_yscale("log")
+    axes.set_ylabel("ms per encoder forward")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(aside, dpi=120, format="png")
+        os.replace(aside, path)
+    except OSError as error:
+        raise M3asrError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        aside.unlink(missing_ok=True)
