@@ -54,7 +54,7 @@ class SegmentOptions:
     vad: bool = True
     max_seconds: float = 20.0
     min_silence: float = 0.5
-    min_speech: float = 0.25
+    min_speech: float = 0.2
     padding: float = 0.2
     threshold: float = 0.5
     sure: float = 0.8
@@ -152,8 +152,9 @@ def _pieces(
 
 
 def _levelled(frames: np.ndarray) -> np.ndarray:
-    """Frames (N, FRAME) amplified until the loudest twentieth has an RMS of _LEVEL; never made quieter."""
-    loudness = np.quantile(np.sqrt((frames**2).mean(axis=1)), 0.95)
+    """Frames (N, FRAME) amplified until the loudest that lasts, unlike a click, has an RMS of _LEVEL."""
+    rms = np.pad(np.sqrt((frames**2).mean(axis=1)), 2, mode="edge")  # (N + 4,)
+    loudness = np.median(np.lib.stride_tricks.sliding_window_view(rms, 5), axis=1).max()
     return np.clip(frames * np.clip(_LEVEL / max(loudness, 1e-9), 1.0, 1000.0), -1.0, 1.0).astype(np.float32)
 
 
@@ -227,6 +228,9 @@ class _Spans:
         probability, loudness = around[half:].T
         at = half + int(np.lexsort((loudness, probability.round(1)))[0]) + _SMOOTHING // 2
         start = self._count - len(heard)
+        if self._stop <= start + at:  # in the silence behind the last of it
+            yield from self._end()
+            return
         yield start, start + at, not self._cut, False
         self._start, self._cut = start + at, True
         del self._heard[:at]

@@ -56,7 +56,7 @@ def clips():
 def test_short_recordings_stay_whole_if_there_is_speech():
     probabilities = runs((6, 0.0), (0.5, 0.9), (6, 0.0))
     assert cut(probabilities, SegmentOptions(), extra=77) == [(0, len(probabilities) * FRAME + 77)]
-    assert cut(runs((6, 0.0), (0.1, 0.9), (6, 0.0)), SegmentOptions()) == []
+    assert cut(runs((6, 0.0), (0.07, 0.9), (6, 0.0)), SegmentOptions()) == []
     assert cut(runs((6, 0.0), (3, 0.75), (6, 0.0)), SegmentOptions()) == [], "not sure enough in a short one"
     assert list(speech_segments([], SegmentOptions(), Scripted([]))) == []
 
@@ -78,9 +78,9 @@ def test_padding_stays_inside_the_recording():
 
 
 def test_a_blip_is_noise_but_its_neighbours_are_not():
-    probabilities = runs((10, 0.0), (0.2, 0.99), (3, 0.0), (0.3, 0.55), (10, 0.0))
+    probabilities = runs((10, 0.0), (0.1, 0.99), (3, 0.0), (0.2, 0.55), (10, 0.0))
     spans = cut(probabilities, SegmentOptions())
-    assert len(spans) == 1 and spans[0][0] > 13 * SAMPLE_RATE - FRAME
+    assert len(spans) == 1 and spans[0][0] > 12.8 * SAMPLE_RATE
 
 
 def test_speech_goes_on_a_little_below_the_threshold():
@@ -114,7 +114,7 @@ def test_without_detection_all_of_it_is_kept_and_cut_where_it_is_quiet():
     assert abs(ends[0] - 12) < 0.2 and abs(ends[1] - 26) < 0.2 and abs(ends[2] - 43) < 0.2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_probabilities(data):
     """In order, apart, not too long, no stretch of sure speech lost; and the same in blocks of any size."""
@@ -179,6 +179,17 @@ def test_speech_is_found_at_any_level(clips, gain):
     for clip in clips:
         (speech,) = speech_segments([clip * np.float32(gain)])
         assert speech.start == 0 and len(speech.waveform) == len(clip)
+
+
+def test_a_short_word_in_a_long_silence_is_found(clips):
+    """Its level is not that of the silence around it: bringing that up would make a rectangle of the word."""
+    begin = int(np.abs(clips[1]).argmax()) - SAMPLE_RATE // 4
+    word = clips[1][begin : begin + SAMPLE_RATE // 2]
+    for gain in (1.0, 0.01):
+        waveform = np.zeros(30 * SAMPLE_RATE, np.float32)
+        waveform[12 * SAMPLE_RATE :][: len(word)] = word * gain
+        (speech,) = speech_segments([waveform])
+        assert 11.5 * SAMPLE_RATE < speech.start < 12.3 * SAMPLE_RATE
 
 
 def sounds():
