@@ -136,7 +136,8 @@ def _pieces(
         nonlocal end
         start, stop, pad_start, pad_stop = span
         begin = max(start * FRAME - (padding if pad_start else 0), end)
-        end = min(stop * FRAME + (padding if pad_stop else 0), first + len(samples))
+        # The next span may begin with the frame that comes now.
+        end = min(stop * FRAME + (padding if pad_stop else 0), spans.count * FRAME, first + len(samples))
         return Speech(begin, samples[begin - first : end - first].copy())
 
     for window in _windows(blocks):
@@ -144,7 +145,6 @@ def _pieces(
         frames = np.pad(window, (0, -len(window) % FRAME)).reshape(-1, FRAME)  # (N, FRAME)
         for span in spans.accept(detector(_levelled(frames)), np.sqrt((frames**2).mean(axis=1))):
             yield cut(span)
-        # The padding behind a span lies before the frame that ends it, but for min_silence < padding.
         keep = max(spans.oldest * FRAME - padding, end, first)
         samples, first = samples[keep - first :], keep
     for span in spans.finish():
@@ -167,7 +167,7 @@ class _Spans:
         self._max = int(options.max_seconds * per_second)
         self._silence = max(round(options.min_silence * per_second), 1)
         self._speech = max(round(options.min_speech * per_second), 1)
-        self._count = 0  # frames so far
+        self.count = 0  # frames so far
         self._start: int | None = None  # of the running span
         self._stop = 0  # behind its last frame of speech
         self._voiced: int | None = None  # where the speech that has had no break until now began
@@ -178,7 +178,7 @@ class _Spans:
     @property
     def oldest(self) -> int:
         """No later span begins before this frame."""
-        return self._count if self._start is None else self._start
+        return self.count if self._start is None else self._start
 
     def accept(self, probabilities: np.ndarray, rms: np.ndarray) -> Iterator[tuple[int, int, bool, bool]]:
         for probability, loudness in zip(probabilities.tolist(), rms.tolist(), strict=True):
@@ -189,14 +189,14 @@ class _Spans:
 
     def _step(self, probability: float, loudness: float) -> Iterator[tuple[int, int, bool, bool]]:
         threshold = self.options.threshold - (0.0 if self._voiced is None else _HYSTERESIS)
-        self._count += 1
+        self.count += 1
         if probability >= threshold:
             if self._voiced is None:
-                self._voiced = self._count - 1
+                self._voiced = self.count - 1
             if self._start is None:
                 self._start, self._cut, self._longest = self._voiced, False, 0
                 self._heard.clear()
-            self._stop = self._count
+            self._stop = self.count
         else:
             self._voiced = None
         self._run = self._run + 1 if probability >= self._needed else 0
@@ -204,9 +204,9 @@ class _Spans:
         if self._start is None:
             return
         self._heard.append((probability, loudness))
-        if self._count - self._stop >= self._silence:
+        if self.count - self._stop >= self._silence:
             yield from self._end()
-        elif self._count - self._start >= self._max:
+        elif self.count - self._start >= self._max:
             yield from self._divide()
 
     def _end(self) -> Iterator[tuple[int, int, bool, bool]]:
@@ -217,9 +217,9 @@ class _Spans:
     def _divide(self) -> Iterator[tuple[int, int, bool, bool]]:
         """End the running span where it is least like speech, and go on from there."""
         if self._longest < self._speech:  # noise, but for what may have begun just now
-            start, self._start = self._count - len(self._heard), None
+            start, self._start = self.count - len(self._heard), None
             if self._voiced is not None:
-                self._start = max(self._voiced, self._count - self._max // 2)
+                self._start = max(self._voiced, self.count - self._max // 2)
                 del self._heard[: self._start - start]
             return
         heard = np.array(self._heard)  # (N, 2)
@@ -227,7 +227,7 @@ class _Spans:
         half = len(around) // 2
         probability, loudness = around[half:].T
         at = half + int(np.lexsort((loudness, probability.round(1)))[0]) + _SMOOTHING // 2
-        start = self._count - len(heard)
+        start = self.count - len(heard)
         if self._stop <= start + at:  # in the silence behind the last of it
             yield from self._end()
             return
