@@ -207,7 +207,7 @@ def test_speech_detection_can_be_left_out(m3, model, tmp_path):
 
 def test_every_command_has_a_manual():
     runner = CliRunner()
-    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+    commands = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
     assert {"transcribe", "evaluate", "convert", "build", "engines", "infer"} <= set(commands)
     for command in commands:
         shown = runner.invoke(app, [command, "--help"])
