@@ -326,7 +326,7 @@ def make_convolution(batch, frames, valid, few, first):
 
     candidates = (
         grid((16, 32, 64), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
-        if few
+        if few or batch * frames <= 1024
         else grid((128,), (128, 256), (8,), k=(64,), stages=(3, 4))
         + grid((64, 128), (128,), (4,), k=(64,), stages=(3,))
     )
