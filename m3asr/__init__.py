@@ -7,6 +7,8 @@
 from m3asr.decode import Word
 from m3asr.errors import AudioError, M3asrError, MissingExtra, ModelError
 from m3asr.formats import Segment, Transcript
+from m3asr.segment import SegmentOptions
+from m3asr.stream import Stream, StreamOptions, Update
 from m3asr.transcribe import DecodeOptions, Transcriber, load
 
 __version__ = "0.1.0"
@@ -17,8 +19,12 @@ __all__ = [
     "MissingExtra",
     "ModelError",
     "Segment",
+    "SegmentOptions",
+    "Stream",
+    "StreamOptions",
     "Transcriber",
     "Transcript",
+    "Update",
     "Word",
     "load",
 ]
