@@ -77,7 +77,7 @@ def part_of(path: str) -> str:
     block = re.search(r"\.blocks\.(\d+)", path)
     if block:
         return f"{stack} {block[1]}"
-    return f"{stack} in" if ".subsampling" in path else f"{stack} out"
+    return f"{stack} in" if ".subsampling" in path or path.startswith("cmvn") else f"{stack} out"
 
 
 def _name_parts(axes, parts: list[str]) -> None:

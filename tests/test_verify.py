@@ -299,6 +299,14 @@ def test_plot(m3, folder, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["errors.png"]
 
 
+def test_parts():
+    from m3asr.verify_plot import part_of
+
+    paths = "cmvn", "encoder.subsampling.out.0", "encoder.embed.blocks.3.norm_ff", "encoder.blocks.0.experts"
+    assert [part_of(path) for path in paths] == ["encoder in", "encoder in", "embed 3", "encoder 0"]
+    assert part_of("encoder.after_norm") == "encoder out" and part_of("encoder.embed.after_norm") == "embed out"
+
+
 def test_plot_of_failures(folder, reference, utterances, engine_of, tmp_path):
     pytest.importorskip("matplotlib")
     from m3asr.verify_plot import plot
