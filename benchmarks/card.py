@@ -65,15 +65,17 @@ def flops(config: ModelConfig, batch: int, frames: int) -> float:
     return batch * (total + 2 * head_frames * config.encoder.attention_dim * config.vocab_size)
 
 
-def weight_bytes(config: ModelConfig, state: dict, size: int, experts_hit: list[int]) -> float:
+def weight_bytes(config: ModelConfig, state: dict, precision: str, experts_hit: list[int]) -> float:
     """Bytes that one forward must read: every live weight once, of the experts those that have a token."""
+    size = 4 if precision == "fp32" else 2
+    expert_size = 1 if precision == "fp8" else size
     total = 0
     for name, value in state.items():
         if name.startswith(("decoder.", "encoder.embed.out_linear")) or "linear_pos" in name:
             continue  # not run, or turned into tables
         if ".experts." in name:
             block = int(name.split("blocks.")[1].split(".")[0])
-            total += value.numel() * size * experts_hit[block] / value.shape[0]
+            total += value.numel() * expert_size * experts_hit[block] / value.shape[0]
         else:
             total += value.numel() * (4 if "router" in name else size)
     return total

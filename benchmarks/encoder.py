@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="seed", choices=("seed", "public", "tiny"))
     parser.add_argument("--inputs", nargs="+", default=list(INPUTS))
-    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp16", "fp32"])
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp16", "fp8", "fp32"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is started")
     parser.add_argument("--repeats", type=int, default=30)
@@ -240,8 +240,7 @@ def main() -> None:
             hit = row["experts_hit"] = references[name].experts_hit
             batch, frames = map(int, name.split("x"))
             for precision in args.precisions:
-                size = 4 if precision == "fp32" else 2
-                read = weight_bytes(config, state, size, hit) / card["copy_bytes_per_s"]
+                read = weight_bytes(config, state, precision, hit) / card["copy_bytes_per_s"]
                 rate = card["fp32_flops" if precision == "fp32" else "bf16_flops"]
                 row["floor_ms"][precision] = 1e3 * max(read, flops(config, batch, frames) / rate)
         say("references done; distinct experts hit, mean over layers: " + ", ".join(

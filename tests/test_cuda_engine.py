@@ -16,6 +16,7 @@ from interpreter_tiles import few_programs  # noqa: E402, F401
 from m3asr.config import DecoderConfig, EncoderConfig, ModelConfig, MoEConfig  # noqa: E402
 from m3asr.engines.cuda import CudaEngine  # noqa: E402
 from m3asr.engines.cuda.buckets import bucket_batch, bucket_frames  # noqa: E402
+from m3asr.engines.cuda.packing import _float8  # noqa: E402
 from m3asr.errors import ModelError  # noqa: E402
 from m3asr.model import Model  # noqa: E402
 
@@ -126,6 +127,25 @@ def test_every_kind_of_model(device, name, regime):
 def test_half_precision(device, precision, regime):
     built = model(CONFIGS["experts"])
     assert_same(CudaEngine(built, precision, device, regime=regime), built, *batch(), TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("regime", ["few", "many"])
+def test_experts_in_eight_bits(device, regime):
+    """Exactly the model whose experts have the rounded weights, but for bfloat16 elsewhere."""
+    built = model(CONFIGS["experts"])
+    with torch.no_grad():
+        for block in built.encoder.blocks:
+            # The norm is folded into the weights before they are rounded: here there is nothing to fold.
+            block.norm_ff.weight.fill_(1.0)
+            block.norm_ff.bias.zero_()
+            for layer in (block.feed_forward.experts.w_1, block.feed_forward.experts.w_2):
+                packed = _float8(layer.weight, layer.bias)
+                rounded = packed.weight.float() * packed.scale.unsqueeze(-1)
+                assert not torch.equal(rounded, layer.weight)
+                layer.weight.copy_(rounded)
+    engine = CudaEngine(built, "fp8", device, regime=regime)
+    assert engine.forward.weights.main.blocks[0].up.weight.element_size() == 1
+    assert_same(engine, built, *batch(), TOLERANCE["bf16"])
 
 
 @pytest.mark.parametrize("regime", ["few", "many"])

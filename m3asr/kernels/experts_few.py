@@ -16,6 +16,7 @@ from m3asr.kernels.pieces import Tile, activate, dot, release, wait
 def _experts_few_kernel(
     a_ptr,
     w_ptr,
+    s_ptr,
     b_ptr,
     expert_ptr,
     gate_ptr,
@@ -31,6 +32,7 @@ def _experts_few_kernel(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GATE: tl.constexpr,
+    SCALED: tl.constexpr,
     EARLY: tl.constexpr,
     DOT: tl.constexpr,
     PDL: tl.constexpr,
@@ -53,14 +55,19 @@ def _experts_few_kernel(
         if not EARLY:
             w = tl.load(w_at, mask=col_in[:, None] & k_in, other=0.0)
         bias = tl.load(b_ptr + expert * columns + cols, mask=col_in, other=0.0)
+        if SCALED:
+            w_scale = tl.load(s_ptr + expert * columns + cols, mask=col_in, other=0.0)
         for first in range(0, count, BLOCK_M):
             slot = first + tl.arange(0, BLOCK_M)
             here = mine[None, :] & (rank[None, :] == slot[:, None])
             token = tl.sum(tl.where(here, t[None, :], 0), axis=1)
             used = slot < count
             a = tl.load(a_ptr + token[:, None] * WIDTH + k[None, :], mask=used[:, None] & k_in, other=0.0)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
-            acc = dot(a, tl.trans(w), acc, DOT)  # (BLOCK_M, BLOCK_N)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            acc = dot(a, tl.trans(w.to(a.dtype)), acc, DOT)  # (BLOCK_M, BLOCK_N)
+            if SCALED:
+                acc *= w_scale[None, :]
+            acc += bias[None, :]
             acc = activate(acc, ACTIVATION)
             out_at = out_ptr + token[:, None] * columns + cols[None, :]
             out_mask = used[:, None] & col_in[None, :]
@@ -73,12 +80,13 @@ def _experts_few_kernel(
 
 def experts_few(
     a, weight, bias, expert_idx, out, *, tile: Tile, activation="none", residual_scale=None, gate=None, early=True,
-    dot="ieee", pdl=False,
+    weight_scale=None, dot="ieee", pdl=False,
 ) -> None:  # fmt: skip
     """out[n] = epilogue(weight[e] a[n] + bias[e]) with e = expert_idx[n]; rows with e = -1 stay untouched.
 
     a (N, K), weight (E, C, K) in the compute type, bias float32 (E, C), expert_idx int32 (N,), out (N, C).
     activation, then times gate float32 (N,) if given; with `residual_scale`, out += residual_scale * that.
+    weight_scale float32 (E, C): the weights are float8 and count times that.
     early: load the weights before the routing is known, also those of experts without tokens.
     """
     tokens, width = a.shape
@@ -87,6 +95,7 @@ def experts_few(
     _experts_few_kernel[(triton.cdiv(columns, tile.n), experts)](
         a,
         weight,
+        weight_scale if weight_scale is not None else bias,
         bias,
         expert_idx,
         gate if gate is not None else bias,
@@ -102,6 +111,7 @@ def experts_few(
         ACTIVATION=activation,
         RESIDUAL=residual_scale is not None,
         GATE=gate is not None,
+        SCALED=weight_scale is not None,
         EARLY=early,
         DOT=dot,
         PDL=pdl,

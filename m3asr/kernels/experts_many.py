@@ -87,6 +87,7 @@ def sort_tokens(expert_idx, slot_token, tile_expert, *, experts, rows, tile: Til
 def _experts_many_kernel(
     a_ptr,
     w_ptr,
+    s_ptr,
     b_ptr,
     slot_token_ptr,
     tile_expert_ptr,
@@ -101,6 +102,7 @@ def _experts_many_kernel(
     ACTIVATION: tl.constexpr,
     GATHER: tl.constexpr,
     GATE: tl.constexpr,
+    SCALED: tl.constexpr,
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -122,7 +124,9 @@ def _experts_many_kernel(
             inside = (k + start < WIDTH)[None, :]
             a = tl.load(a_at + start, mask=used & inside, other=0.0)
             w = tl.load(w_at + start, mask=col_in & inside, other=0.0)
-            acc = dot(a, tl.trans(w), acc, DOT)
+            acc = dot(a, tl.trans(w.to(a.dtype)), acc, DOT)
+        if SCALED:
+            acc *= tl.load(s_ptr + expert * columns + cols, mask=cols < columns, other=0.0)[None, :]
         acc += tl.load(b_ptr + expert * columns + cols, mask=cols < columns, other=0.0)[None, :]
         acc = activate(acc, ACTIVATION)
         out_mask = used & (cols < columns)[None, :]
@@ -138,19 +142,21 @@ def _experts_many_kernel(
 
 def experts_many(
     a, weight, bias, slot_token, tile_expert, out, *, tile: Tile, activation="none", residual_scale=None, gate=None,
-    dot="ieee", pdl=False,
+    weight_scale=None, dot="ieee", pdl=False,
 ) -> None:  # fmt: skip
     """First layer: a (N, K) -> out (slots, C), rows by slot. With `residual_scale`, the second: a (slots, K), and
     out[token] += residual_scale * gate[token] * (weight[e] a[slot] + bias[e]), out float32 (N, C).
 
-    weight (E, C, K) in the compute type, bias float32 (E, C); slot_token, tile_expert from `sort_tokens` with
-    rows = tile.m. Each token stands in one slot, so no two programs add to the same place.
+    weight (E, C, K) in the compute type, or float8 that counts times weight_scale float32 (E, C); bias float32 (E, C);
+    slot_token, tile_expert from `sort_tokens` with rows = tile.m. Each token stands in one slot, so no two programs
+    add to the same place.
     """
     experts, columns, width = weight.shape
     assert slot_token.numel() == tile_expert.numel() * tile.m, "the tokens were sorted for another tile height"
     _experts_many_kernel[(triton.cdiv(columns, tile.n), tile_expert.numel())](
         a,
         weight,
+        weight_scale if weight_scale is not None else bias,
         bias,
         slot_token,
         tile_expert,
@@ -165,6 +171,7 @@ def experts_many(
         ACTIVATION=activation,
         GATHER=residual_scale is None,
         GATE=gate is not None,
+        SCALED=weight_scale is not None,
         DOT=dot,
         PDL=pdl,
         **tile.options(pdl),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from m3asr import ops
+from m3asr.engines.cuda.packing import _float8
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
 
@@ -77,3 +78,36 @@ def test_sorting_many_tokens(device, options, tile):
     for e in range(EXPERTS):
         mine = groups[tile_expert == e].flatten()
         assert mine[mine >= 0].tolist() == (expert_idx == e).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("regime", ["few", "few, late weights", "many"])
+def test_float8_weights_with_a_scale_for_each_row(device, options, check, poisoned, tile, dtype, regime):
+    tokens = 21
+    rows = torch.logspace(-3, 3, HIDDEN, device=device)
+    weight = (torch.randn(EXPERTS, HIDDEN, WIDTH, device=device) / 6 * rows.view(-1, 1)).double()
+    packed = _float8(weight.float(), torch.randn(EXPERTS, HIDDEN, device=device) * rows)
+    rounded = packed.weight.double() * packed.scale.unsqueeze(-1)
+    # Three bits behind the point: a sixteenth at most, wherever the number is not tiny in its row.
+    large = weight.abs() > packed.scale.unsqueeze(-1) * 0.02
+    assert ((rounded - weight).abs() <= weight.abs() / 16)[large].all()
+    y, expert_idx = torch.randn(tokens, WIDTH, device=device).to(dtype), routing("padding", tokens, device)
+    valid = expert_idx >= 0
+    chosen = expert_idx[valid].long()
+    reference = (rounded[chosen] @ y[valid].double().unsqueeze(-1)).squeeze(-1) + packed.bias[chosen]
+    both = {"weight_scale": packed.scale, **options(dtype)}
+    if regime == "many":
+        slot_token, tile_expert = slots(tokens, EXPERTS, 16, device)
+        sort_tokens(expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=32), pdl=both["pdl"])
+        h = poisoned(slot_token.numel(), HIDDEN)
+        experts_many(y, packed.weight, packed.bias, slot_token, tile_expert, h, tile=tile(), **both)
+        slot = torch.where(tile_expert >= 0, 1, 0).repeat_interleave(16).bool()
+        slot &= slot_token >= 0
+        out = poisoned(tokens, HIDDEN)
+        out[slot_token[slot].long()] = h[slot]
+    else:
+        out = poisoned(tokens, HIDDEN)
+        early = regime == "few"
+        experts_few(y, packed.weight, packed.bias, expert_idx, out, tile=tile(k=32, stages=1), early=early, **both)
+    for columns in (slice(0, 8), slice(None), slice(-8, None)):  # each scale is right, not the largest alone
+        check(out[valid][:, columns], reference[:, columns], factor=4.0)

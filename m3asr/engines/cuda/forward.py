@@ -245,8 +245,10 @@ class Forward:
         if self.trace is not None:
             self.trace("routes", block, expert_idx)
         gate = None if config.moe.keep_expert_output else gate
-        up = {"activation": config.activation_type, "tile": tile.expert_up}
-        down = {"residual_scale": scale, "gate": gate, "tile": tile.expert_down}
+        up = {"activation": config.activation_type, "tile": tile.expert_up, "weight_scale": block.up.scale}
+        down = {
+            "residual_scale": scale, "gate": gate, "tile": tile.expert_down, "weight_scale": block.down.scale,
+        }  # fmt: skip
         both = {"dot": self.dot, "pdl": self.pdl}
         if self._few(shape):
             h = self._new((tokens, hidden))

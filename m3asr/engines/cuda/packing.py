@@ -17,15 +17,20 @@ from m3asr import ops
 from m3asr.config import EncoderConfig, ModelConfig
 from m3asr.errors import ModelError
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What is computed with; "fp8" has the experts' weights in 8 bits besides.
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+FLOAT8 = torch.float8_e4m3fn
 
 
 @dataclass
 class Linear:
-    """weight (..., out, in) in the compute type, bias float32 (..., out)."""
+    """weight (..., out, in) in the compute type, bias float32 (..., out); float8 weights count times scale float32
+    (..., out).
+    """
 
     weight: Tensor
     bias: Tensor
+    scale: Tensor | None = None
 
 
 @dataclass
@@ -117,6 +122,7 @@ class Packer:
     def __init__(self, config: ModelConfig, state: dict[str, Tensor], precision: str, device: str):
         self.config, self.state, self.device = config, state, device
         self.dtype = TYPES[precision]
+        self.small_experts = precision == "fp8"
 
     def weights(self) -> Weights:
         config = self.config.encoder
@@ -240,7 +246,9 @@ class Packer:
             router = self._packed(weight / scale, bias, torch.float32)
             name += "experts."
         up = self._behind_norm(self._get(name + "w_1.weight"), self._get(name + "w_1.bias"), prefix + "norm_ff")
-        return router, scale, self._packed(*up), self._linear(name + "w_2")
+        down = self._get(name + "w_2.weight"), self._get(name + "w_2.bias")
+        packed = _float8 if self.small_experts and router else self._packed
+        return router, scale, packed(*up), packed(*down)
 
     def _heard(self, config: EncoderConfig) -> Linear:
         width = config.embed.attention_dim
@@ -262,6 +270,12 @@ class Packer:
         weight = self._get(name + "out.0.weight").unflatten(1, (width, -1)).transpose(1, 2).flatten(1) * scale
         bias = self._get(name + "out.0.bias") * scale
         return Subsampling(first, following, self._packed(weight.unsqueeze(0), bias.unsqueeze(0)))
+
+
+def _float8(weight: Tensor, bias: Tensor) -> Linear:
+    """Each row of weights scaled to the type's largest number, and rounded."""
+    scale = weight.abs().amax(-1).clamp(min=1e-30) / torch.finfo(FLOAT8).max
+    return Linear((weight / scale.unsqueeze(-1)).to(FLOAT8).contiguous(), bias.contiguous(), scale.contiguous())
 
 
 def lengthen_tables(stack: Stack, positions: int, dtype: torch.dtype) -> None:
