@@ -205,7 +205,7 @@ def test_array_shapes():
         (3.0, "shape"),
         (None, "shape"),
         ([[1.0], [1.0, 2.0]], "list"),
-        (object(), "shape"),
+        pytest.param(object(), "shape", id="object"),
     ],
     ids=str,
 )
