@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from m3asr.bench import EngineRow
-from m3asr.errors import M3asrError, MissingExtra
+from m3asr.errors import MissingExtra
+from m3asr.files import whole_file
 
 
 def plot(rows: Sequence[EngineRow], inputs: Sequence[str], path: Path, title: str) -> None:
@@ -31,11 +31,5 @@ def plot(rows: Sequence[EngineRow], inputs: Sequence[str], path: Path, title: st
     axes.set_ylabel("ms per encoder forward")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as aside:
         figure.savefig(aside, dpi=120, format="png")
-        os.replace(aside, path)
-    except OSError as error:
-        raise M3asrError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)

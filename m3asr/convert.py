@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from m3asr import __version__
 from m3asr.checkpoint import Checkpoint
 from m3asr.config import EncoderConfig, ModelConfig
-from m3asr.errors import ModelError
-from m3asr.folder import ModelFolder, write_model_files, written_aside
+from m3asr.folder import ModelFolder, engine_aside, write_model_files, written_aside
 
 
 def write_model_folder(checkpoint: Checkpoint, target: Path, *, onnx: bool = True, overwrite: bool = False) -> None:
@@ -28,7 +23,7 @@ def build_onnx(folder: ModelFolder) -> Path:
     """Build the onnx engine beside the model, replacing an older one only when the new one is whole."""
     from m3asr.engines import onnx_build
 
-    with _engine_aside(folder, "onnx") as aside:
+    with engine_aside(folder, "onnx") as aside:
         onnx_build.build(folder.config, folder.config_digest(), aside)
     return folder.path / "engines" / "onnx"
 
@@ -44,29 +39,9 @@ def build_tensorrt(folder: ModelFolder, **options) -> tuple[Path, dict[str, int]
     from m3asr.engines import tensorrt
     from m3asr.engines.eager import load_model
 
-    with _engine_aside(folder, "tensorrt") as aside:
+    with engine_aside(folder, "tensorrt") as aside:
         plans = tensorrt.build(lambda: load_model(folder), folder.config_digest(), aside, **options)
     return folder.path / "engines" / "tensorrt", plans
-
-
-@contextmanager
-def _engine_aside(folder: ModelFolder, name: str) -> Iterator[Path]:
-    """A new folder that becomes `engines/NAME` when the block ends well."""
-    target = folder.path / "engines" / name
-    try:
-        target.parent.mkdir(exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=target.parent))
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
-    try:
-        yield aside
-        aside.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def card(checkpoint: Checkpoint) -> str:

@@ -112,6 +112,26 @@ def written_aside(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def engine_aside(folder: ModelFolder, name: str) -> Iterator[Path]:
+    """A new folder that becomes `engines/NAME` when the block ends well; an older engine stays until then."""
+    target = folder.path / "engines" / name
+    try:
+        target.parent.mkdir(exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=target.parent))
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
+    try:
+        yield aside
+        aside.chmod(0o755)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_model_files(
     folder: Path, config: ModelConfig, state: dict[str, np.ndarray], tokenizer: Tokenizer, cmvn: Cmvn | None, card: str
 ) -> None:

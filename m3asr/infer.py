@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from m3asr.errors import M3asrError, ModelError
+from m3asr.errors import ModelError
+from m3asr.files import whole_file
 from m3asr.folder import ModelFolder
 
 
@@ -56,12 +56,5 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 
 def write_outputs(path: Path, **arrays: np.ndarray) -> None:
     """Write an .npz aside and rename it, so that it is whole or not there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(aside, path)
-    except OSError as error:
-        raise M3asrError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(path) as aside, open(aside, "wb") as file:
+        np.savez(file, **arrays)

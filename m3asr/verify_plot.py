@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
-from m3asr.errors import M3asrError, MissingExtra, ModelError
+from m3asr.errors import MissingExtra, ModelError
+from m3asr.files import whole_file
 from m3asr.verify import Report
 
 # A logarithm needs a floor; float32's rounding is above it.
@@ -61,14 +61,8 @@ def plot(report: Report, path: Path) -> None:
     verdict = "passes" if report.passed else "fails"
     axes.set_title(f"{report.engine} against {report.against}, {report.precision}: {verdict}")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as aside:
         figure.savefig(aside, format="png", dpi=120)
-        os.replace(aside, path)
-    except OSError as error:
-        raise M3asrError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def part_of(path: str) -> str:

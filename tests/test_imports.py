@@ -18,6 +18,7 @@ ALLOWED = {
     "decode": set(),
     "config": set(),
     "errors": set(),
+    "files": set(),
     "ops": set(),
     "model": {"ops"},
     "formats": {"decode"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from enum import Enum
 from pathlib import Path
@@ -18,6 +17,7 @@ from m3asr.cli.build import PrecisionName, calibration_batches, check_chunks
 from m3asr.cli.console import err, warnings_as_lines
 from m3asr.engines import NAMES, load_engine, need_tensorrt
 from m3asr.errors import M3asrError, MissingExtra
+from m3asr.files import whole_file
 from m3asr.folder import ModelFolder
 
 INTERPRETED = "tensorrt-interpreted"
@@ -134,14 +134,8 @@ def _load(folder: ModelFolder, name: str, precision: str, batches, options: dict
 
 
 def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise M3asrError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _show(report, recorded: bool) -> None:

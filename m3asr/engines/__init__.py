@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from m3asr.config import ModelConfig
 from m3asr.errors import MissingExtra, ModelError
 from m3asr.folder import ModelFolder
 
@@ -157,6 +158,12 @@ def need_tensorrt(what: str) -> None:
     packages = [importlib.util.find_spec(name) for name in ("tensorrt_rtx", "tensorrt")]
     if importlib.util.find_spec("torch") is None or not any(packages):
         raise MissingExtra(what, "tensorrt")
+
+
+def no_utterances(config: ModelConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What an engine gives for a batch of none: log_probs (0, 0, V), hidden (0, 0, D), lengths (0,)."""
+    widths = config.vocab_size, config.encoder.attention_dim
+    return *(np.zeros((0, 0, width), np.float32) for width in widths), np.zeros(0, np.int32)
 
 
 def padded(features: np.ndarray, lengths: np.ndarray, input_dim: int, min_frames: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from m3asr.engines import padded
+from m3asr.engines import no_utterances, padded
 from m3asr.engines.streaming import StreamState, next_states, step_inputs, stream_start
 from m3asr.errors import ModelError
 from m3asr.folder import ModelFolder
@@ -43,7 +43,7 @@ class EagerEngine:
         encoder = self.config.encoder
         features, lengths = padded(features, lengths, encoder.input_dim, encoder.min_frames)
         if not len(lengths):
-            return _empty(self.config)
+            return no_utterances(self.config)
         outputs = self.model(self._tensor(features), self._tensor(lengths), chunk_size, left_chunks, compat)
         return tuple(output.cpu().numpy() for output in outputs)
 
@@ -67,9 +67,3 @@ class EagerEngine:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-
-
-def _empty(config):
-    zero = np.zeros((0, 0), np.float32)
-    shape = (config.vocab_size, config.encoder.attention_dim)
-    return zero[..., None].repeat(shape[0], -1), zero[..., None].repeat(shape[1], -1), np.zeros(0, np.int32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from m3asr.engines import padded
+from m3asr.engines import no_utterances, padded
 from m3asr.engines.streaming import StreamState, next_states, step_inputs, stream_start
 from m3asr.errors import ModelError
 from m3asr.folder import ModelFolder
@@ -87,8 +87,7 @@ class OnnxEngine:
         encoder = self.config.encoder
         features, lengths = padded(features, lengths, encoder.input_dim, encoder.min_frames)
         if not len(lengths):
-            shape = (self.config.vocab_size, encoder.attention_dim)
-            return np.zeros((0, 0, shape[0]), np.float32), np.zeros((0, 0, shape[1]), np.float32), lengths
+            return no_utterances(self.config)
         return tuple(_run(self._encoder, _encoder_inputs(features, lengths, compat, chunk_size, left_chunks)))
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from m3asr import __version__, trt
-from m3asr.engines import padded
+from m3asr.engines import no_utterances, padded
 from m3asr.engines.tensorrt_experts import EXPERTS, experts_as
 from m3asr.errors import ModelError
 from m3asr.folder import ModelFolder
@@ -179,9 +179,7 @@ class _Base:
         encoder = self.config.encoder
         features, lengths = padded(features, lengths, encoder.input_dim, encoder.min_frames)
         if not len(lengths):
-            zero = np.zeros((0, 0), np.float32)
-            widths = (self.config.vocab_size, encoder.attention_dim)
-            return *(zero[..., None].repeat(w, -1) for w in widths), np.zeros(0, np.int32)
+            return no_utterances(self.config)
         out = self._run("encoder", feats=torch.from_numpy(features), lengths=torch.from_numpy(lengths))
         return tuple(out[n].float().cpu().numpy() for n in ("log_probs", "hidden")) + (
             out["out_lengths"].cpu().numpy(),

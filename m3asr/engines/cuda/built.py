@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from m3asr.engines.cuda import packing
 from m3asr.engines.cuda.engine import CudaEngine, device_of
 from m3asr.engines.cuda.packing import Packed
 from m3asr.errors import ModelError
-from m3asr.folder import ModelFolder
+from m3asr.folder import ModelFolder, engine_aside
 
 FORMAT_VERSION = 1
 _KINDS = {
@@ -43,24 +41,11 @@ def build(folder: ModelFolder, precision: str = "bf16", device: str = "cuda") ->
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in packed.decoder.items()}
     tree = _flat(packed.weights, "weights", tensors)
     manifest = {**_expected(folder, device), "precision": precision, "weights": tree}
-    target = folder.path / "engines" / "cuda"
-    try:
-        target.parent.mkdir(exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".cuda.", dir=target.parent))
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
-    try:
+    with engine_aside(folder, "cuda") as aside:
         save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, aside / "weights.safetensors")
         (aside / "weights.safetensors").chmod(0o644)
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        aside.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return target
+    return folder.path / "engines" / "cuda"
 
 
 def load(folder: ModelFolder, device: str = "cuda", **options) -> CudaEngine:
