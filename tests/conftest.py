@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from pathlib import Path
 
 # Before torch is imported: the tests' arrays are small, and other processes test beside this one.
@@ -32,6 +34,27 @@ class _Folders(dict):
 def golden_folders(tmp_path_factory) -> dict[str, Path]:
     """Golden checkpoints as model folders with their onnx engine, by name."""
     return _Folders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def m3(monkeypatch, capfd):
+    """Run `m3asr ARGUMENTS` in this process -> (exit code, standard output, standard error)."""
+    from m3asr.cli import main
+
+    def call(*arguments, stdin: bytes | None = None):
+        monkeypatch.setattr(sys, "argv", ["m3asr", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
 
 
 def pytest_collection_modifyitems(items):

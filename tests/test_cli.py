@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typer.testing import CliRunner
 
 import m3asr
 from m3asr.audio import SAMPLE_RATE
-from m3asr.cli import app, main
+from m3asr.cli import app
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ONE, TWO = str(EXAMPLES / "goforward.flac"), str(EXAMPLES / "librivox-0880.flac")
@@ -30,26 +29,6 @@ def model(golden_folders):
 def texts(model):
     transcriber = m3asr.load(model, threads=1)
     return [transcriber.transcribe(path).text for path in (ONE, TWO)]
-
-
-@pytest.fixture
-def m3(monkeypatch, capfd):
-    """Run `m3asr ARGUMENTS` in this process -> (exit code, standard output, standard error)."""
-
-    def call(*arguments, stdin: bytes | None = None):
-        monkeypatch.setattr(sys, "argv", ["m3asr", *map(str, arguments)])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

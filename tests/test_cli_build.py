@@ -5,37 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from m3asr.cli import main
 from m3asr.cli.build import read_profile
 from m3asr.engines import available
 from m3asr.errors import M3asrError
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "goforward.flac"
 SMALL = "B=1:1:2,T=7:100:400"
-
-
-@pytest.fixture
-def m3(monkeypatch, capfd):
-    """Run `m3asr ARGUMENTS` in this process -> (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["m3asr", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capfd.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import zipfile
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import m3asr
-from m3asr.cli import main
 from m3asr.decode import DecodeOptions
 from m3asr.errors import AudioError, M3asrError
 from m3asr.evaluate import Result, ResultsFile, differences, summary, transcribe_utterances, worst
@@ -238,19 +236,8 @@ def test_summary_worst_and_differences():
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capfd):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["m3asr", "evaluate", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+def evaluate(m3):
+    return partial(m3, "evaluate")
 
 
 def test_the_report(evaluate, model, audio):

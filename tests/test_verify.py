@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from m3asr.cli import main
 from m3asr.engines.eager import EagerEngine
 from m3asr.engines.observe import observe
 from m3asr.engines.onnx import OnnxEngine
@@ -227,23 +225,6 @@ def _batch(utterances):
 
     order = sorted(utterances, key=lambda utterance: -len(utterance[1]))
     return pad_batch([features for _, features in order])
-
-
-@pytest.fixture
-def m3(monkeypatch, capfd):
-    """Run `m3asr ARGUMENTS` in this process -> (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["m3asr", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capfd.readouterr()
-
-    return call
 
 
 def test_command(m3, folder, tmp_path):
