@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 
@@ -11,17 +12,18 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-pytest.importorskip("tensorrt_rtx")
-
 from golden import GOLDEN, GOLDEN_NAMES, relative_error  # noqa: E402
+from interpreter_tiles import few_programs  # noqa: E402, F401
 
 from m3asr import trt  # noqa: E402
 from m3asr.checkpoint import read_checkpoint  # noqa: E402
 from m3asr.engines import tensorrt  # noqa: E402
-from m3asr.engines.tensorrt_experts import expert_linear  # noqa: E402
+from m3asr.engines.tensorrt_experts import experts  # noqa: E402
 from m3asr.errors import ModelError  # noqa: E402
 from m3asr.model import Model  # noqa: E402
 
+INSTALLED = importlib.util.find_spec("tensorrt_rtx") is not None
+needs_tensorrt = pytest.mark.skipif(not INSTALLED, reason="needs tensorrt_rtx: its network, builder or plugin object")
 SMALL = [{"B": (1, 2, 4), "T": (7, 206, 600)}]
 
 
@@ -34,6 +36,7 @@ def golden_model(name):
     return model, golden, features.astype(np.float32), golden["feat_lens"].astype(np.int32)
 
 
+@needs_tensorrt
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_golden(name):
     """The hidden sequence of the original code, from the interpreted network; then other sizes on the same network."""
@@ -53,6 +56,7 @@ def test_golden(name):
         assert relative_error(got["log_probs"].numpy(), want[0].numpy(), want[2].tolist()) < 1e-5
 
 
+@needs_tensorrt
 def test_routing_in_float32_whatever_the_precision():
     model, _, features, lengths = golden_model("3m-moe-80")
     network = tensorrt.trace_encoder(model, profiles=SMALL, precision="fp16")
@@ -75,6 +79,7 @@ def test_routing_in_float32_whatever_the_precision():
 
 
 @pytest.mark.parametrize("form", ["layers", "plugin"])
+@needs_tensorrt
 def test_padded_and_constant_rows_make_no_nan(form):
     """Silence, padding and constant rows pass norms, router and experts without a NaN, and change nothing else."""
     model, _, features, lengths = golden_model("3m-moe-80")
@@ -91,6 +96,7 @@ def test_padded_and_constant_rows_make_no_nan(form):
 
 
 @pytest.mark.parametrize("kind, limit", [("int8", 0.1), ("fp8", 0.2)])
+@needs_tensorrt
 def test_quantised(kind, limit):
     model, _, features, lengths = golden_model("3m-moe-80")
     with pytest.raises(ModelError, match="calibration"):
@@ -103,6 +109,7 @@ def test_quantised(kind, limit):
     assert 1e-4 < relative_error(got["hidden"].numpy(), want[1].numpy(), want[2].tolist()) < limit
 
 
+@needs_tensorrt
 def test_prior(tmp_path):
     model, _, features, lengths = golden_model("3m-moe-40")
     size = model.config.vocab_size
@@ -122,6 +129,7 @@ def test_prior(tmp_path):
         tensorrt.read_prior(tmp_path / "missing", size)
 
 
+@needs_tensorrt
 def test_engine_and_decoders():
     model, _, features, lengths = golden_model("wenet-u2pp-80")
     engine = tensorrt.InterpretedEngine(model, profiles=SMALL)
@@ -142,6 +150,7 @@ def test_engine_and_decoders():
     assert engine(features[:0], lengths[:0])[0].shape == (0, 0, model.config.vocab_size)
 
 
+@needs_tensorrt
 def test_plans_are_really_built(tmp_path):
     model = golden_model("3m-moe-80")[0]
     built = tensorrt.build(
@@ -157,30 +166,51 @@ def test_plans_are_really_built(tmp_path):
 EXPERTS, WIDTH, HIDDEN = 5, 24, 40
 
 
-def expert_cases(dtype):
-    for tokens in (1, 37, 1030):
-        idx = torch.randint(-1, EXPERTS, (tokens,), dtype=torch.int64)
-        x = torch.randn(tokens, WIDTH)
-        weights = torch.randn(EXPERTS, HIDDEN, WIDTH) / 5, torch.randn(EXPERTS, HIDDEN)
-        yield x.to(dtype), idx, *(w.to(dtype) for w in weights)
+def expert_case(tokens, dtype, count=EXPERTS, width=WIDTH, hidden=HIDDEN):
+    """Some tokens without an expert, some experts without a token."""
+    idx = torch.randint(-1, count - 1, (tokens,), dtype=torch.int32)
+    up = torch.randn(count, hidden, width) / width**0.5, torch.randn(count, hidden)
+    down = torch.randn(count, width, hidden) / hidden**0.5, torch.randn(count, width)
+    x, *weights = (t.to(dtype) for t in (torch.randn(tokens, width), *up, *down))
+    return x, idx, *weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["swish", "none"])
+@pytest.mark.parametrize("activation", ["swish", "relu"])
 def test_expert_plugin(dtype, activation):
-    """In Triton's interpreter, or with real device addresses where there is a GPU."""
-    cases = list(expert_cases(dtype))
-    trt.check_plugin(
-        expert_linear, cases[: 2 if not torch.cuda.is_available() else 3], attributes={"activation": activation}
-    )
+    """Few tokens and many, in Triton's interpreter, or with real device addresses where there is a GPU."""
+    torch.manual_seed(0)
+    cases = [expert_case(tokens, dtype) for tokens in (1, 37, 131)]
+    trt.check_plugin(experts, cases, attributes={"activation": activation}, life_cycle=INSTALLED)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_expert_plugin_at_full_width(dtype):
-    """The seed's layer: 32 experts, 512 -> 1024, tokens in odd numbers."""
-    for tokens in (51, 511, 2049):
-        x = torch.randn(tokens, 512).to(dtype)
-        idx = torch.randint(32, (tokens,))
-        weight, bias = (torch.randn(32, 1024, 512) / 22).to(dtype), torch.randn(32, 1024).to(dtype)
-        trt.check_plugin(expert_linear, [(x, idx, weight, bias)], attributes={"activation": "swish"})
+@pytest.mark.parametrize("tokens", [51, 511, 2049, 6101])
+def test_expert_plugin_at_full_width(dtype, tokens):
+    """The original model's layer, 32 experts of 512 -> 1024 -> 512, tokens in odd numbers."""
+    torch.manual_seed(0)
+    case = expert_case(tokens, dtype, 32, 512, 1024)
+    trt.check_plugin(experts, [case], attributes={"activation": "swish"}, life_cycle=INSTALLED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [51, 1021])
+def test_expert_plugin_in_a_cuda_graph(tokens):
+    """Nothing waits for the device and nothing is allocated: the launches are captured and follow another routing."""
+    torch.manual_seed(0)
+    case = [t.cuda() for t in expert_case(tokens, torch.float16, 32, 512, 1024)]
+    attributes = {"activation": "swish"}
+    (out,) = experts.allocate(case, attributes)
+    workspace = torch.empty(experts.workspace_bytes([t.shape for t in case]), dtype=torch.uint8, device="cuda")
+    experts.launch_on(case, [out], attributes, workspace)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        before = torch.cuda.memory_allocated()
+        experts.launch_on(case, [out], attributes, workspace)
+        assert torch.cuda.memory_allocated() == before
+    case[1].copy_(case[1].flip(0))
+    graph.replay()
+    want = experts.reference(*case, **attributes)
+    assert (out - want).abs().max() <= 5e-3 * want.abs().max()

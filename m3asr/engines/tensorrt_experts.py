@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -15,8 +15,8 @@ EXPERTS = ("layers", "plugin")
 _FORM: ContextVar[str] = ContextVar("experts", default="layers")
 # Bytes that the hidden layer of all experts on all tokens may take; above it the experts are computed in groups.
 LAYER_BYTES = 1 << 28
-# Tokens of one launch of the plugin's kernel, which holds the routing of all of them at once.
-LAUNCH_TOKENS = 1024
+# The highest tile of sorted tokens, for the plugin's workspace: every expert may leave one partly empty.
+MOST_ROWS = 128
 
 
 @contextmanager
@@ -30,10 +30,9 @@ def experts_as(form: str):
 
 
 @trt.converter(ops.moe)
-def _experts(net, x, expert_idx, w_1, b_1, w_2, b_2, activation):
+def _convert(net, x, expert_idx, w_1, b_1, w_2, b_2, activation):
     if _FORM.get() == "plugin":
-        h = expert_linear(x, expert_idx, w_1, b_1, activation=activation)
-        return expert_linear(h, expert_idx, w_2, b_2, activation="none")
+        return experts(x, expert_idx.to(torch.int32), w_1, b_1, w_2, b_2, activation=activation)
     return _in_layers(net, x, expert_idx, w_1, b_1, w_2, b_2, activation)
 
 
@@ -57,32 +56,62 @@ def _in_layers(net, x, expert_idx, w_1, b_1, w_2, b_2, activation):
     return y
 
 
-@trt.plugin("M3asrExpertLinear", shape=lambda x, expert_idx, weight, bias: (x[0], weight[1]), kind="matmul")
-def expert_linear(x, expert_idx, weight, bias, *, activation: str):
-    """act(weight[e] x[n] + bias[e]) with e = expert_idx[n]; a negative e gives zeros.
+def _workspace_bytes(x, expert_idx, w_1, b_1, w_2, b_2):
+    """Sorted hidden rows, the token of each, the expert of each tile, and the biases as float32."""
+    tokens, (count, hidden) = x[0], b_1
+    slots = tokens + (count + 1) * MOST_ROWS
+    return 4 * (slots * (hidden + 2) + count * hidden + b_2[0] * b_2[1]) + 6 * 256
 
-    x (N, K), expert_idx int (N,), weight (E, C, K), bias (E, C) -> (N, C). activation: a name of ops.ACTIVATIONS
-    or "none".
+
+@trt.plugin("M3asrExperts", kind="matmul", workspace=_workspace_bytes)
+def experts(x, expert_idx, w_1, b_1, w_2, b_2, *, activation: str):
+    """w_2[e] act(w_1[e] x[n] + b_1[e]) + b_2[e] with e = expert_idx[n]; a negative e gives zeros.
+
+    x (N, D), expert_idx int32 (N,), w_1 (E, F, D), b_1 (E, F), w_2 (E, D, F), b_2 (E, D) -> (N, D).
+    activation: a name of ops.ACTIVATIONS.
     """
-    out = x.new_zeros(x.shape[0], weight.shape[1])
-    for e in range(weight.shape[0]):
+    out = torch.zeros_like(x)
+    for e in range(w_1.shape[0]):
         tokens = (expert_idx == e).nonzero().squeeze(1)
-        y = F.linear(x[tokens].float(), weight[e].float(), bias[e].float())
-        out[tokens] = (y if activation == "none" else ops.ACTIVATIONS[activation](y)).to(out.dtype)
+        h = ops.ACTIVATIONS[activation](F.linear(x[tokens].float(), w_1[e].float(), b_1[e].float())).to(x.dtype)
+        out[tokens] = F.linear(h.float(), w_2[e].float(), b_2[e].float()).to(x.dtype)
     return out
 
 
-@expert_linear.kernel
-def _launch(x, expert_idx, weight, bias, out, activation):
+@experts.kernel
+def _launch(x, expert_idx, w_1, b_1, w_2, b_2, out, activation, workspace):
+    """Few tokens: every expert's weights are read once. Many: tokens sorted by expert. The cuda engine's kernels."""
+    from m3asr.engines.cuda.tiles import FEW_TOKENS, tiles_for
     from m3asr.kernels.experts_few import experts_few
-    from m3asr.kernels.pieces import Tile, at_least_16
+    from m3asr.kernels.experts_many import experts_many, most_tiles, sort_tokens
 
+    (tokens, width), (count, hidden) = x.shape, b_1.shape
+    wide = x.dtype == torch.float32
+    tile = tiles_for("few" if tokens <= FEW_TOKENS else "many", tokens, width, hidden, wide)
+    taken = 0
+
+    def piece(dtype, *shape):
+        nonlocal taken
+        size = math.prod(shape) * dtype.itemsize
+        taken, start = taken + -(-size // 256) * 256, taken
+        return workspace[start : start + size].view(dtype).view(shape)
+
+    b_1 = piece(torch.float32, *b_1.shape).copy_(b_1)
+    b_2 = piece(torch.float32, *b_2.shape).copy_(b_2)
     out.zero_()  # tokens without an expert are not written
-    # The interpreter multiplies bfloat16 operands wrongly (triton 3.9), so it is given float32 ones.
-    dot = "upcast" if os.environ.get("TRITON_INTERPRET") == "1" else "ieee"
-    expert_idx, bias = expert_idx.to(torch.int32), bias.float()
-    tile = Tile(16, 32, at_least_16(x.shape[1]), stages=1)
-    for a in range(0, x.shape[0], LAUNCH_TOKENS):
-        b = a + LAUNCH_TOKENS
-        part = {"tile": tile, "activation": activation, "early": False, "dot": dot}
-        experts_few(x[a:b], weight, bias, expert_idx[a:b], out[a:b], **part)
+    # Three tf32 products keep float32's accuracy; Triton's interpreter multiplies bfloat16 operands wrongly (3.9).
+    dot = {"dot": "tf32x3" if wide else "upcast" if x.device.type == "cpu" else "ieee"}
+    up, down = {**dot, "tile": tile.expert_up, "activation": activation}, {**dot, "tile": tile.expert_down}
+    if tokens <= FEW_TOKENS:
+        h = piece(x.dtype, tokens, hidden)
+        early = {"early": tile.experts_early}
+        experts_few(x, w_1, b_1, expert_idx, h, **up, **early)
+        experts_few(h, w_2, b_2, expert_idx, out, **down, **early)
+        return
+    rows = tile.expert_up.m
+    tiles = most_tiles(tokens, count, rows)
+    h = piece(x.dtype, tiles * rows, hidden)
+    slot_token, tile_expert = piece(torch.int32, tiles * rows), piece(torch.int32, tiles)
+    sort_tokens(expert_idx, slot_token, tile_expert, experts=count, rows=rows, tile=tile.sort)
+    experts_many(x, w_1, b_1, slot_token, tile_expert, h, **up)
+    experts_many(h, w_2, b_2, slot_token, tile_expert, out, residual_scale=1.0, **down)

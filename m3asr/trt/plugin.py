@@ -76,10 +76,11 @@ def numel(shape):
 class Plugin:
     """What `@plugin` makes of a reference. Call it like the function it was."""
 
-    def __init__(self, name, reference, shape, dtypes, kernel=None, version="1", namespace="", kind="plain", aot=False):
+    def __init__(self, name, reference, shape, dtypes, workspace=None, kernel=None, *, version="1", namespace="",
+                 kind="plain", aot=False):  # fmt: skip
         parameters = inspect.signature(reference).parameters.values()
         self.name, self.version, self.namespace, self.kind, self.aot = name, version, namespace, kind, aot
-        self.reference, self.shape, self.dtypes = reference, shape, tuple(dtypes)
+        self.reference, self.shape, self.dtypes, self.workspace = reference, shape, tuple(dtypes), workspace
         self.inputs = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         kinds = {t.__name__: t for t in ATTRIBUTE_TYPES}  # annotations may be strings
         self.attributes = {
@@ -97,6 +98,8 @@ class Plugin:
                 )
         if not self.inputs:
             raise PluginError(f"plugin {name!r} has no tensor inputs")
+        if aot and workspace is not None:
+            raise PluginError(f"plugin {name!r}: a kernel inside the plan (aot=True) gets no workspace")
 
     def kernel(self, launch):
         """Decorator: launch(*inputs, *outputs, **attributes) writes the outputs; or pass a `OneKernel`."""
@@ -136,12 +139,24 @@ class Plugin:
         types = [getattr(torch, t) if isinstance(t, str) else t for t in types]
         return [make(s, dtype=t, device=tensors[0].device) for s, t in zip(shapes, types, strict=True)]
 
+    def workspace_bytes(self, shapes):
+        """Scratch memory for inputs of these shapes."""
+        return 0 if self.workspace is None else int(self.workspace(*(tuple(int(n) for n in s) for s in shapes)))
+
     def run_kernel(self, tensors, attributes):
         if self.launch is None:
             raise PluginError(f"plugin {self.name!r} has no kernel; write one with @{self.reference.__name__}.kernel")
         outputs = self.allocate(tensors, attributes)
-        self.launch(*(t.contiguous() for t in tensors), *outputs, **attributes)
+        size = self.workspace_bytes([t.shape for t in tensors])
+        scratch = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
+        self.launch_on([t.contiguous() for t in tensors], outputs, attributes, scratch)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def launch_on(self, inputs, outputs, attributes, workspace):
+        """The user's launch; none where there is nothing to write."""
+        if any(t.numel() for t in outputs):
+            given = attributes if self.workspace is None else {**attributes, "workspace": workspace}
+            self.launch(*inputs, *outputs, **given)
 
     def __call__(self, *tensors, **attributes):
         from .tensor import SymTensor
@@ -160,7 +175,18 @@ class Plugin:
         return f"<plugin {self.name} ({', '.join(self.inputs)})>"
 
 
-def plugin(name, *, shape=None, dtypes=(0,), kernel=None, version="1", namespace="", kind="plain", aot=False):
+def plugin(
+    name,
+    *,
+    shape=None,
+    dtypes=(0,),
+    workspace=None,
+    kernel=None,
+    version="1",
+    namespace="",
+    kind="plain",
+    aot=False,
+):
     """Declares a plugin; decorates its torch reference.
 
     Args:
@@ -168,6 +194,8 @@ def plugin(name, *, shape=None, dtypes=(0,), kernel=None, version="1", namespace
         shape: input shapes -> output shape (a list of them for several outputs), with + - * // on sizes.
             Default: the shape of the first input.
         dtypes: one entry an output: the number of the input whose dtype it has, or a dtype name.
+        workspace: input shapes -> bytes of scratch memory, never fewer for larger shapes; `launch` gets them as the
+            keyword `workspace`, a uint8 tensor.
         kernel: launch function or OneKernel; or decorate it with @<plugin>.kernel.
         aot: compile the kernel, a `OneKernel`, into the plan: no Python at run time. Full TensorRT 10.9+ only.
         kind: in a low-precision build, "plain" takes the type of the inputs, "matmul" the low type, "float32" float32.
@@ -178,7 +206,8 @@ def plugin(name, *, shape=None, dtypes=(0,), kernel=None, version="1", namespace
 
     def declare(reference):
         first = shape or (lambda *shapes: shapes[0] if len(dtypes) == 1 else [shapes[0]] * len(dtypes))
-        made = Plugin(name, reference, first, dtypes, kernel, version, namespace, kind, aot)
+        names = {"version": version, "namespace": namespace}
+        made = Plugin(name, reference, first, dtypes, workspace, kernel, kind=kind, aot=aot, **names)
         PLUGINS[namespace, name, version] = made
         return made
 

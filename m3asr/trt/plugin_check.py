@@ -12,7 +12,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2, tor
 GUARD = 64  # elements before and after every output, to catch writes out of bounds
 
 
-def check_plugin(description, cases, *, attributes=None, tolerance=None, package=None):
+def check_plugin(description, cases, *, attributes=None, tolerance=None, package=None, life_cycle=True):
     """Runs the kernel on every case and compares it with the reference. Raises PluginError at the first difference.
 
     On a machine with a GPU the tensors go there and `enqueue` gets real device addresses. Without one the kernel runs
@@ -24,13 +24,14 @@ def check_plugin(description, cases, *, attributes=None, tolerance=None, package
         attributes: the plugin's attributes.
         tolerance: largest |difference| / largest |reference|; default 1e-4 for float32, 5e-3 for float16, 2e-2 for
             bfloat16, 0 for integers.
+        life_cycle: False checks the kernel alone, on raw addresses like TensorRT's, and needs no TensorRT package.
 
     Returns:
         The largest relative error over all cases and outputs.
 
     It fails when the shape function or the dtypes disagree with the reference, when an output element is left
-    unwritten, when something outside an output or inside an input is written, when the values differ, and when a clone
-    or an object made again from the serialised attributes computes something else.
+    unwritten, when something outside an output or the workspace or inside an input is written, when the values differ,
+    and when a clone or an object made again from the serialised attributes computes something else.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -43,41 +44,50 @@ def check_plugin(description, cases, *, attributes=None, tolerance=None, package
     cases = list(cases)
     if not cases:
         raise PluginError(f"plugin {description.name!r}: no cases to check")
-    package = package if isinstance(package, Package) else Package(package)
     attributes = description.bound(attributes or {})
-    worst = 0.0
-    for case in cases:
-        for maker in (LifeCycle.created, LifeCycle.cloned, LifeCycle.deserialized):
-            cycle = maker(package, description, attributes)
-            worst = max(worst, _compare(description, cycle, case, attributes, tolerance, device))
-    return worst
+    if life_cycle:
+        package = package if isinstance(package, Package) else Package(package)
+        makers = (LifeCycle.created, LifeCycle.cloned, LifeCycle.deserialized)
+        runners = [make(package, description, attributes) for make in makers]
+    else:
+        runners = [OnAddresses(description, attributes)]
+    return max(
+        _compare(description, runner, case, attributes, tolerance, device) for case in cases for runner in runners
+    )
 
 
-def _compare(description, cycle, case, attributes, tolerance, device):
+def _compare(description, runner, case, attributes, tolerance, device):
     where = f"plugin {description.name!r} on inputs {[tuple(t.shape) for t in case]}"
     inputs = [t.to(device).contiguous() for t in case]
     before = [t.clone() for t in inputs]
     wanted = description.reference(*inputs, **attributes)
     wanted = [wanted] if isinstance(wanted, torch.Tensor) else list(wanted)
     shapes = description.output_shapes([tuple(t.shape) for t in inputs], attributes)
-    dtypes = cycle.output_dtypes([t.dtype for t in inputs])
+    dtypes = runner.output_dtypes([t.dtype for t in inputs])
     for i, (w, s, d) in enumerate(zip(wanted, shapes, dtypes, strict=True)):
         if tuple(w.shape) != s:
             raise PluginError(f"{where}: the shape function says {s} for output {i}, the reference {tuple(w.shape)}")
         if w.dtype != d:
             raise PluginError(f"{where}: output {i} is declared {d}, the reference gives {w.dtype}")
     guarded = [_guarded(s, d, device) for s, d in zip(shapes, dtypes, strict=True)]
-    cycle.enqueue(inputs, [inner for _, inner in guarded], device)
+    scratch, workspace = _guarded((description.workspace_bytes([t.shape for t in inputs]),), torch.uint8, device)
+    runner.enqueue(inputs, [inner for _, inner in guarded], workspace, device)
     for t, b in zip(inputs, before, strict=True):
         if not torch.equal(_bits(t), _bits(b)):
             raise PluginError(f"{where}: the kernel writes into an input")
+    if not _untouched(scratch):
+        raise PluginError(f"{where}: the kernel writes outside of its workspace")
     worst = 0.0
     for i, (w, (whole, inner)) in enumerate(zip(wanted, guarded, strict=True)):
-        edge = torch.cat([whole[:GUARD], whole[len(whole) - GUARD :]])
-        if not torch.equal(_bits(edge), _bits(_filler(edge))):
+        if not _untouched(whole):
             raise PluginError(f"{where}: the kernel writes outside of output {i}")
         worst = max(worst, _error(f"{where}, output {i}", inner, w, tolerance))
     return worst
+
+
+def _untouched(whole):
+    edge = torch.cat([whole[:GUARD], whole[len(whole) - GUARD :]])
+    return torch.equal(_bits(edge), _bits(_filler(edge)))
 
 
 def _bits(t):
@@ -88,7 +98,7 @@ def _bits(t):
 def _filler(t):
     if t.dtype.is_floating_point:
         return torch.full_like(t, float("nan"))
-    return torch.full_like(t, True if t.dtype == torch.bool else torch.iinfo(t.dtype).min)
+    return torch.full_like(t, True if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
 
 
 def _guarded(shape, dtype, device):
@@ -126,6 +136,30 @@ def _error(where, got, want, tolerance):
     return error
 
 
+class OnAddresses:
+    """The launch alone, as `enqueue` calls it, without any TensorRT object."""
+
+    def __init__(self, description, attributes):
+        self.description, self.attributes = description, attributes
+
+    def output_dtypes(self, dtypes):
+        return [getattr(torch, d) if isinstance(d, str) else d for d in self.description.output_dtypes(dtypes)]
+
+    def enqueue(self, inputs, outputs, workspace, device):
+        given, written = ([(tuple(t.shape), t.dtype, t.data_ptr()) for t in group] for group in (inputs, outputs))
+
+        def launch():
+            plugin_v3.launch_at(self.description, self.attributes, given, written, workspace.data_ptr(), device)
+
+        if device == "cpu":
+            return launch()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            launch()
+        stream.synchronize()
+
+
 class LifeCycle:
     """One plugin object as TensorRT would come by it, and its enqueue on real addresses."""
 
@@ -159,7 +193,7 @@ class LifeCycle:
         types = self.instance.get_output_data_types([self.package.dtype(d) for d in dtypes])
         return [self.package.torch_dtype(t) for t in types]
 
-    def enqueue(self, inputs, outputs, device):
+    def enqueue(self, inputs, outputs, workspace, device):
         """Hands over addresses and descriptions, as TensorRT does."""
         descriptions = [[self._described(t) for t in group] for group in (inputs, outputs)]
         addresses = [[t.data_ptr() for t in group] for group in (inputs, outputs)]
@@ -167,10 +201,10 @@ class LifeCycle:
         if device == "cuda":
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            self.instance.enqueue(*descriptions, *addresses, 0, stream.cuda_stream)
+            self.instance.enqueue(*descriptions, *addresses, workspace.data_ptr(), stream.cuda_stream)
             stream.synchronize()
         else:
-            self.instance.run(*descriptions, *addresses, "cpu")
+            self.instance.run(*descriptions, *addresses, workspace.data_ptr(), "cpu")
 
     def _described(self, tensor):
         trt = self.package.module

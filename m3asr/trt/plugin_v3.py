@@ -9,6 +9,7 @@ import ctypes
 import numpy as np
 import torch
 
+from .errors import PluginError
 from .plugin import PLUGINS
 
 _CLASSES = {}
@@ -55,8 +56,10 @@ def tensor_at(pointer, shape, dtype, device):
     """The tensor that lies at an address; nothing is copied."""
     shape = tuple(int(s) for s in shape)
     count = int(np.prod(shape, dtype=np.int64))
-    if count == 0 or not pointer:
+    if count == 0:
         return torch.empty(shape, dtype=dtype, device=device)
+    if not pointer:
+        raise PluginError(f"a tensor of {shape} was handed over without an address")
     if device == "cpu":
         size = count * torch.empty(0, dtype=dtype).element_size()
         memory = (ctypes.c_char * size).from_address(pointer)
@@ -72,6 +75,14 @@ def tensor_at(pointer, shape, dtype, device):
     }
     holder = type("Pointer", (), {"__cuda_array_interface__": interface})()
     return torch.as_tensor(holder, device="cuda").view(dtype)
+
+
+def launch_at(description, attributes, inputs, outputs, workspace, device):
+    """The plugin's launch on raw addresses: inputs and outputs are (shape, torch dtype, address)."""
+    given = [tensor_at(address, shape, dtype, device) for shape, dtype, address in inputs]
+    written = [tensor_at(address, shape, dtype, device) for shape, dtype, address in outputs]
+    size = description.workspace_bytes([shape for shape, _, _ in inputs])
+    description.launch_on(given, written, attributes, tensor_at(workspace, (size,), torch.uint8, device))
 
 
 def plugin_class(package):
@@ -136,7 +147,7 @@ def plugin_class(package):
             return self.clone()
 
         def get_workspace_size(self, inputs, outputs):
-            return 0
+            return self.description.workspace_bytes([tuple(d.max) for d in inputs])
 
         def get_valid_tactics(self):
             return []
@@ -149,15 +160,17 @@ def plugin_class(package):
 
         def enqueue(self, input_desc, output_desc, inputs, outputs, workspace, stream):
             with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
-                self.run(input_desc, output_desc, inputs, outputs, "cuda")
+                self.run(input_desc, output_desc, inputs, outputs, workspace, "cuda")
 
-        def run(self, input_desc, output_desc, inputs, outputs, device):
-            """The launch on raw addresses; `enqueue` without a stream, so that a test can drive it on the CPU."""
-            tensors = [
-                tensor_at(p, tuple(d.dims), package.torch_dtype(d.type), device)
-                for d, p in [*zip(input_desc, inputs, strict=True), *zip(output_desc, outputs, strict=True)]
-            ]
-            self.description.launch(*tensors, **self.attributes)
+        def run(self, input_desc, output_desc, inputs, outputs, workspace, device):
+            """`enqueue` without a stream, so that a test can drive it on the CPU."""
+
+            def described(group, addresses):
+                types = [package.torch_dtype(d.type) for d in group]
+                return [(tuple(d.dims), t, a) for d, t, a in zip(group, types, addresses, strict=True)]
+
+            given, written = described(input_desc, inputs), described(output_desc, outputs)
+            launch_at(self.description, self.attributes, given, written, workspace, device)
 
     def description_types(self, input_types):
         return self.description.output_dtypes(list(input_types))

@@ -9,53 +9,100 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
-pytest.importorskip("tensorrt_rtx")
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)  # not imported here: the interpreter is chosen before
 
 import torch
-from trt_plugins import WRONG, double, peak, scale_rows
+from trt_plugins import WRONG, double, peak, scale_rows, sorted_rows
 
 import m3asr.trt as trt
 from m3asr.trt import plugin_aot, plugin_parser, plugin_v3
 from m3asr.trt.package import Package
 
-ODD = [(1, 1), (3, 7), (5, 33), (2, 64)]
+INSTALLED = importlib.util.find_spec("tensorrt_rtx") is not None
+needs_tensorrt = pytest.mark.skipif(not INSTALLED, reason="needs tensorrt_rtx: its plugin object or network")
+# With TensorRT the plugin object enqueues, without it the launch alone runs on raw addresses.
+FORMS = [pytest.param(True, marks=needs_tensorrt, id="object"), pytest.param(False, id="launch")]
+
+ODD = [(1, 1), (3, 7), (5, 33), (2, 64), (0, 5)]
 SCALED = [(torch.randn(s), torch.randn(s[-1])) for s in ODD]
 
 
-def test_kernel_is_right():
-    assert trt.check_plugin(scale_rows, SCALED, attributes={"eps": 0.25}) < 1e-6
-    assert trt.check_plugin(peak, [(torch.randn(s),) for s in ODD]) == 0
-    assert trt.check_plugin(double, [(torch.randn(s),) for s in ODD]) == 0
+@pytest.mark.parametrize("life_cycle", FORMS)
+def test_kernel_is_right(life_cycle):
+    def check(plugin, cases, **attributes):
+        return trt.check_plugin(plugin, cases, attributes=attributes, life_cycle=life_cycle)
+
+    assert check(scale_rows, SCALED, eps=0.25) < 1e-6
+    for plugin in (peak, double, sorted_rows):
+        assert check(plugin, [(torch.randn(s),) for s in ODD]) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_kernel_is_right_in_low_precision(dtype):
     cases = [tuple(t.to(dtype) for t in case) for case in SCALED]
-    assert trt.check_plugin(scale_rows, cases) < 1e-2
+    assert trt.check_plugin(scale_rows, cases, life_cycle=False) < 1e-2
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("life_cycle", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_enqueue_on_the_gpu(dtype):
-    cases = [tuple(t.to(dtype) for t in case) for case in SCALED]
-    trt.check_plugin(scale_rows, cases)
-    trt.check_plugin(double, [case[:1] for case in cases])
-    trt.check_plugin(peak, [case[:1] for case in cases])
+def test_enqueue_on_the_gpu(dtype, life_cycle):
+    cases = [tuple(t.to(dtype) for t in case) for case in [*SCALED, (torch.randn(1021, 61), torch.randn(61))]]
+    assert trt.check_plugin(scale_rows, cases, life_cycle=life_cycle) < 1e-2
+    for plugin in (peak, double, sorted_rows):
+        assert trt.check_plugin(plugin, [case[:1] for case in cases], life_cycle=life_cycle) == 0
 
 
 @pytest.mark.gpu
-def test_called_on_the_gpu_it_runs_the_kernel():
+def test_called_on_the_gpu_it_runs_the_kernel(monkeypatch):
+    ran = []
+    right = scale_rows.launch
+    monkeypatch.setattr(scale_rows, "launch", lambda *a, **k: (ran.append(a[0].is_cuda), right(*a, **k)))
     x, scale = torch.randn(5, 33).cuda(), torch.randn(33).cuda()
     torch.testing.assert_close(scale_rows(x, scale), scale_rows.reference(x, scale))
+    torch.testing.assert_close(scale_rows(x.T, scale[:5]), scale_rows.reference(x.T, scale[:5]))  # not contiguous
+    torch.testing.assert_close(sorted_rows(x), x.sort(-1).values)
+    assert ran == [True, True]
 
 
+@pytest.mark.gpu
+def test_enqueue_in_a_cuda_graph():
+    """As the runtime captures it: on a stream of its own, replayed with other numbers at the same addresses."""
+    x, scale = torch.randn(5, 33).cuda(), torch.randn(33).cuda()
+    (out,) = scale_rows.allocate([x, scale], {"eps": 0.5})
+
+    def run():
+        at = [[(tuple(t.shape), t.dtype, t.data_ptr()) for t in group] for group in ((x, scale), (out,))]
+        plugin_v3.launch_at(scale_rows, {"eps": 0.5}, *at, 0, "cuda")
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    x.normal_()
+    out.zero_()
+    graph.replay()
+    torch.testing.assert_close(out, scale_rows.reference(x, scale))
+
+
+@pytest.mark.parametrize("life_cycle", FORMS)
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_plugins_are_noticed(name):
+def test_wrong_plugins_are_noticed(name, life_cycle):
     plugin, message = WRONG[name]
     with pytest.raises(trt.PluginError, match=message):
-        trt.check_plugin(plugin, [(torch.randn(3, 7) + 3,)])
+        trt.check_plugin(plugin, [(torch.randn(3, 7) + 3,)], life_cycle=life_cycle)
+
+
+@needs_tensorrt
+def test_workspace_for_the_largest_shapes():
+    """TensorRT asks once, with the ends of a profile."""
+    package = Package("tensorrt_rtx")
+    one = package.module.DynamicPluginTensorDesc()
+    one.min, one.max = package.module.Dims((1, 7)), package.module.Dims((30, 7))
+    assert plugin_v3.plugin_class(package)(sorted_rows, {}).get_workspace_size([one], []) == 30 * 7 * 4
+    assert plugin_v3.plugin_class(package)(double, {}).get_workspace_size([one], []) == 0
 
 
 def test_nothing_is_checked_in_silence(monkeypatch):
@@ -82,6 +129,7 @@ class Net(torch.nn.Module):
         return y, value, index
 
 
+@needs_tensorrt
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-6), ("fp16", 1e-2)])
 def test_in_a_network(precision, tolerance):
     net = Net().eval()
@@ -99,6 +147,7 @@ def test_in_a_network(precision, tolerance):
     assert any("scale_rows" in n for n in plugins)
 
 
+@needs_tensorrt
 def test_clones_share_everything():
     package = Package("tensorrt_rtx")
     creator = plugin_v3.register(package, scale_rows)
@@ -110,6 +159,7 @@ def test_clones_share_everything():
     assert not [v for v in vars(second).values() if isinstance(v, torch.Tensor)]
 
 
+@needs_tensorrt
 def test_formats():
     """The answers TensorRT asks for while it builds: linear layout only, outputs of the declared type."""
     package = Package("tensorrt_rtx")
@@ -141,6 +191,7 @@ def test_attributes():
             return x
 
 
+@needs_tensorrt
 def test_a_kernel_inside_the_plan_needs_full_tensorrt():
     @trt.plugin("test_compiled", kernel=double.launch, aot=True)
     def compiled(x):

@@ -76,6 +76,19 @@ double.kernel(
 )
 
 
+# With scratch memory: a copy of the rows, sorted there.
+@trt.plugin("test_sorted_rows", workspace=lambda x: 4 * trt.numel(x))
+def sorted_rows(x):
+    return x.sort(-1).values
+
+
+@sorted_rows.kernel
+def launch_sorted(x, out, workspace):
+    assert workspace.numel() == 4 * x.numel()
+    rows = workspace[: x.numel() * x.element_size()].view(x.dtype).view(x.shape).copy_(x)
+    out.copy_(rows.sort(-1).values)
+
+
 # How kernels go wrong: what check_plugin has to notice.
 
 
@@ -115,6 +128,16 @@ def _right(x, out):
     out.copy_(x * 2)
 
 
+def _outside_workspace(x, out, workspace):
+    out.copy_(x * 2)
+    byte_kernel[(1,)](workspace, workspace.numel())
+
+
+@triton.jit
+def byte_kernel(where, at):
+    tl.store(where + at, 1)
+
+
 def _nan(x, out):
     out.copy_(x * 2)
     out.view(-1)[0] = float("nan")
@@ -127,5 +150,6 @@ WRONG = {
     "input": (_wrong("input", _input), "into an input"),
     "nan": (_wrong("nan", _nan), "NaN"),
     "shape": (_wrong("shape", _right, shape=lambda x: (x[0], x[1] + 1)), "shape function"),
+    "workspace": (_wrong("workspace", _outside_workspace, workspace=lambda x: 16), "outside of its workspace"),
     "dtype": (_wrong("dtype", _right, dtypes=("int32",)), "declared"),
 }
