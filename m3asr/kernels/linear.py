@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, dot, finished, prefetch, release, wait
+from m3asr.kernels.pieces import Tile, dot, dot_parts, finished, prefetch, release, wait
 
 # In place of a tile: the product is the device library's (cuBLAS), and what follows it a kernel of its own.
 LIBRARY = Tile(0, 0)
@@ -33,6 +33,7 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GLU: tl.constexpr,
     TABLE: tl.constexpr,
@@ -52,21 +53,25 @@ def _linear_kernel(
     # Neighbouring programs share rows of a: the columns are few, and the weights stay in the cache anyway.
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    row_in = (rows < tokens)[:, None]
-    col_in = (cols < columns)[:, None]
-    a_at = a_ptr + rows.to(tl.int64)[:, None] * WIDTH + k[None, :]
-    w_at = w_ptr + cols[:, None] * WIDTH + k[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     bias = tl.load(b_ptr + cols, mask=cols < columns, other=0.0)
     if BLOCK_K >= WIDTH:
         # All of the inner dimension at once: the weights are on their way before the wait.
-        inside = (k < WIDTH)[None, :]
-        w = tl.load(w_at, mask=col_in & inside, other=0.0)
+        parts = tl.arange(0, PARTS)
+        k = parts[None, :, None] * (BLOCK_K // PARTS) + tl.arange(0, BLOCK_K // PARTS)[None, None, :]
+        inside = k < WIDTH  # (1, PARTS, BLOCK_K / PARTS)
+        w_at = w_ptr + cols[:, None, None] * WIDTH + k
+        w = tl.load(w_at, mask=(cols < columns)[:, None, None] & inside, other=0.0)
         wait(PDL)
-        a = tl.load(a_at, mask=row_in & inside, other=0.0)
-        acc = dot(a, tl.trans(w), acc, DOT)
+        a_at = a_ptr + rows.to(tl.int64)[:, None, None] * WIDTH + k
+        a = tl.load(a_at, mask=(rows < tokens)[:, None, None] & inside, other=0.0)
+        acc = dot_parts(a, w, PARTS, DOT)
     else:
+        k = tl.arange(0, BLOCK_K)
+        row_in = (rows < tokens)[:, None]
+        col_in = (cols < columns)[:, None]
+        a_at = a_ptr + rows.to(tl.int64)[:, None] * WIDTH + k[None, :]
+        w_at = w_ptr + cols[:, None] * WIDTH + k[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         wait(PDL)
         for start in range(0, WIDTH, BLOCK_K):
             if WIDTH % BLOCK_K == 0:
@@ -195,6 +200,7 @@ def linear(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
+        PARTS=tile.parts,
         DOT=dot,
         AHEAD=ahead is not None,
         PDL=pdl,

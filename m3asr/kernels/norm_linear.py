@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, at_least_16, dot, finished, normalise, prefetch, release, wait
+from m3asr.kernels.pieces import Tile, at_least_16, dot_parts, finished, normalise_parts, prefetch, release, wait
 
 
 @triton.jit
@@ -22,6 +22,8 @@ def _norm_linear_kernel(
     lengths_ptr,
     prior_w_ptr,
     prior_b_ptr,
+    shares_ptr,
+    expert_ptr,
     out_ptr,
     prior_out_ptr,
     tokens,
@@ -35,6 +37,8 @@ def _norm_linear_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    SHARES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GLU: tl.constexpr,
     TABLE: tl.constexpr,
@@ -47,25 +51,33 @@ def _norm_linear_kernel(
     prefetch(ahead_ptr, ahead_bytes, AHEAD)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    inside = (d < WIDTH)[None, :]
-    w_at = w_ptr + cols[:, None] * WIDTH + d[None, :]
-    w = tl.load(w_at, mask=(cols < columns)[:, None] & inside, other=0.0)  # (BLOCK_N, BLOCK_D)
+    parts = tl.arange(0, PARTS)
+    d = parts[None, :, None] * (BLOCK_D // PARTS) + tl.arange(0, BLOCK_D // PARTS)[None, None, :]
+    inside = d < WIDTH  # (1, PARTS, BLOCK_D / PARTS)
+    w_at = w_ptr + cols[:, None, None] * WIDTH + d
+    w = tl.load(w_at, mask=(cols < columns)[:, None, None] & inside, other=0.0)  # (BLOCK_N, PARTS, BLOCK_D / PARTS)
     bias = tl.load(b_ptr + cols, mask=cols < columns, other=0.0)
     wait(PDL)
-    x_at = rows[:, None] * WIDTH + d[None, :]
-    x_mask = (rows < tokens)[:, None] & inside
-    x = tl.load(x_ptr + x_at, mask=x_mask, other=0.0)  # (BLOCK_M, BLOCK_D)
+    x_at = rows[:, None, None] * WIDTH + d
+    x_mask = (rows < tokens)[:, None, None] & inside
+    x = tl.load(x_ptr + x_at, mask=x_mask, other=0.0)  # (BLOCK_M, PARTS, BLOCK_D / PARTS)
+    if SHARES > 0:
+        # What the experts of the block before left to be added; rows without an expert have none.
+        routed = tl.load(expert_ptr + rows, mask=rows < tokens, other=-1) >= 0
+        for share in tl.static_range(SHARES):
+            at = shares_ptr + (share * tokens).to(tl.int64) * WIDTH + x_at
+            x += tl.load(at, mask=x_mask & routed[:, None, None], other=0.0)
     if PRIOR:
-        prior_w = tl.load(prior_w_ptr + d, mask=d < WIDTH, other=0.0)
-        prior_b = tl.load(prior_b_ptr + d, mask=d < WIDTH, other=0.0)
-        x = normalise(x, inside, WIDTH, prior_eps) * prior_w[None, :] + prior_b[None, :]
+        # Loaded for every row, from the cache, in the shape of x: else the compiler moves x to the weights' threads.
+        d_of_all = tl.broadcast_to(d, (BLOCK_M, PARTS, BLOCK_D // PARTS))
+        prior_w = tl.load(prior_w_ptr + d_of_all, mask=x_mask, other=0.0)
+        prior_b = tl.load(prior_b_ptr + d_of_all, mask=x_mask, other=0.0)
+        x = normalise_parts(x, inside, WIDTH, prior_eps) * prior_w + prior_b
         # One program of each row block stores what the residual stream is from here on.
         if tl.program_id(0) == 0:
             tl.store(prior_out_ptr + x_at, x, mask=x_mask)
-    y = normalise(x, inside, WIDTH, eps).to(w.dtype)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + bias[None, :]
-    acc = dot(y, tl.trans(w), acc, DOT)  # (BLOCK_M, BLOCK_N)
+    y = normalise_parts(x, inside, WIDTH, eps).to(w.dtype)
+    acc = dot_parts(y, w, PARTS, DOT) + bias[None, :]  # (BLOCK_M, BLOCK_N)
     finished(
         acc, rows, cols, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, 1.0, BLOCK_M, BLOCK_N, ACTIVATION,
         GLU, TABLE, False, False,
@@ -84,6 +96,7 @@ def norm_linear(
     table=None,
     glu=None,
     prior=None,
+    shares=None,
     dot="ieee",
     ahead=None,
     pdl=False,
@@ -95,7 +108,10 @@ def norm_linear(
     token % S. glu = (lengths int32 (B,), S): columns alternate value, gate; value times sigmoid of gate, zero past the
     length.
     prior = (weight, bias, eps, x_out): x is first replaced by its layer norm, which is also stored in x_out (not x).
+    shares = (summands float32 (R, N, D), expert_idx int32 (N,)): before all else, rows with an expert get the summands
+    of `experts_whole` added; only with a prior, since x itself stays as it is.
     """
+    assert shares is None or prior is not None, "x with its shares would be stored nowhere"
     tokens, width = x.shape
     columns = weight.shape[0]
     frames = table[1] if table else glu[1] if glu else tokens
@@ -109,6 +125,8 @@ def norm_linear(
         glu[0] if glu else bias,
         prior_w,
         prior_b,
+        shares[0] if shares else x,
+        shares[1] if shares else x,
         out,
         prior_out,
         tokens,
@@ -122,6 +140,8 @@ def norm_linear(
         BLOCK_D=at_least_16(width),
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
+        PARTS=tile.parts,
+        SHARES=shares[0].shape[0] if shares else 0,
         ACTIVATION=activation,
         GLU=glu is not None,
         TABLE=table is not None,

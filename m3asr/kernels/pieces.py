@@ -11,13 +11,18 @@ from triton.language.extra import cuda
 
 @dataclass(frozen=True)
 class Tile:
-    """How one launch is cut: output tile m x n, inner step k, and the warps and pipeline stages of a program."""
+    """How one launch is cut: output tile m x n, inner step k, and the warps and pipeline stages of a program.
+
+    parts: where a program holds the whole inner dimension, it may be cut into so many parts, summed apart by different
+    warps: a shorter chain of dependent matrix instructions, and rows whose norm is summed by few threads each.
+    """
 
     m: int
     n: int
     k: int = 64
     warps: int = 4
     stages: int = 3
+    parts: int = 1
 
     def options(self, pdl: bool) -> dict:
         """Launch options of Triton."""
@@ -68,6 +73,22 @@ def prefetch(ptr, size, PREFETCH: tl.constexpr):
                 is_pure=False,
                 pack=1,
             )
+
+
+@triton.jit
+def fetch_rows(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, stride):
+    """Ask that a part of a matrix, rows `stride` elements apart, be brought into the L2 cache; waits for nothing."""
+    LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)  # elements of a cache line
+    LINES: tl.constexpr = (COLUMNS + LINE - 1) // LINE
+    SOME: tl.constexpr = 1024
+    for start in range(0, ROWS * LINES, SOME):
+        i = start + tl.arange(0, SOME)
+        # The last ones again where there are no more: a line is asked for once or twice.
+        i = tl.minimum(i, ROWS * LINES - 1)
+        at = ptr + (i // LINES).to(tl.int64) * stride + i % LINES * LINE
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -122,12 +143,40 @@ def dot(a, b, acc, DOT: tl.constexpr):
 
 
 @triton.jit
+def dot_parts(a, w, PARTS: tl.constexpr, DOT: tl.constexpr):
+    """a (M, PARTS, K), w (N, PARTS, K) -> the sum over parts of a w^T, float32 (M, N); `dot` says what DOT is.
+
+    Rows stand before parts because the compiler spreads a load's threads over the first dimension after the last.
+    """
+    if DOT == "upcast":
+        a, w = a.to(tl.float32), w.to(tl.float32)
+    PRECISION: tl.constexpr = "ieee" if DOT == "upcast" else DOT
+    if PARTS == 1:
+        a, w = tl.reshape(a, (a.shape[0], a.shape[2])), tl.reshape(w, (w.shape[0], w.shape[2]))
+        product = tl.dot(a, tl.trans(w), input_precision=PRECISION)
+    else:
+        # A batch of products, one a part, which the compiler gives to different warps.
+        product = tl.dot(tl.permute(a, (1, 0, 2)), tl.permute(w, (1, 2, 0)), input_precision=PRECISION)
+        product = tl.sum(product, axis=0)
+    return product
+
+
+@triton.jit
 def normalise(x, inside, width, eps):
     """(x - mean) / sqrt(var + eps) of each row, two passes over float32 (rows, BLOCK); zero outside the width."""
     mean = mean_of(tl.sum(x, axis=1), width)
     x = tl.where(inside, x - mean[:, None], 0.0)
     variance = mean_of(tl.sum(x * x, axis=1), width)
     return x * (1.0 / tl.sqrt(variance + eps))[:, None]
+
+
+@triton.jit
+def normalise_parts(x, inside, width, eps):
+    """`normalise` of rows cut into parts: float32 (rows, parts, BLOCK / parts)."""
+    mean = mean_of(tl.sum(tl.sum(x, axis=1), axis=1), width)
+    x = tl.where(inside, x - mean[:, None, None], 0.0)
+    variance = mean_of(tl.sum(tl.sum(x * x, axis=1), axis=1), width)
+    return x * (1.0 / tl.sqrt(variance + eps))[:, None, None]
 
 
 @triton.jit

@@ -70,4 +70,4 @@ def poisoned(device):
 @pytest.fixture
 def tile():
     """A small tile that leaves remainders."""
-    return lambda m=16, n=16, k=16, warps=4, stages=2: Tile(m, n, k, warps, stages)
+    return lambda m=16, n=16, k=16, warps=4, stages=2, parts=1: Tile(m, n, k, warps, stages, parts)

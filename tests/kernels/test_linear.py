@@ -23,8 +23,11 @@ def epilogue(y, activation, table, glu):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("kind", ["swish", "relu", "gelu", "tanh", "hardtanh", "selu", "table", "glu", "prior"])
-def test_norm_linear(device, options, check, poisoned, tile, dtype, kind):
+@pytest.mark.parametrize(
+    "kind", ["swish", "relu", "gelu", "tanh", "hardtanh", "selu", "table", "glu", "prior", "shares"]
+)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_norm_linear(device, options, check, poisoned, tile, dtype, kind, parts):
     frames, width, columns = 7, 48, 51 if kind != "glu" else 40
     x = torch.randn(3 * frames, width, device=device) * 3 + 1
     out_columns = columns // 2 if kind == "glu" else columns
@@ -34,7 +37,13 @@ def test_norm_linear(device, options, check, poisoned, tile, dtype, kind):
     table = (torch.randn(20, columns // 3, device=device).to(dtype), frames) if kind == "table" else None
     activation = kind if kind in ops.ACTIVATIONS else "none"
     prior, reference = None, x.double()
-    if kind == "prior":
+    shares = None
+    if kind == "shares":
+        expert_idx = torch.arange(len(x), device=device).int() % 3 - 1
+        summands = torch.randn(3, *x.shape, device=device)
+        summands[:, expert_idx < 0] = float("nan")
+        reference, shares = reference + summands.double().nan_to_num().sum(0), (summands, expert_idx)
+    if kind in ("prior", "shares"):
         w, b = torch.randn(2, width, device=device)
         prior = (w, b, 1e-5, poisoned(*x.shape))
         reference = F.layer_norm(reference, (width,), w.double(), b.double(), 1e-5)
@@ -44,8 +53,8 @@ def test_norm_linear(device, options, check, poisoned, tile, dtype, kind):
     out = poisoned(len(x), out_columns, dtype=dtype)
     before = x.clone()
     norm_linear(
-        x, weight, bias, out, eps=1e-12, tile=tile(), activation=activation, table=table, glu=glu, prior=prior,
-        **options(dtype),
+        x, weight, bias, out, eps=1e-12, tile=tile(parts=parts), activation=activation, table=table, glu=glu, prior=prior,
+        shares=shares, **options(dtype),
     )  # fmt: skip
     check(out, reference, dtype)
     assert torch.equal(x, before)
@@ -54,9 +63,11 @@ def test_norm_linear(device, options, check, poisoned, tile, dtype, kind):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("k", [16, 32, 64, 0], ids=lambda k: f"k{k}" if k else "library")
+@pytest.mark.parametrize(
+    "k, parts", [(16, 1), (32, 1), (64, 1), (64, 4), (0, 1)], ids=["k16", "k32", "whole", "parts", "library"]
+)
 @pytest.mark.parametrize("kind", ["swish", "table", "glu", "residual", "masked residual", "groups"])
-def test_linear(device, options, check, poisoned, tile, dtype, k, kind):
+def test_linear(device, options, check, poisoned, tile, dtype, k, parts, kind):
     frames, width, columns = 9, 48, 54
     a = torch.randn(2 * frames, width, device=device).to(dtype)
     weight = (torch.randn(columns, width, device=device) / 7).to(dtype)
@@ -84,6 +95,6 @@ def test_linear(device, options, check, poisoned, tile, dtype, k, kind):
             valid = ops.frame_mask(lengths, frames).flatten()
             reference = reference.masked_fill(~valid.unsqueeze(-1), 0.0)
         reference = out.double() + 0.5 * reference
-    linear(a, weight, bias, out, tile=tile(k=k) if k else LIBRARY, **arguments, **options(dtype))
+    linear(a, weight, bias, out, tile=tile(k=k, parts=parts) if k else LIBRARY, **arguments, **options(dtype))
     # The library's product is rounded before its epilogue.
     check(out, reference, dtype, factor=1.0 if k else 2.0)

@@ -1,0 +1,151 @@
+"""All that a machine with a GPU can tell, in one command: `python3 -m benchmarks.on_gpu --out DIR`.
+
+Stages run in order, each in a process of its own under its own time limit; one that fails does not stop the next.
+`--stages` picks some, `--list` prints them. Logs and results lie in DIR, with the tiles that the kernel benchmark found
+(DIR/tiles.json, kept for later runs in `out/tiles.json`, which the encoder's stages read). Exit code 1 if a stage failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TILES = ROOT / "out" / "tiles.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command and the seconds that it may take. `needs` names an option without which it is left out."""
+
+    command: str
+    seconds: int
+    needs: str | None = None
+
+
+SHIPPED = "m3asr/models/3m-en"
+GPU_TESTS = "tests/kernels tests/test_cuda_engine.py tests/test_cuda_built.py tests/test_cuda_waveforms.py"
+# {out}: the folder for results; {tiles}: `--tiles FILE` once there are any; {manifest}: a list of recordings.
+STAGES = {
+    "tests": Stage(f"{{python}} -m pytest {GPU_TESTS} -q -n 8 --dist load -p no:cacheprovider", 240),
+    "kernels-few": Stage("{python} -m benchmarks.kernels --shapes 1x206 --budget 150 --out {out}/few", 200),
+    "kernels-many": Stage(
+        "{python} -m benchmarks.kernels --shapes 64x1024 16x1024 1x1024 --budget 280 --out {out}/many", 320
+    ),
+    "few": Stage(
+        "{python} -m benchmarks.encoder --inputs 1x206 --precisions bf16 fp16 fp8 --budget 150 {tiles} --out {out}/one",
+        200,
+    ),
+    "encoder": Stage(
+        "{python} -m benchmarks.encoder --precisions bf16 fp16 fp8 --budget 280 {tiles} --out {out}/all", 340
+    ),
+    "texts": Stage("{python} -m benchmarks.texts --manifest {manifest} --out {out}", 150, needs="manifest"),
+    "end-to-end": Stage("{python} -m benchmarks.end_to_end --engines cuda --model seed --out {out}/seed", 100),
+    "end-to-end-shipped": Stage("{python} -m benchmarks.end_to_end --engines cuda --out {out}/shipped", 100),
+    "command-line": Stage(
+        f"rm -rf {{scratch}} && cp -r {SHIPPED} {{scratch}} && for precision in fp32 bf16; do "
+        "{python} -m m3asr.cli build {scratch} --engine cuda --precision $precision && "
+        "time {python} -m m3asr.cli transcribe --model {scratch} --engine cuda examples/*.flac; done; "
+        "{python} -m m3asr.cli transcribe --model {scratch} --engine eager examples/*.flac",
+        180,
+    ),
+    "fp32": Stage(
+        "{python} -m benchmarks.encoder --precisions fp32 --no-baselines --no-variants --budget 60 --out {out}/fp32",
+        100,
+    ),
+    "public": Stage(
+        "{python} -m benchmarks.encoder --preset public --precisions bf16 --no-variants --budget 120 --out {out}/public",
+        180,
+    ),
+    "compiled": Stage(
+        "{python} -m benchmarks.encoder --inputs 1x206 1x1024 --precisions bf16 --no-variants --compile 240 "
+        "{tiles} --out {out}/compiled",
+        330,
+    ),
+}
+
+
+def run(name: str, stage: Stage, args) -> int:
+    """Run one stage, its output shown and kept in DIR/NAME.log; -> exit code, 124 for one that was stopped."""
+    tiles = f"--tiles {TILES}" if TILES.is_file() else ""
+    command = stage.command.format(
+        python=sys.executable, out=args.out, tiles=tiles, manifest=args.manifest, scratch=ROOT / "out" / "model"
+    )
+    print(f"\n=== {name} (at most {stage.seconds} s): {command}", flush=True)
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with open(args.out / f"{name}.log", "w") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(stage.seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the stage's own process group, its workers with it
+            process.wait()
+            code = 124
+    lines = (args.out / f"{name}.log").read_text(errors="replace").splitlines()
+    for line in lines[-args.show :]:
+        print(line[:400])
+    print(f"=== {name}: exit code {code}, {time.monotonic() - began:.0f} s", flush=True)
+    return code
+
+
+def keep_tiles(out: Path) -> None:
+    """Tiles found by any stage, joined into one file: a shape that was measured again replaces the older result."""
+    from benchmarks.kernels import join_tiles
+
+    found = [path for path in (TILES, *sorted(out.glob("*/tiles.json"))) if path.is_file()]
+    if found:
+        TILES.parent.mkdir(exist_ok=True)
+        TILES.write_text(join_tiles(found))
+        shutil.copy(TILES, out / "tiles.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--manifest", type=Path, help="recordings with texts, for the stage `texts`")
+    parser.add_argument("--show", type=int, default=40, help="last lines of each stage's log that are printed")
+    parser.add_argument("--archive", action="store_true", help="also DIR/results.tar.gz, with all of it in one file")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    if args.list:
+        for name, stage in STAGES.items():
+            print(f"{name:20s} {stage.seconds:4d} s  {stage.command}")
+        return
+    given, target = args.out.resolve(), args.out.resolve()
+    if args.archive:  # apart, so that the archive is the only thing in DIR
+        args.out = ROOT / "out" / "results"
+        shutil.rmtree(args.out, ignore_errors=True)
+    else:
+        args.out = given
+    args.out.mkdir(parents=True, exist_ok=True)
+    codes = {}
+    for name in args.stages:
+        stage = STAGES[name]
+        if stage.needs and getattr(args, stage.needs) is None:
+            print(f"=== {name}: left out, it needs --{stage.needs}")
+            continue
+        codes[name] = run(name, stage, args)
+        keep_tiles(args.out)
+        if args.archive:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.make_archive(str(target / "results"), "gztar", args.out)
+            if TILES.is_file():
+                shutil.copy(TILES, target / "tiles.json")
+    print("\n" + "  ".join(f"{name} {'ok' if code == 0 else code}" for name, code in codes.items()))
+    sys.exit(any(codes.values()))
+
+
+if __name__ == "__main__":
+    main()
