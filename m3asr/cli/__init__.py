@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from m3asr.cli import bench, build, convert, evaluate, infer, stream, transcribe, verify
+from m3asr.cli import bench, build, convert, evaluate, infer, inspect, stream, transcribe, verify
 from m3asr.cli.console import complain
 from m3asr.errors import M3asrError
 
@@ -56,4 +56,5 @@ app.command()(convert.engines)
 app.command()(infer.infer)
 app.command()(evaluate.evaluate)
 app.command()(verify.verify)
+app.command()(inspect.inspect)
 app.command()(bench.bench)
