@@ -42,9 +42,9 @@ _SIGNS = {
 }
 _PIECE = re.compile(
     r"(?P<number>(?P<currency>[$£€])?(?P<whole>\d+(?:,\d{3})*)(?:\.(?P<fraction>\d+))?"
-    r"(?P<ending>(?:st|nd|rd|th|s)(?![a-z]))?(?P<percent>\s?%)?)"
+    r"(?P<ending>(?:st|nd|rd|th|s)(?![a-z]))?(?P<percent>\s?%)?(?P<scale>\s(?:thousand|million|billion|trillion)\b)?)"
     r"|(?P<sign>(?<![A-Za-z'])(?:[Mm]rs?|[Dd]r|[Ss]t|[Jj]r|[Vv]s|[Ee]tc|[Oo][Kk]|[AaPp][Mm])(?![\w'])|[&+@=#*%])"
-    r"|(?P<capitals>(?<![A-Za-z'])[A-Z]{2,}(?![\w']))"
+    r"|(?P<capitals>(?<![A-Za-z'])[A-Z]{2,}(?![A-Za-z']))"
 )
 # Figures with more readings than this are compared by the first ones.
 _MOST = 500
@@ -85,6 +85,11 @@ def _readings(match: re.Match) -> list[str]:
         return [match["capitals"], apart, *_SIGNS.get(match["capitals"].lower(), [])]
     whole, fraction = match["whole"].replace(",", ""), match["fraction"]
     read = readings_of(whole)
+    if match["scale"]:
+        if fraction:
+            read = [f"{a} point {b}" for a, b in product(read, _one_by_one(fraction))]
+        read = [a + match["scale"] for a in read]
+        return [f"{a} {_CURRENCIES[match['currency']][0]}s" for a in read] if match["currency"] else read
     if fraction:
         parts = readings_of(fraction)
         points = [f"{a} point {b}" for a, b in product(read, _one_by_one(fraction))]
