@@ -6,7 +6,7 @@ import torch
 
 from m3asr import ops
 from m3asr.engines.cuda import CudaEngine
-from m3asr.engines.cuda.forward import Shape
+from m3asr.engines.cuda.forward import Shape, settled
 
 
 class Reference:
@@ -114,7 +114,8 @@ def own_block_errors(engine: CudaEngine, reference: Reference, frames: int) -> l
             if before is not None:
                 experts = stack.config.moe.num_experts if block.router else 0
                 mine = heard[:, i * experts : (i + 1) * experts] if block.router else None
-                x = forward._block(before.float().flatten(0, 1).clone(), shape, stack.config, block, None, mine)
+                x = forward._block(before.float().flatten(0, 1).clone(), shape, stack.config, block, None, None, mine)
+                x = settled(*x)
                 x = torch.nn.functional.layer_norm(x, x.shape[-1:], *block.final_norm, stack.config.norm_eps)
                 errors.append(round(relative(x, expected.flatten(0, 1)), 6))
             before = expected

@@ -2,7 +2,8 @@
 
 Stages run in order, each in a process of its own under its own time limit; one that fails does not stop the next.
 `--stages` picks some, `--list` prints them. Logs and results lie in DIR, with the tiles that the kernel benchmark found
-(DIR/tiles.json, kept for later runs in `out/tiles.json`, which the encoder's stages read). Exit code 1 if a stage failed.
+(DIR/tiles.json, kept for later runs in `out/tiles.json`, which the encoder's stages read). Exit code 1 if a stage
+failed.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ STAGES = {
         100,
     ),
     "public": Stage(
-        "{python} -m benchmarks.encoder --preset public --precisions bf16 --no-variants --budget 120 --out {out}/public",
+        "{python} -m benchmarks.encoder --preset public --precisions bf16 --no-variants --budget 120 "
+        "--out {out}/public",
         180,
     ),
     "compiled": Stage(

@@ -122,6 +122,14 @@ def test_every_kind_of_model(device, name, regime):
     assert_same(engine, built, *batch(bins=bins), TOLERANCE["fp32"], **chunks)
 
 
+@pytest.mark.parametrize("fused", [(), ("attention",), ("depthwise",), ("experts",)], ids=str)
+def test_launches_in_one_or_apart(device, fused):
+    built = model(CONFIGS["experts"])
+    engine = CudaEngine(built, "fp32", device, regime="few")
+    engine.forward.fused = fused
+    assert_same(engine, built, *batch(), TOLERANCE["fp32"])
+
+
 @pytest.mark.parametrize("regime", ["few", "many"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(device, precision, regime):

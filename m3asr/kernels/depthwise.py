@@ -9,6 +9,36 @@ from m3asr.kernels.pieces import Tile, activate, at_least_16, normalise, prefetc
 
 
 @triton.jit
+def convolved(
+    x_ptr, w_ptr, b_ptr, before_ptr, norm_w_ptr, norm_b_ptr, rows, tokens, frames, eps, WIDTH: tl.constexpr,
+    TAPS: tl.constexpr, LEFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BEFORE: tl.constexpr,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Rows of `depthwise`'s result, float32 (BLOCK_M, BLOCK_D)."""
+    d = tl.arange(0, BLOCK_D)
+    d_in = d < WIDTH
+    position = rows % frames
+    # One row for all, in the shape of all: else the compiler moves every tap from its threads to those of x.
+    d_of_all = tl.broadcast_to(d[None, :], (BLOCK_M, BLOCK_D))
+    all_in = tl.broadcast_to(d_in[None, :], (BLOCK_M, BLOCK_D))
+    acc = tl.load(b_ptr + d_of_all, mask=all_in, other=0.0)
+    for tap in tl.static_range(TAPS):
+        source = position + tap - LEFT
+        inside = (source >= 0) & (source < frames) & (rows < tokens)
+        at = (rows + tap - LEFT).to(tl.int64)[:, None] * WIDTH + d[None, :]
+        x = tl.load(x_ptr + at, mask=inside[:, None] & d_in[None, :], other=0.0).to(tl.float32)
+        if BEFORE:
+            before = tl.load(before_ptr + d, mask=d_in, other=0.0)
+            x = tl.where((source < 0)[:, None], before[None, :], x)
+        acc += x * tl.load(w_ptr + tap * WIDTH + d_of_all, mask=all_in, other=0.0)
+    if NORM:
+        norm_w = tl.load(norm_w_ptr + d_of_all, mask=all_in, other=0.0)
+        norm_b = tl.load(norm_b_ptr + d_of_all, mask=all_in, other=0.0)
+        acc = normalise(acc, d_in[None, :], WIDTH, eps) * norm_w + norm_b
+    return activate(acc, ACTIVATION)
+
+
+@triton.jit
 def _depthwise_kernel(
     x_ptr,
     w_ptr,
@@ -38,28 +68,13 @@ def _depthwise_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     d_in = d < WIDTH
-    bias = tl.load(b_ptr + d, mask=d_in, other=0.0)
-    if NORM:
-        norm_w = tl.load(norm_w_ptr + d, mask=d_in, other=0.0)
-        norm_b = tl.load(norm_b_ptr + d, mask=d_in, other=0.0)
-    if BEFORE:
-        before = tl.load(before_ptr + d, mask=d_in, other=0.0)
     wait(PDL)
-    position = rows % frames
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32) + bias[None, :]
-    for tap in tl.static_range(TAPS):
-        source = position + tap - LEFT
-        inside = (source >= 0) & (source < frames) & (rows < tokens)
-        at = (rows + tap - LEFT).to(tl.int64)[:, None] * WIDTH + d[None, :]
-        x = tl.load(x_ptr + at, mask=inside[:, None] & d_in[None, :], other=0.0).to(tl.float32)
-        if BEFORE:
-            x = tl.where((source < 0)[:, None], before[None, :], x)
-        acc += x * tl.load(w_ptr + tap * WIDTH + d, mask=d_in, other=0.0)[None, :]
-    if NORM:
-        acc = normalise(acc, d_in[None, :], WIDTH, eps) * norm_w[None, :] + norm_b[None, :]
-    acc = activate(acc, ACTIVATION)
+    y = convolved(
+        x_ptr, w_ptr, b_ptr, before_ptr, norm_w_ptr, norm_b_ptr, rows, tokens, frames, eps, WIDTH, TAPS, LEFT, BLOCK_M,
+        BLOCK_D, BEFORE, NORM, ACTIVATION,
+    )  # fmt: skip
     out_at = out_ptr + rows.to(tl.int64)[:, None] * WIDTH + d[None, :]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & d_in[None, :])
+    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & d_in[None, :])
 
 
 def depthwise(

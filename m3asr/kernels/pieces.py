@@ -143,21 +143,27 @@ def dot(a, b, acc, DOT: tl.constexpr):
 
 
 @triton.jit
+def dot_batch(a, b, DOT: tl.constexpr):
+    """A batch of products a b, (B, M, K) (B, K, N) -> float32 (B, M, N); `dot` says what DOT is."""
+    if DOT == "upcast":
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        product = tl.dot(a, b, input_precision=DOT)
+    return product
+
+
+@triton.jit
 def dot_parts(a, w, PARTS: tl.constexpr, DOT: tl.constexpr):
     """a (M, PARTS, K), w (N, PARTS, K) -> the sum over parts of a w^T, float32 (M, N); `dot` says what DOT is.
 
     Rows stand before parts because the compiler spreads a load's threads over the first dimension after the last.
     """
-    if DOT == "upcast":
-        a, w = a.to(tl.float32), w.to(tl.float32)
-    PRECISION: tl.constexpr = "ieee" if DOT == "upcast" else DOT
     if PARTS == 1:
         a, w = tl.reshape(a, (a.shape[0], a.shape[2])), tl.reshape(w, (w.shape[0], w.shape[2]))
-        product = tl.dot(a, tl.trans(w), input_precision=PRECISION)
+        product = dot(a, tl.trans(w), tl.zeros((a.shape[0], w.shape[0]), tl.float32), DOT)
     else:
         # A batch of products, one a part, which the compiler gives to different warps.
-        product = tl.dot(tl.permute(a, (1, 0, 2)), tl.permute(w, (1, 2, 0)), input_precision=PRECISION)
-        product = tl.sum(product, axis=0)
+        product = tl.sum(dot_batch(tl.permute(a, (1, 0, 2)), tl.permute(w, (1, 2, 0)), DOT), axis=0)
     return product
 
 

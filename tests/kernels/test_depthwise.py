@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from m3asr import ops
 from m3asr.kernels.depthwise import depthwise
+from m3asr.kernels.depthwise_out import depthwise_out
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -22,20 +24,34 @@ def cases():
 def test_depthwise(device, options, check, poisoned, tile, dtype, rows, taps, causal, normed):
     batch, frames, width = 3, 11, 40
     x = torch.randn(batch, frames, width, device=device).to(dtype)
-    weight, bias = torch.randn(taps, width, device=device), torch.randn(width, device=device)
+    taps_weight, bias = torch.randn(taps, width, device=device), torch.randn(width, device=device)
     before = torch.randn(width, device=device) if causal else None
     norm_w, norm_b = torch.randn(2, width, device=device)
     left = taps - 1 if causal else taps // 2
     padded = F.pad(x.double(), (0, 0, left, 0 if causal else taps // 2))
     if causal:
         padded[:, :left] = before.double()
-    reference = F.conv1d(padded.transpose(1, 2), weight.double().t().unsqueeze(1), bias.double(), groups=width)
+    reference = F.conv1d(padded.transpose(1, 2), taps_weight.double().t().unsqueeze(1), bias.double(), groups=width)
     reference = reference.transpose(1, 2).flatten(0, 1)
     if normed:
         reference = F.layer_norm(reference, (width,), norm_w.double(), norm_b.double(), 1e-5)
     out = poisoned(batch * frames, width, dtype=dtype)
     depthwise(
-        x.flatten(0, 1), weight, bias, out, frames=frames, left=left, activation="swish", tile=tile(rows),
+        x.flatten(0, 1), taps_weight, bias, out, frames=frames, left=left, activation="swish", tile=tile(rows),
         before=before, norm=(norm_w, norm_b, 1e-5) if normed else None, pdl=options(dtype)["pdl"],
     )  # fmt: skip
     check(out, F.silu(reference), dtype)
+    weight, out_bias = (torch.randn(width, width, device=device) / 6).to(dtype), torch.randn(width, device=device)
+    lengths = torch.tensor([frames, 4, 0], dtype=torch.int32, device=device)
+    stream = torch.randn(batch * frames, width, device=device)
+    summand = F.silu(reference) @ weight.double().t() + out_bias.double()
+    valid = ops.frame_mask(lengths, frames).flatten()
+    summed = stream.double() + summand.masked_fill(~valid.unsqueeze(-1), 0.0)
+    kept = stream[~valid].clone()
+    depthwise_out(
+        x.flatten(0, 1), taps_weight, bias, weight, out_bias, stream, lengths=lengths, frames=frames,
+        left=left, activation="swish", tile=tile(parts=4 if rows == 4 else 1), before=before,
+        norm=(norm_w, norm_b, 1e-5) if normed else None, **options(dtype),
+    )  # fmt: skip
+    check(stream, summed, dtype)
+    assert torch.equal(stream[~valid], kept)

@@ -53,8 +53,8 @@ def test_norm_linear(device, options, check, poisoned, tile, dtype, kind, parts)
     out = poisoned(len(x), out_columns, dtype=dtype)
     before = x.clone()
     norm_linear(
-        x, weight, bias, out, eps=1e-12, tile=tile(parts=parts), activation=activation, table=table, glu=glu, prior=prior,
-        shares=shares, **options(dtype),
+        x, weight, bias, out, eps=1e-12, tile=tile(parts=parts), activation=activation, table=table, glu=glu,
+        prior=prior, shares=shares, **options(dtype),
     )  # fmt: skip
     check(out, reference, dtype)
     assert torch.equal(x, before)

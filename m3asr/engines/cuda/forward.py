@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,15 +17,21 @@ from m3asr.config import ModelConfig
 from m3asr.engines.cuda import tiles
 from m3asr.engines.cuda.packing import TYPES, Block, Stack, Subsampling, Weights
 from m3asr.kernels.attention import attention
+from m3asr.kernels.attention_out import attention_out
 from m3asr.kernels.depthwise import depthwise
+from m3asr.kernels.depthwise_out import depthwise_out
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
+from m3asr.kernels.experts_whole import experts_whole
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
 from m3asr.kernels.norm_linear import norm_linear
 from m3asr.kernels.router import route
 from m3asr.kernels.subsampling import first_convolution, next_convolution
+
+# Pairs of launches that are one for few tokens.
+FUSED = ("attention", "depthwise", "experts")
 
 
 @dataclass
@@ -62,6 +68,8 @@ class Forward:
         self.library: tuple[str, ...] = ()
         # Where log_probs go, float32, flat: they are larger than all else, and all graphs can share one place.
         self.shared: Tensor | None = None
+        # Which of FUSED are one launch, for few tokens.
+        self.fused = FUSED
         # How much of a block's expert weights its small kernels fetch into the L2 cache, for few tokens.
         self.ahead_bytes = tiles.AHEAD_BYTES if pdl else 0
 
@@ -144,22 +152,26 @@ class Forward:
 
     def _stack(self, x: Tensor, shape: Shape, stack: Stack, heard: Tensor | None) -> tuple[Tensor, Tensor]:
         """All blocks and the last norm: -> hidden in the compute type (N, D), hidden float32 (N, D)."""
-        config, prior = stack.config, None
+        config, prior, shares = stack.config, None, None
         for i, block in enumerate(stack.blocks):
             experts = config.moe.num_experts if block.router else 0
             mine = heard[:, i * experts : (i + 1) * experts] if block.router else None
-            x = self._block(x, shape, config, block, prior, mine)
+            x, shares = self._block(x, shape, config, block, prior, shares, mine)
             prior = (*block.final_norm, config.norm_eps)
             if self.trace is not None:
-                self.trace("blocks", block, x)
+                self.trace("blocks", block, settled(x, shares))
         y, hidden = self._new(x.shape), self._new(x.shape, torch.float32)
         prior = None if prior is None else (*prior, x)
-        tile = self._tiles(shape, x.shape[1], x.shape[1]).norm
-        norm(x, y, eps=config.norm_eps, tile=tile, prior=prior, affine=(*stack.after_norm, hidden), pdl=self.pdl)
+        norm(
+            x, y, eps=config.norm_eps, tile=self._tiles(shape, x.shape[1], x.shape[1]).norm, prior=prior, shares=shares,
+            affine=(*stack.after_norm, hidden), pdl=self.pdl,
+        )  # fmt: skip
         return y, hidden
 
-    def _block(self, x, shape: Shape, config, block: Block, prior, heard) -> Tensor:
-        """One block without its final norm, which the next reader applies as its `prior`; x is overwritten."""
+    def _block(self, x, shape: Shape, config, block: Block, prior, shares, heard) -> tuple[Tensor, tuple | None]:
+        """One block without its final norm and, if its experts are one launch, without their sum: -> x, shares. The
+        next reader adds the shares and applies the norm as its `prior`; x is overwritten.
+        """
         width, scale = x.shape[1], 0.5 if block.macaron_up else 1.0
         ahead = self._ahead(block, shape)
         mask = (shape.lengths, shape.frames)
@@ -167,64 +179,86 @@ class Forward:
             hidden = block.macaron_up.weight.shape[0]
             h = self._new((x.shape[0], hidden))
             x = self._up(
-                x, shape, config, "up", block.macaron_up, h, prior, activation=config.activation_type,
+                x, shape, config, "up", block.macaron_up, h, prior, shares, activation=config.activation_type,
                 ahead=next(ahead),
             )  # fmt: skip
-            prior = None
+            prior = shares = None
             tile = self._tiles(shape, width, hidden).down
             self._linear(h, block.macaron_down, x, tile=tile, residual_scale=0.5, ahead=next(ahead))
         tile = self._tiles(shape, width, width)
         qkv = self._new((x.shape[0], 3 * width))
         table = None if block.key_table is None else (block.key_table, shape.frames)
-        x = self._up(x, shape, config, "qkv", block.qkv, qkv, prior, table=table, ahead=next(ahead))
-        context = self._new((shape.batch, shape.frames, width))
-        attention(
-            qkv.view(shape.batch, shape.frames, -1), shape.lengths, context, heads=config.attention_heads,
-            tile=tile.attention, key_bias=block.key_bias, chunk=shape.chunk, dot=self.dot, ahead=next(ahead),
-            pdl=self.pdl,
-        )  # fmt: skip
-        self._linear(
-            context.view(-1, width), block.attention_out, x, tile=tile.out, residual_scale=1.0, ahead=next(ahead)
-        )
-        glu, conv = self._new(x.shape), self._new(x.shape)
-        self._up(x, shape, config, "gated", block.pointwise_1, glu, None, glu=mask, ahead=next(ahead))
-        depthwise(
-            glu, block.depthwise, block.depthwise_bias, conv, frames=shape.frames,
-            left=config.cnn_module_kernel - 1 if config.causal else (config.cnn_module_kernel - 1) // 2,
-            activation=config.activation_type, tile=tile.depthwise, before=block.before_first,
-            norm=block.depthwise_norm, ahead=next(ahead), pdl=self.pdl,
-        )  # fmt: skip
-        self._linear(conv, block.pointwise_2, x, tile=tile.out, residual_scale=1.0, mask=mask, ahead=next(ahead))
+        x = self._up(x, shape, config, "qkv", block.qkv, qkv, prior, shares, table=table, ahead=next(ahead))
+        self._attention(x, qkv.view(shape.batch, shape.frames, -1), shape, config, block, tile, ahead)
+        glu = self._new(x.shape)
+        self._up(x, shape, config, "gated", block.pointwise_1, glu, None, None, glu=mask, ahead=next(ahead))
+        self._convolution(x, glu, shape, config, block, tile, ahead)
         if block.router:
-            self._experts(x, shape, config, block, heard, scale)
-        else:
-            hidden = block.up.weight.shape[0]
-            h = self._new((x.shape[0], hidden))
-            self._up(x, shape, config, "up", block.up, h, None, activation=config.activation_type)
-            tile = self._tiles(shape, width, hidden).down
-            self._linear(h, block.down, x, tile=tile, residual_scale=scale)
-        return x
+            return x, self._experts(x, shape, config, block, heard, scale)
+        hidden = block.up.weight.shape[0]
+        h = self._new((x.shape[0], hidden))
+        self._up(x, shape, config, "up", block.up, h, None, None, activation=config.activation_type)
+        tile = self._tiles(shape, width, hidden).down
+        self._linear(h, block.down, x, tile=tile, residual_scale=scale)
+        return x, None
+
+    def _attention(self, x, qkv, shape: Shape, config, block: Block, tile: tiles.Tiles, ahead) -> None:
+        options = {
+            "heads": config.attention_heads, "key_bias": block.key_bias, "chunk": shape.chunk, "dot": self.dot,
+            "pdl": self.pdl,
+        }  # fmt: skip
+        out = block.attention_out
+        if self._fuses("attention", shape):
+            attention_out(
+                qkv, shape.lengths, out.weight, out.bias, x, tile=tile.attention_out, ahead=next(ahead), **options
+            )
+            return
+        context = self._new((shape.batch, shape.frames, x.shape[1]))
+        attention(qkv, shape.lengths, context, tile=tile.attention, ahead=next(ahead), **options)
+        self._linear(context.view(x.shape), out, x, tile=tile.out, residual_scale=1.0, ahead=next(ahead))
+
+    def _convolution(self, x, glu, shape: Shape, config, block: Block, tile: tiles.Tiles, ahead) -> None:
+        options = {
+            "frames": shape.frames, "activation": config.activation_type, "before": block.before_first,
+            "left": config.cnn_module_kernel - 1 if config.causal else (config.cnn_module_kernel - 1) // 2,
+            "norm": block.depthwise_norm, "pdl": self.pdl,
+        }  # fmt: skip
+        out = block.pointwise_2
+        if self._fuses("depthwise", shape):
+            depthwise_out(
+                glu, block.depthwise, block.depthwise_bias, out.weight, out.bias, x, lengths=shape.lengths,
+                tile=tile.depthwise_out, dot=self.dot, ahead=next(ahead), **options,
+            )  # fmt: skip
+            return
+        conv, mask = self._new(x.shape), (shape.lengths, shape.frames)
+        depthwise(glu, block.depthwise, block.depthwise_bias, conv, tile=tile.depthwise, ahead=next(ahead), **options)
+        self._linear(conv, out, x, tile=tile.out, residual_scale=1.0, mask=mask, ahead=next(ahead))
+
+    def _fuses(self, what: str, shape: Shape) -> bool:
+        return what in self.fused and self._few(shape)
 
     def _ahead(self, block: Block, shape: Shape) -> Iterator[Tensor | None]:
         """What each of a block's small kernels brings into the cache: an equal share of its experts' weights."""
         if block.router and self._few(shape) and self.ahead_bytes:
-            launches = 8 if block.macaron_up else 6
+            launches = (8 if block.macaron_up else 6) - sum(name in self.fused for name in ("attention", "depthwise"))
             share = self.ahead_bytes // (launches * block.up.weight.element_size()) // 64 * 64
             weights = (block.up.weight.flatten(), block.down.weight.flatten())
             yield from [part for weight in weights for part in weight.split(share)][:launches]
         while True:
             yield None
 
-    def _up(self, x, shape: Shape, config, operation: str, layer, out, prior, **options) -> Tensor:
+    def _up(self, x, shape: Shape, config, operation: str, layer, out, prior, shares, **options) -> Tensor:
         """out = epilogue(layer(norm(x))); returns x, or its layer norm with `prior` as the new residual stream."""
         tiles_here = self._tiles(shape, x.shape[1], out.shape[1])
         tile = getattr(tiles_here, operation)
         if self._few(shape):
             if prior:
                 prior = (*prior, torch.empty_like(x))
+                # The second norm, and the shares, would not fit into the registers of four warps.
+                tile = replace(tile, warps=max(8, tile.warps))
             norm_linear(
-                x, layer.weight, layer.bias, out, eps=config.norm_eps, prior=prior, dot=self.dot, pdl=self.pdl,
-                tile=tile, **options,
+                x, layer.weight, layer.bias, out, eps=config.norm_eps, prior=prior, shares=shares, dot=self.dot,
+                pdl=self.pdl, tile=tile, **options,
             )  # fmt: skip
             return prior[3] if prior else x
         y = self._new(x.shape)
@@ -232,7 +266,8 @@ class Forward:
         self._linear(y, layer, out, tile=tile, **options)
         return x
 
-    def _experts(self, x, shape: Shape, config, block: Block, heard, scale: float) -> None:
+    def _experts(self, x, shape: Shape, config, block: Block, heard, scale: float) -> tuple | None:
+        """x += the experts' part, or, where they are one launch, what is to be added: see `norm_linear`'s shares."""
         tokens, width = x.shape
         experts, hidden, _ = block.up.weight.shape
         tile = self._tiles(shape, width, hidden)
@@ -250,15 +285,32 @@ class Forward:
             "residual_scale": scale, "gate": gate, "tile": tile.expert_down, "weight_scale": block.down.scale,
         }  # fmt: skip
         both = {"dot": self.dot, "pdl": self.pdl}
+        if self._fuses("experts", shape):
+            summands = self._new((tile.experts_whole.parts, *x.shape), torch.float32)
+            experts_whole(
+                y, block.up.weight, block.up.bias, block.down.weight, block.down.bias, expert_idx, summands, gate=gate,
+                scale=scale, activation=config.activation_type, tile=tile.experts_whole, up_scale=block.up.scale,
+                down_scale=block.down.scale, early=self.pdl and tile.experts_whole.k > 0, **both,
+            )  # fmt: skip
+            return summands, expert_idx
         if self._few(shape):
             h = self._new((tokens, hidden))
             both["early"] = tile.experts_early
             experts_few(y, block.up.weight, block.up.bias, expert_idx, h, **up, **both)
             experts_few(h, block.down.weight, block.down.bias, expert_idx, x, **down, **both)
-            return
+            return None
         rows = tile.expert_up.m
         slot_token, tile_expert = slots(tokens, experts, rows, x.device)
         sort_tokens(expert_idx, slot_token, tile_expert, experts=experts, rows=rows, tile=tile.sort, pdl=self.pdl)
         h = self._new((slot_token.numel(), hidden))
         experts_many(y, block.up.weight, block.up.bias, slot_token, tile_expert, h, **up, **both)
         experts_many(h, block.down.weight, block.down.bias, slot_token, tile_expert, x, **down, **both)
+        return None
+
+
+def settled(x: Tensor, shares: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The residual stream (N, D) with the shares of the experts added: what the next kernel makes of both."""
+    if shares is None:
+        return x
+    summands, expert_idx = shares
+    return x + torch.where((expert_idx >= 0).unsqueeze(-1), summands, 0.0).sum(0)

@@ -45,6 +45,10 @@ class Tiles:
     heard: Tile
     head: Tile
     log_softmax: Tile
+    # Two launches in one, for few tokens: see forward.FUSED.
+    attention_out: Tile | None = None
+    depthwise_out: Tile | None = None
+    experts_whole: Tile | None = None  # parts: programs that share an expert; k 1: fetches weights before the wait
     experts_early: bool = True
 
 
@@ -94,7 +98,7 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
     columns = 16 if wide else 32
     whole, inner = at_least_16(width), at_least_16(hidden)
     warps = 4 if rows == 16 else 8
-    norm_linear = Tile(rows, columns, warps=warps)
+    norm_linear = Tile(rows, columns, warps=8, parts=parts_of(whole, 8, wide))
     return Tiles(
         first_convolution=Tile(32, 64, warps=4),
         next_convolution=Tile(64, 64, k=32 if wide else 128, warps=4, stages=3 if wide else 4),
@@ -102,8 +106,8 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         up=norm_linear,
         qkv=norm_linear,
         gated=norm_linear,
-        down=Tile(rows, 16, k=inner, warps=warps),
-        out=Tile(rows, 16, k=whole, warps=warps),
+        down=Tile(rows, 16, k=inner, warps=warps, parts=parts_of(inner, warps, wide)),
+        out=Tile(rows, 16, k=whole, warps=warps, parts=parts_of(whole, warps, wide)),
         norm=Tile(1, 1, warps=4),
         attention=Tile(16, 64 if wide else 128, warps=4, stages=2),
         depthwise=Tile(1, 1, warps=4),
@@ -112,10 +116,18 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         expert_down=Tile(16, 16 if wide else 32, k=inner, warps=4, stages=1),
         sort=Tile(1, 1024),
         heard=Tile(16, 32, k=64, warps=4),
-        head=Tile(rows, 32, k=whole, warps=warps),
+        head=Tile(rows, 32, k=whole, warps=warps, parts=parts_of(whole, warps, wide)),
         log_softmax=Tile(1, 2048, warps=8),
+        attention_out=Tile(16, 16, k=16 if wide else 64, warps=8, stages=1),
+        depthwise_out=Tile(16, 16, warps=8, parts=parts_of(whole, 8, wide)),
+        experts_whole=Tile(16, 16 if wide else 32, k=1, warps=8, stages=2 if wide else 3, parts=4),
         experts_early=tokens > 80,
     )
+
+
+def parts_of(inner: int, warps: int, wide: bool) -> int:
+    """A part of the inner dimension for each warp, 32 elements at least."""
+    return 1 if wide else max(1, min(warps, inner // 32))
 
 
 _PRODUCTS = (

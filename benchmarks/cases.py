@@ -1,0 +1,484 @@
+"""What `benchmarks.kernels` runs: each kernel with its data, a reference in torch, its bytes and its arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+
+from m3asr import ops
+from m3asr.kernels.attention import attention
+from m3asr.kernels.attention_out import attention_out
+from m3asr.kernels.depthwise import depthwise
+from m3asr.kernels.depthwise_out import depthwise_out
+from m3asr.kernels.experts_few import experts_few
+from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
+from m3asr.kernels.experts_whole import experts_whole
+from m3asr.kernels.linear import LIBRARY, linear
+from m3asr.kernels.log_softmax import log_softmax
+from m3asr.kernels.norm import norm
+from m3asr.kernels.norm_linear import norm_linear
+from m3asr.kernels.pieces import Tile
+from m3asr.kernels.router import route
+from m3asr.kernels.subsampling import first_convolution, next_convolution
+
+# input -> (utterances, subsampled frames of the bucket, valid frames)
+SHAPES = {
+    "1x206": (1, 64, 50),
+    "1x1024": (1, 256, 255),
+    "1x2048": (1, 512, 511),
+    "16x1024": (16, 256, 255),
+    "64x1024": (64, 256, 255),
+}
+# Cases whose kernels are for few tokens, and those for many.
+ONLY_FEW, ONLY_MANY = ("attention_out", "depthwise_out", "experts_whole"), ("norm",)
+WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
+DTYPE = torch.bfloat16
+
+
+@dataclass
+class Case:
+    """One kernel at one size. `launch(i, tile)` runs it with the i-th weights; `prepare` makes its output afresh;
+    `result` is what to compare with `reference` after `prepare(); launch(0, tile)`."""
+
+    launch: Callable
+    result: Callable
+    reference: Callable
+    tiles: list[Tile]
+    bytes: float
+    flops: float
+    prepare: Callable = lambda: None
+    copies: int = 1
+    poison: torch.Tensor | None = None  # an output that is only written
+    inputs: tuple = ()
+
+
+def tensor(*shape, dtype=DTYPE, scale=1.0):
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def copies_for(size: int) -> int:
+    """Enough weights to overflow the L2 cache, within reason."""
+    return max(2, min(64, int(160e6 / size)))
+
+
+def grid(rows, columns, warps, k=(64,), stages=(1,), parts=(1,)) -> list[Tile]:
+    return [Tile(m, n, kk, w, s, p) for m, n, kk, w, s, p in product(rows, columns, k, warps, stages, parts)]
+
+
+def few_rows(tokens: int) -> tuple[int, ...]:
+    return (16,) if tokens <= 64 else (16, 32, 64)
+
+
+def products(tokens: int) -> list[Tile]:
+    """Candidates for a product of many tokens, the library's among them."""
+    if tokens <= 1024:
+        tiles = grid((16, 32), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
+        return [LIBRARY, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4))]
+    return [LIBRARY, *grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3, 4))]
+
+
+def make_up(batch, frames, valid, hidden, kind, few):
+    """Feed-forward up, QKV or the gated pointwise layer: with the norm inside for few tokens."""
+    tokens = batch * frames
+    columns = {"up": hidden, "qkv": 3 * WIDTH, "gated": 2 * WIDTH}[kind]
+    copies = copies_for(columns * WIDTH * 2)
+    weights, bias = tensor(copies, columns, WIDTH, scale=WIDTH**-0.5), tensor(columns, dtype=torch.float32)
+    x = tensor(tokens, WIDTH, dtype=torch.float32)
+    y = F.layer_norm(x, (WIDTH,)).to(DTYPE)
+    out_columns = WIDTH if kind == "gated" else columns
+    out = torch.empty(tokens, out_columns, device="cuda", dtype=DTYPE)
+    lengths = torch.full((batch,), valid, dtype=torch.int32, device="cuda")
+    table = tensor(1024, WIDTH)
+    options = {
+        "up": {"activation": "swish"},
+        "qkv": {"table": (table, frames)},
+        "gated": {"glu": (lengths, frames)},
+    }[kind]
+
+    def launch(i, tile):
+        if few:
+            norm_linear(x, weights[i], bias, out, eps=1e-12, tile=tile, pdl=True, **options)
+        else:
+            linear(y, weights[i], bias, out, tile=tile, pdl=True, **options)
+
+    def reference():
+        z = y.float() @ weights[0].float().t() + bias
+        if kind == "up":
+            return F.silu(z)
+        if kind == "gated":
+            keep = ops.frame_mask(lengths, frames).flatten().unsqueeze(-1)
+            return z[:, ::2] * torch.sigmoid(z[:, 1::2]) * keep
+        z[:, WIDTH : 2 * WIDTH] += table[:frames].float().repeat(batch, 1)
+        return z
+
+    if few:
+        candidates = grid(few_rows(tokens), (16, 32, 64), (4, 8), parts=(1, 4, 8, 16))
+    else:
+        candidates = products(tokens)
+    size = columns * WIDTH * 2 + tokens * (WIDTH * (4 if few else 2) + 2 * out_columns)
+    work = 2 * tokens * columns * WIDTH
+    return Case(launch, lambda: out, reference, candidates, size, work, copies=copies, poison=out)
+
+
+def make_residual(batch, frames, valid, width, few):
+    tokens = batch * frames
+    copies = copies_for(WIDTH * width * 2)
+    weights, bias = tensor(copies, WIDTH, width, scale=width**-0.5), tensor(WIDTH, dtype=torch.float32)
+    a, x = tensor(tokens, width), tensor(tokens, WIDTH, dtype=torch.float32)
+    out = x.clone()
+    return Case(
+        launch=lambda i, tile: linear(a, weights[i], bias, out, tile=tile, residual_scale=0.5, pdl=True),
+        result=lambda: out,
+        reference=lambda: x + 0.5 * (a.float() @ weights[0].float().t() + bias),
+        tiles=[
+            *(grid(few_rows(tokens), (16, 32), (4, 8), k=(width,), parts=(1, 4, 8, 16)) if few else []),
+            *(grid(few_rows(tokens), (16, 32, 64), (4,), k=(128, 256), stages=(3,)) if few else products(tokens)),
+        ],
+        bytes=WIDTH * width * 2 + tokens * (width * 2 + WIDTH * 8),
+        flops=2 * tokens * width * WIDTH,
+        prepare=lambda: out.copy_(x),
+        copies=copies,
+    )
+
+
+def make_attention(batch, frames, valid, few):
+    qkv, out = tensor(batch, frames, 3 * WIDTH), tensor(batch, frames, WIDTH)
+    lengths = torch.full((batch,), valid, dtype=torch.int32, device="cuda")
+    key_bias = tensor(HEADS, 1024, dtype=torch.float32)
+
+    def reference():
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2).float() for t in qkv.chunk(3, -1))
+        mask = ops.frame_mask(lengths, frames)[:, None, None]
+        return ops.attention(q, k, v, mask, key_bias[:, None, :frames]).transpose(1, 2).flatten(2)[:, :valid]
+
+    candidates = grid((16, 32, 64) if few else (64, 128), (32, 64, 128), (4, 8), stages=(2, 3))
+    work = batch * 4 * valid * valid * WIDTH
+    return Case(
+        lambda i, tile: attention(qkv, lengths, out, heads=HEADS, tile=tile, key_bias=key_bias, pdl=True),
+        lambda: out[:, :valid], reference, candidates, batch * frames * WIDTH * 8, work, poison=out,
+        inputs=(qkv, lengths, key_bias),
+    )  # fmt: skip
+
+
+def make_depthwise(batch, frames, valid, few):
+    tokens = batch * frames
+    x, out = tensor(tokens, WIDTH), tensor(tokens, WIDTH)
+    weight, bias, w, b = (tensor(*s, dtype=torch.float32) for s in ((TAPS, WIDTH), (WIDTH,), (WIDTH,), (WIDTH,)))
+
+    def reference():
+        y = F.conv1d(
+            x.view(batch, frames, -1).transpose(1, 2).float(), weight.t()[:, None], bias, padding=7, groups=WIDTH
+        )
+        return F.silu(F.layer_norm(y.transpose(1, 2), (WIDTH,), w, b)).flatten(0, 1)
+
+    return Case(
+        lambda i, tile: depthwise(
+            x, weight, bias, out, frames=frames, left=7, activation="swish", tile=tile, norm=(w, b, 1e-5), pdl=True
+        ),
+        lambda: out, reference, grid((1, 2, 4, 8, 16, 32), (1,), (2, 4, 8)),
+        tokens * WIDTH * 4, tokens * WIDTH * 2 * TAPS, poison=out,
+        inputs=(x, weight, bias, w, b),
+    )  # fmt: skip
+
+
+def make_attention_out(batch, frames, valid, few):
+    apart, tokens = make_attention(batch, frames, valid, few), batch * frames
+    qkv, lengths, key_bias = apart.inputs
+    copies = copies_for(WIDTH * WIDTH * 2)
+    weights, bias = tensor(copies, WIDTH, WIDTH, scale=WIDTH**-0.5), tensor(WIDTH, dtype=torch.float32)
+    x = tensor(tokens, WIDTH, dtype=torch.float32)
+    out = x.clone()
+
+    def launch(i, tile):
+        attention_out(qkv, lengths, weights[i], bias, out, heads=HEADS, tile=tile, key_bias=key_bias, pdl=True)
+
+    def reference():
+        return x.view(batch, frames, WIDTH)[:, :valid] + apart.reference() @ weights[0].float().t() + bias
+
+    return Case(
+        launch, lambda: out.view(batch, frames, WIDTH)[:, :valid], reference,
+        grid((16,), (16, 32), (4, 8), k=(16, 32, 64)),
+        apart.bytes + WIDTH * WIDTH * 2, apart.flops + 2 * tokens * WIDTH * WIDTH, prepare=lambda: out.copy_(x),
+        copies=copies,
+    )  # fmt: skip
+
+
+def make_depthwise_out(batch, frames, valid, few):
+    apart, tokens = make_depthwise(batch, frames, valid, few), batch * frames
+    h, taps, tap_bias, w, b = apart.inputs
+    copies = copies_for(WIDTH * WIDTH * 2)
+    weights, bias = tensor(copies, WIDTH, WIDTH, scale=WIDTH**-0.5), tensor(WIDTH, dtype=torch.float32)
+    x = tensor(tokens, WIDTH, dtype=torch.float32)
+    out, lengths = x.clone(), torch.full((batch,), valid, dtype=torch.int32, device="cuda")
+
+    def launch(i, tile):
+        depthwise_out(
+            h, taps, tap_bias, weights[i], bias, out, lengths=lengths, frames=frames, left=7, activation="swish",
+            tile=tile, norm=(w, b, 1e-5), pdl=True,
+        )  # fmt: skip
+
+    def reference():
+        keep = ops.frame_mask(lengths, frames).flatten().unsqueeze(-1)
+        return x + keep * (apart.reference() @ weights[0].float().t() + bias)
+
+    return Case(
+        launch, lambda: out, reference, grid((16,), (16, 32), (4, 8), parts=(1, 4, 8)),
+        apart.bytes + WIDTH * WIDTH * 2, apart.flops + 2 * tokens * WIDTH * WIDTH, prepare=lambda: out.copy_(x),
+        copies=copies,
+    )  # fmt: skip
+
+
+def make_norm(batch, frames, valid, few):
+    tokens = batch * frames
+    x, out = tensor(tokens, WIDTH, dtype=torch.float32), tensor(tokens, WIDTH)
+    return Case(
+        lambda i, tile: norm(x, out, eps=1e-12, tile=tile, pdl=True),
+        lambda: out, lambda: F.layer_norm(x, (WIDTH,)), grid((1, 2, 4, 8), (1,), (2, 4, 8)), tokens * WIDTH * 6, 0,
+        poison=out,
+    )  # fmt: skip
+
+
+def routed(tokens: int) -> torch.Tensor:
+    return torch.randint(EXPERTS, (tokens,), device="cuda", dtype=torch.int32)
+
+
+def make_router(batch, frames, valid, few):
+    tokens = batch * frames
+    x, weight = tensor(tokens, WIDTH, dtype=torch.float32), tensor(WIDTH, EXPERTS, dtype=torch.float32)
+    bias, heard = tensor(EXPERTS, dtype=torch.float32), tensor(tokens, 18 * EXPERTS, dtype=torch.float32)[:, :EXPERTS]
+    lengths = torch.full((batch,), frames, dtype=torch.int32, device="cuda")
+    y, gate = tensor(tokens, WIDTH), tensor(tokens, dtype=torch.float32)
+    idx = routed(tokens)
+
+    def reference():
+        z = F.layer_norm(x, (WIDTH,))
+        return torch.cat((torch.softmax(z @ weight + bias + heard, -1).amax(-1, keepdim=True), z), 1)
+
+    return Case(
+        lambda i, tile: route(
+            x, weight, bias, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, tile=tile, pdl=True
+        ),
+        lambda: torch.cat((gate.unsqueeze(1), y), 1),
+        reference,
+        [*grid((1,), (1,), (4, 8, 16)), *grid((16,), (1,), (4,), k=(64, 128), stages=(2,))]
+        if few
+        else [*grid((16, 32, 64), (1,), (4, 8), k=(64, 128), stages=(2, 3)), *grid((1,), (1,), (4,))],
+        tokens * WIDTH * 6 + WIDTH * EXPERTS * 4,
+        2 * tokens * WIDTH * EXPERTS,
+        poison=gate,
+    )
+
+
+def make_experts(batch, frames, valid, hidden, down, few):
+    tokens = batch * frames
+    columns, width = (WIDTH, hidden) if down else (hidden, WIDTH)
+    copies = 3
+    weights = tensor(copies, EXPERTS, columns, width, scale=width**-0.5)
+    bias = tensor(EXPERTS, columns, dtype=torch.float32)
+    a, idx, gate = tensor(tokens, width), routed(tokens), torch.rand(tokens, device="cuda")
+    idx.view(batch, frames)[:, valid:] = -1
+    here = idx >= 0
+    x = tensor(tokens, WIDTH, dtype=torch.float32)
+    sorts = {}
+    made = {}
+
+    def launch(i, tile):
+        kwargs = {"tile": tile, "pdl": True}
+        kwargs |= {"residual_scale": 0.5, "gate": gate} if down else {"activation": "swish"}
+        if few:
+            kwargs["early"] = tile.stages == 1
+            experts_few(a, weights[i], bias, idx, made["out"], **kwargs)
+            return
+        slot_token, tile_expert, sorted_a, out = sorts[tile.m]
+        experts_many(sorted_a if down else a, weights[i], bias, slot_token, tile_expert, out, **kwargs)
+
+    def prepare():
+        made["out"] = x.clone() if down else torch.full((tokens, columns), float("nan"), device="cuda", dtype=DTYPE)
+        for rows in (16, 32, 64, 128) if not few else ():
+            slot_token, tile_expert = slots(tokens, EXPERTS, rows, "cuda")
+            slot_token.fill_(-1)
+            sort_tokens(idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=Tile(1, 1024), pdl=False)
+            sorted_a = a[slot_token.clamp(min=0).long()] if down else a
+            out = made["out"].clone() if down else made["out"].new_full((slot_token.numel(), columns), float("nan"))
+            sorts[rows] = (slot_token, tile_expert, sorted_a, out)
+
+    prepare()
+
+    def result():
+        if few:
+            return made["out"][here]
+        slot_token, tile_expert, _, out = sorts[made["rows"]]
+        if down:
+            return out[here]
+        taken = (slot_token.view(tile_expert.numel(), -1) >= 0) & (tile_expert >= 0).unsqueeze(1)
+        taken = taken.flatten()
+        return torch.zeros(tokens, columns, device="cuda").index_copy_(0, slot_token[taken].long(), out[taken].float())[
+            here
+        ]
+
+    def remember(i, tile):
+        made["rows"] = tile.m
+        launch(i, tile)
+
+    def reference():
+        z = torch.zeros(tokens, columns, device="cuda")
+        for e in range(EXPERTS):
+            rows = idx == e
+            z[rows] = a[rows].float() @ weights[0, e].float().t() + bias[e]
+        z = (x + 0.5 * gate[:, None] * z) if down else F.silu(z)
+        return z[here]
+
+    hit = int(idx[here].unique().numel())
+    candidates = (
+        grid((16,), (16, 32, 64), (2, 4, 8), k=(width,), stages=(1, 2))
+        if few
+        else grid((64, 128), (128, 256), (4, 8), stages=(3, 4))
+        if tokens > 1024
+        else grid((16, 32, 64), (64, 128), (4,), k=(64, 128), stages=(3, 4))
+    )
+    return Case(
+        remember, result, reference, candidates, hit * columns * width * 2 + tokens * 2 * (columns + width),
+        2 * tokens * columns * width, prepare=prepare, copies=copies,
+    )  # fmt: skip
+
+
+def make_experts_whole(batch, frames, valid, hidden, few):
+    tokens, copies = batch * frames, 3
+    ups = tensor(copies, EXPERTS, hidden, WIDTH, scale=WIDTH**-0.5)
+    downs = tensor(copies, EXPERTS, WIDTH, hidden, scale=hidden**-0.5)
+    biases = tensor(EXPERTS, hidden, dtype=torch.float32), tensor(EXPERTS, WIDTH, dtype=torch.float32)
+    a, idx, gate = tensor(tokens, WIDTH), routed(tokens), torch.rand(tokens, device="cuda")
+    idx.view(batch, frames)[:, valid:] = -1
+    here, made = idx >= 0, {}
+
+    def launch(i, tile):
+        if tile.parts not in made:
+            made[tile.parts] = torch.empty(tile.parts, tokens, WIDTH, device="cuda")
+        made["out"] = made[tile.parts]
+        experts_whole(
+            a, ups[i], biases[0], downs[i], biases[1], idx, made["out"], scale=1.0, gate=gate, activation="swish",
+            early=tile.k > 0, tile=tile, pdl=True,
+        )  # fmt: skip
+
+    def prepare():
+        for out in made.values():
+            out.fill_(float("nan"))
+
+    def reference():
+        z = torch.zeros(tokens, WIDTH, device="cuda")
+        for e in range(EXPERTS):
+            rows = idx == e
+            h = F.silu(a[rows].float() @ ups[0, e].float().t() + biases[0][e])
+            z[rows] = h @ downs[0, e].float().t() + biases[1][e]
+        return (gate[:, None] * z)[here]
+
+    hit = int(idx[here].unique().numel())
+    candidates = [
+        *grid((16,), (32,), (8,), k=(0, 1), stages=(1, 2, 3), parts=(4, 8)),
+        *grid((16,), (16, 64), (8,), k=(0, 1), stages=(2,), parts=(4, 8)),
+        *grid((16,), (32,), (4,), k=(1,), stages=(2, 3), parts=(4, 8, 16)),
+    ]
+    return Case(
+        launch, lambda: made["out"].sum(0)[here], reference, candidates, hit * hidden * WIDTH * 4 + tokens * WIDTH * 6,
+        4 * tokens * WIDTH * hidden, prepare=prepare, copies=copies,
+    )  # fmt: skip
+
+
+def make_convolution(batch, frames, valid, few, first):
+    time_in = (frames - 1) * 4 + 7
+    t1, f1, f2 = (time_in - 1) // 2, (BINS - 1) // 2, ((BINS - 1) // 2 - 1) // 2
+    if first:
+        x, lengths = tensor(batch, time_in, BINS, dtype=torch.float32), torch.empty(batch, device="cuda").int()
+        lengths.fill_(time_in)
+        weight, bias = tensor(2, 9, WIDTH, dtype=torch.float32), tensor(2, WIDTH, dtype=torch.float32)
+        out, out_lengths = torch.empty(2, batch, t1, f1, WIDTH, device="cuda", dtype=DTYPE), lengths.clone()
+        return Case(
+            lambda i, tile: first_convolution(
+                x, lengths, weight, bias, out, out_lengths, kernel=3, stride=2, receptive_field=7, rate=4, tile=tile
+            ),
+            lambda: out[:, :2],
+            lambda: torch.stack(
+                [F.relu(F.conv2d(x[:2, None], weight[g].t().reshape(WIDTH, 1, 3, 3), bias[g], 2)) for g in range(2)]
+            ).permute(0, 1, 3, 4, 2),
+            grid((16, 32, 64, 128), (64, 128, 256), (4, 8)), out.numel() * 2, out.numel() * 18,
+            poison=out,
+        )  # fmt: skip
+    x = tensor(2, batch, t1, f1, WIDTH)
+    weight, bias = tensor(2, WIDTH, 3, 3, WIDTH, scale=(9 * WIDTH) ** -0.5), tensor(2, WIDTH, dtype=torch.float32)
+    out = torch.empty(2, batch, frames, f2, WIDTH, device="cuda", dtype=DTYPE)
+
+    def reference():
+        images, kernels = x[:, :1].permute(0, 1, 4, 2, 3).float(), weight.permute(0, 1, 4, 2, 3).float()
+        outs = [F.relu(F.conv2d(images[g], kernels[g], bias[g], 2)) for g in range(2)]
+        return torch.stack(outs).permute(0, 1, 3, 4, 2)
+
+    candidates = (
+        grid((16, 32, 64), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
+        if few or batch * frames <= 1024
+        else grid((128,), (128, 256), (8,), k=(64,), stages=(3, 4))
+        + grid((64, 128), (128,), (4,), k=(64,), stages=(3,))
+    )
+    return Case(
+        lambda i, tile: next_convolution(x, weight, bias, out, kernel=3, stride=2, tile=tile, pdl=True),
+        lambda: out[:, :1],
+        reference,
+        candidates, (x.numel() + out.numel() + weight.numel()) * 2, out.numel() * 18 * WIDTH,
+        poison=out,
+    )  # fmt: skip
+
+
+def make_head(batch, frames, valid, few, kind):
+    tokens = batch * frames
+    if kind == "log_softmax":
+        x = tensor(tokens, VOCABULARY, dtype=torch.float32)
+        out, best, peak = x.clone(), torch.empty(tokens, device="cuda").int(), torch.empty(tokens, device="cuda")
+        return Case(
+            lambda i, tile: log_softmax(out, best, peak, tile=tile, pdl=True),
+            lambda: out, lambda: torch.log_softmax(x, -1),
+            grid((1,), (1024, 2048, 8192), (4, 8, 16)), x.numel() * 8, 0, prepare=lambda: out.copy_(x),
+        )  # fmt: skip
+    groups, columns, width = (2, WIDTH, 9 * WIDTH) if kind == "subsampling_out" else (1, VOCABULARY, WIDTH)
+    a, weight = tensor(groups, tokens, width), tensor(groups, columns, width, scale=width**-0.5)
+    bias, out = tensor(groups, columns, dtype=torch.float32), tensor(groups, tokens, columns, dtype=torch.float32)
+    if few:
+        candidates = grid(few_rows(tokens), (16, 32, 64), (4,), k=(128, 256, 512), stages=(3,))
+    else:
+        candidates = products(tokens)
+    return Case(
+        lambda i, tile: linear(a, weight, bias, out, tile=tile, pdl=True),
+        lambda: out, lambda: torch.stack([a[g].float() @ weight[g].float().t() + bias[g] for g in range(groups)]),
+        candidates, (a.numel() + weight.numel()) * 2 + out.numel() * 4, 2 * groups * tokens * columns * width,
+        poison=out,
+    )  # fmt: skip
+
+
+CASES = {
+    "up": lambda s, h, few: make_up(*s, h, "up", few),
+    "qkv": lambda s, h, few: make_up(*s, h, "qkv", few),
+    "gated": lambda s, h, few: make_up(*s, h, "gated", few),
+    "out": lambda s, h, few: make_residual(*s, WIDTH, few),
+    "down": lambda s, h, few: make_residual(*s, h, few),
+    "attention": lambda s, h, few: make_attention(*s, few),
+    "attention_out": lambda s, h, few: make_attention_out(*s, few),
+    "depthwise_out": lambda s, h, few: make_depthwise_out(*s, few),
+    "experts_whole": lambda s, h, few: make_experts_whole(*s, h, few),
+    "depthwise": lambda s, h, few: make_depthwise(*s, few),
+    "norm": lambda s, h, few: make_norm(*s, few),
+    "router": lambda s, h, few: make_router(*s, few),
+    "expert_up": lambda s, h, few: make_experts(*s, h, False, few),
+    "expert_down": lambda s, h, few: make_experts(*s, h, True, few),
+    "first_convolution": lambda s, h, few: make_convolution(*s, few, True),
+    "next_convolution": lambda s, h, few: make_convolution(*s, few, False),
+    "subsampling_out": lambda s, h, few: make_head(*s, few, "subsampling_out"),
+    "head": lambda s, h, few: make_head(*s, few, "head"),
+    "log_softmax": lambda s, h, few: make_head(*s, few, "log_softmax"),
+}
+
+
+def make(name: str, shape: str, hidden: int, few: bool) -> Case:
+    torch.manual_seed(0)
+    return CASES[name](SHAPES[shape], hidden, few)
