@@ -15,11 +15,12 @@ from m3asr import ops  # noqa: E402
 from m3asr.config import FbankConfig  # noqa: E402
 from m3asr.engines.torch_fbank import fbank, frame_count, frame_size, mel_filters  # noqa: E402
 from m3asr.model import Model  # noqa: E402
-from training import losses, moe  # noqa: E402
+from training import conv, losses, moe  # noqa: E402
 from training.augment import Augment, AugmentConfig, fast_size  # noqa: E402
 from training.data import Planner, Speech, Utterance, resample  # noqa: E402
 from training.evaluate import collapse, word_errors  # noqa: E402
 from training.network import compact, read_folder, tiny, write_folder  # noqa: E402
+from training.optimizer import Optimizer, orthogonalized  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -154,7 +155,9 @@ def test_trained_experts_equal_the_reference(keep):
     routing = moe.install(trained)
     features, lengths = torch.randn(3, 61, 80), torch.tensor([61, 40, 23], dtype=torch.int32)
     torch.testing.assert_close(trained(features, lengths)[0], reference(features, lengths)[0], rtol=1e-5, atol=1e-5)
-    assert len(routing.probs) == 2 and len({int(i) for p in routing.probs for i in p.argmax(-1).flatten()}) > 1
+    probs = routing.probs()
+    assert len(probs) == 2 and len({int(i) for p in probs for i in p.argmax(-1).flatten()}) > 1
+    assert routing.probs() == []
 
     x, embedding = torch.randn(2, 9, 64), torch.randn(2, 9, 32)
     gradients = []
@@ -166,6 +169,75 @@ def test_trained_experts_equal_the_reference(keep):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_trained_convolution_equals_the_reference(streaming):
+    torch.manual_seed(0)
+    reference = Model(tiny(20, 0.0, streaming)).eval()
+    trained = Model(reference.config).eval()
+    trained.load_state_dict(reference.state_dict())
+    conv.install(trained)
+    frames = ops.frame_mask(torch.tensor([37, 1, 20]), 37)
+    outputs, gradients = [], []
+    for model in (reference, trained):
+        module, x = (
+            model.encoder.blocks[1].conv_module,
+            torch.randn(3, 37, 64, generator=torch.Generator().manual_seed(1)),
+        )
+        y = module(x, frames, frames)
+        y.square().sum().backward()
+        outputs.append(y)
+        gradients.append([p.grad for p in module.parameters()])
+    assert type(trained.encoder.blocks[1].conv_module) is conv.TrainedConv
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, 12, 40), (2, 40, 12), (1, 16, 16)])
+def test_orthogonalized_keeps_directions_and_levels_their_sizes(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1, shape[-1])
+    y = orthogonalized(x)
+    values = torch.linalg.svdvals(y)
+    assert values.min() > 0.3 and values.max() < 1.3 and y.shape == x.shape
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    inside = u.transpose(-2, -1) @ y @ v.transpose(-2, -1)  # diagonal: the singular vectors are x's own
+    assert (inside - torch.diag_embed(torch.diagonal(inside, dim1=-2, dim2=-1))).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_optimizer_learns_skips_broken_gradients_and_resumes(muon):
+    torch.manual_seed(0)
+    model = Model(tiny(20, 0.0, False))
+    moe.start_routers(model)
+    moe.install(model)
+    features, lengths = torch.randn(2, 41, 80), torch.tensor([41, 30], dtype=torch.int32)
+
+    def fill():
+        loss = -model(features, lengths)[0][..., 5].mean()
+        loss.backward()
+        for p in model.parameters():  # the decoder has no part in this loss
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return loss.item()
+
+    optimizer, yes = Optimizer(model, 1e-3, 0.01, muon), torch.tensor(True)
+    seen = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        seen.append(fill())
+        optimizer.step(3e-3, yes)
+    assert seen[-1] < 0.7 * seen[0]
+    saved, other = optimizer.state_dict(), Optimizer(model, 1e-3, 0.01, muon)
+    other.load_state_dict(saved)
+    expert = moe.expert_parameters(model)[0]
+    ours, theirs = optimizer.moments(expert), other.moments(expert)
+    assert len(ours) == (1 if muon else 2) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    fill()
+    for p in model.parameters():
+        p.grad.fill_(float("nan"))
+    optimizer.step(3e-3, torch.tensor(False))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_router_stays_float32_under_autocast():
     model = Model(tiny(20, 0.0, False)).eval()
     moe.start_routers(model)
@@ -175,7 +247,7 @@ def test_router_stays_float32_under_autocast():
     expected = torch.softmax(layer.router_logits(x, embedding), dim=-1)
     with torch.autocast("cpu", torch.bfloat16):
         layer(x, embedding)
-    assert torch.equal(routing.probs[0], expected)
+    assert torch.equal(routing.probs()[0], expected)
 
 
 def test_dense_start_goes_on_as_copies():
@@ -184,12 +256,12 @@ def test_dense_start_goes_on_as_copies():
     moe.start_routers(model)
     routing = moe.install(model)
     features, lengths = torch.randn(2, 41, 80), torch.tensor([41, 30], dtype=torch.int32)
-    routing.dense = True
+    routing.set(dense=True, blend=1.0)
     before = model(features, lengths)[0]
     moe.copy_first_expert(model)
-    routing.dense, routing.blend = False, 0.0  # gates have not faded in yet: nothing may change
+    routing.set(dense=False, blend=0.0)  # gates have not faded in yet: nothing may change
     torch.testing.assert_close(model(features, lengths)[0], before, rtol=1e-5, atol=1e-5)
-    routing.blend = 1.0
+    routing.set(dense=False, blend=1.0)
     assert (model(features, lengths)[0] - before).abs().max() > 1e-3
 
 

@@ -11,6 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3asr import ops
+from m3asr.engines.torch_fbank import frame_count
+from m3asr.model import Model
+from training import moe
+from training.data import Batch
+
+NAMES = ("total", "ctc", "attention", "embedding_ctc", "sparsity", "importance")
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -38,15 +46,19 @@ def attention(log_probs: Tensor, targets: Tensor, valid: Tensor, smoothing: floa
 
 
 def sparsity(probs: Tensor, valid: Tensor) -> Tensor:
-    """Mean over tokens of ||p||_1 / ||p||_2 (You et al. 2021, arXiv 2105.03036): 1 if one-hot, sqrt(E) if even."""
+    """Mean over tokens of ||p||_1 / ||p||_2 (You et al. 2021, arXiv 2105.03036): 1 if one-hot, sqrt(E) if even.
+
+    probs (..., B, S, E), valid bool (B, S) -> (...)."""
     ratio = 1.0 / probs.square().sum(dim=-1).sqrt()  # ||p||_1 = 1
-    return (ratio * valid).sum() / valid.sum()
+    return (ratio * valid).sum(dim=(-2, -1)) / valid.sum()
 
 
 def importance(probs: Tensor, valid: Tensor) -> Tensor:
-    """E * sum over experts of (mean probability)^2 (same source): 1 if the experts are used evenly, E if one is."""
-    mean = (probs * valid.unsqueeze(-1)).sum(dim=(0, 1)) / valid.sum()
-    return probs.shape[-1] * mean.square().sum()
+    """E * sum over experts of (mean probability)^2 (same source): 1 if the experts are used evenly, E if one is.
+
+    probs (..., B, S, E), valid bool (B, S) -> (...)."""
+    mean = (probs * valid.unsqueeze(-1)).sum(dim=(-3, -2)) / valid.sum()
+    return probs.shape[-1] * mean.square().sum(dim=-1)
 
 
 def decoder_tokens(tokens: Tensor, token_lengths: Tensor, sos: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,3 +68,43 @@ def decoder_tokens(tokens: Tensor, token_lengths: Tensor, sos: int) -> tuple[Ten
     inputs = F.pad(tokens, (1, 0), value=sos)
     targets = F.pad(tokens, (0, 1), value=0).masked_fill(position == end, sos)
     return inputs, targets, position <= end
+
+
+def batch_loss(
+    model: Model, routing: moe.Routing, features: Tensor, lengths: Tensor, batch: Batch, weights: LossWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> loss, its parts in the order of NAMES (detached), entropy of each layer's expert load (layers,)."""
+    config = model.config
+    embedding = []
+    hook = model.encoder.embed.register_forward_hook(lambda module, inputs, output: embedding.append(output))
+    chunk = 0
+    if config.encoder.use_dynamic_chunk and model.training:
+        draw = int(torch.randint(50, ()))
+        chunk = 0 if draw >= 25 else draw + 1
+    hidden, out_lengths = model.encode(features, lengths, chunk)
+    hook.remove()
+    host_frames = frame_count(batch.host_lengths, config.fbank)
+    host_lengths = ops.subsampled_lengths(host_frames, config.encoder.subsampling)
+    targets = (host_lengths, batch.tokens, batch.host_token_lengths)
+    ctc_loss = ctc(model.log_probs(hidden), *targets)
+    logits = model.encoder.embed.out_linear(embedding[0]).float()
+    embedding_loss = ctc(torch.log_softmax(logits, dim=-1), *targets)
+    inputs, outputs, valid = decoder_tokens(batch.tokens, batch.token_lengths, config.sos)
+    log_probs, _ = model.decode(hidden, out_lengths, inputs)
+    attention_loss = attention(log_probs.float(), outputs, valid, weights.label_smoothing)
+    frames = ops.frame_mask(out_lengths, hidden.shape[1])
+    probs = torch.stack(routing.probs())  # (layers, B, S, E)
+    # A dense model has no routing to be judged, but its routers are there and computed.
+    judged = 0.0 if routing.dense else 1.0
+    sparsity_loss, importance_loss = judged * sparsity(probs, frames), judged * importance(probs, frames)  # (layers,)
+    total = (
+        weights.ctc * ctc_loss
+        + weights.attention * attention_loss
+        + weights.embedding_ctc * embedding_loss
+        + weights.sparsity * sparsity_loss.sum()
+        + weights.importance * importance_loss.sum()
+    )
+    parts = (total, ctc_loss, attention_loss, embedding_loss, sparsity_loss.mean(), importance_loss.mean())
+    with torch.no_grad():
+        entropies = moe.load_entropy(probs, frames)
+    return total, torch.stack(parts).detach(), entropies

@@ -28,9 +28,9 @@ def compact(vocab_size: int, dropout: float, streaming: bool) -> ModelConfig:
     encoder = EncoderConfig(
         attention_dim=256,
         attention_heads=4,
-        num_blocks=6,
+        num_blocks=9,
         linear_units=320,
-        moe=MoEConfig(num_experts=8, hidden_units=320),
+        moe=MoEConfig(num_experts=4, hidden_units=320),
         embed=embed,
         **common,
     )

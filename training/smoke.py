@@ -14,7 +14,7 @@ import torch
 from m3asr.engines.torch_fbank import fbank, mel_filters
 from training import losses
 from training.data import LENGTHS, Planner
-from training.train import Run, arguments, batch_loss
+from training.train import Run, arguments
 
 
 def synchronize(device: torch.device) -> None:
@@ -72,11 +72,10 @@ def main() -> None:
     repeats = 5 if cuda else 1
     filters = run.front_end.filters
     features, lengths = run.front_end(batch, run.speech, augment)
-    run.routings[0].dense = False
 
     def forward():
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            return batch_loss(run.model, run.routings[0], features, lengths, batch, weights)[0]
+            return losses.batch_loss(run.model, run.routings[0], features, lengths, batch, weights)[0]
 
     parts = {
         "render": lambda: run.speech.render(batch.starts, batch.sources, batch.sizes, batch.samples),
@@ -99,14 +98,14 @@ def main() -> None:
         for _ in range(12 if cuda else 1):  # plans are made at each first shape
             first = next(stream)
             shapes.add(first.samples)
-            run.train_step(first.to(device), augment, weights)
+            run.train_step(first.to(device), augment, weights, args.lr)
         synchronize(device)
         start, audio, steps, losses_ = time.perf_counter(), 0.0, 20 if cuda else 2, []
         for _ in range(steps):
             step_batch = next(stream)
             shapes.add(step_batch.samples)
             audio += float(step_batch.host_lengths.sum()) / 16000
-            losses_.append(run.train_step(step_batch.to(device), augment, weights)[0])
+            losses_.append(run.train_step(step_batch.to(device), augment, weights, args.lr)[0])
             run.step += 1
         synchronize(device)
         spent = time.perf_counter() - start
@@ -123,7 +122,7 @@ def main() -> None:
         print(json.dumps(numbers), flush=True)
     if cuda:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            run.train_step(batch, augment, weights)
+            run.train_step(batch, augment, weights, args.lr)
             synchronize(device)
         print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
 

@@ -19,17 +19,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from m3asr import ops
 from m3asr.config import FbankConfig, ModelConfig
-from m3asr.engines.torch_fbank import fbank, frame_count, mel_filters
-from m3asr.model import Model
-from training import losses, moe
+from m3asr.engines.torch_fbank import fbank, frame_count
+from m3asr.model import DecoderBlock, Model
+from training import conv, losses, moe
 from training.augment import Augment, AugmentConfig, read_rooms
 from training.data import Batch, Planner, Speech, Units, decode, plain_batches, read_audio, read_manifest, split
 from training.evaluate import greedy_wer
+from training.front_end import FrontEnd
 from training.network import SIZES, read_folder, write_folder
-
-LOSSES = ("total", "ctc", "attention", "embedding_ctc", "sparsity", "importance")
+from training.optimizer import Optimizer
 
 
 def arguments() -> argparse.Namespace:
@@ -41,14 +40,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--streaming", action="store_true", help="causal convolution, random attention chunks")
     parser.add_argument("--vocab", type=int, default=384, help="units, the three special ones included")
     parser.add_argument("--batch-seconds", type=float, default=1200.0, help="padded audio a step")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--warmup", type=int, default=1000, help="steps")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: AdamW where it is none")
+    parser.add_argument("--lr", type=float, default=1.2e-3, help="peak learning rate")
+    parser.add_argument("--warmup", type=int, default=600, help="steps")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for the blocks: 1-2 minutes, then faster")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--clip", type=float, default=2.0, help="largest gradient norm")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, a step")
-    parser.add_argument("--clean-fraction", type=float, default=0.08, help="of the time with speech as it is, alone")
-    parser.add_argument("--dense-fraction", type=float, default=0.2, help="of the time before experts are routed to")
+    parser.add_argument(
+        "--clean-fraction", type=float, default=0.12, help="of the time at most: speech as it is, alone"
+    )
+    parser.add_argument("--clean-until", type=float, default=2.5, help="CTC loss a token that ends it")
+    parser.add_argument("--dense-fraction", type=float, default=0.1, help="of the time before experts are routed to")
     parser.add_argument("--blend-fraction", type=float, default=0.1, help="of the time in which gates fade in")
     parser.add_argument("--sparsity", type=float, default=losses.LossWeights.sparsity)
     parser.add_argument("--importance", type=float, default=losses.LossWeights.importance)
@@ -70,94 +74,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class FrontEnd:
-    """Batch -> features after CMVN, all on the device."""
-
-    def __init__(self, config: FbankConfig, device: torch.device):
-        self.config = config
-        warps = torch.linspace(-1, 1, 13) * AugmentConfig.max_warp + 1
-        self.bank = torch.stack([mel_filters(config, float(w)) for w in warps]).to(device)  # (13, 256, bins)
-        self.filters = mel_filters(config).to(device)
-        self.mean = torch.zeros(config.num_mel_bins, device=device)
-        self.istd = torch.ones(config.num_mel_bins, device=device)
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch, speech: Speech, augment: Augment | None) -> tuple[Tensor, Tensor]:
-        """-> features float32 (B, T, F), lengths int32 (B,)."""
-        waveform = speech.render(batch.starts, batch.sources, batch.sizes, batch.samples)
-        filters = self.filters
-        if augment is not None:
-            waveform = augment(waveform, batch.lengths)
-            filters = augment.pick_filters(len(waveform), self.bank)
-        features = (fbank(waveform * 32768.0, filters, self.config) - self.mean) * self.istd
-        lengths = frame_count(batch.lengths, self.config)
-        if augment is not None:
-            features = augment.mask(features, lengths)
-        return features, lengths.int()
-
-    def measure(self, batches: Iterator[Batch], count: int, speech: Speech, augment: Augment | None) -> None:
-        """Set mean and istd from `count` batches (before masking: masked frames are the mean by definition)."""
-        total = torch.zeros(3, self.config.num_mel_bins, dtype=torch.float64, device=self.mean.device)
-        for _ in range(count):
-            batch = next(batches).to(self.mean.device)
-            waveform = speech.render(batch.starts, batch.sources, batch.sizes, batch.samples)
-            if augment is not None:
-                waveform = augment(waveform, batch.lengths)
-            features = fbank(waveform * 32768.0, self.filters, self.config).double()
-            inside = ops.frame_mask(frame_count(batch.lengths, self.config), features.shape[1]).unsqueeze(-1)
-            total[0] += (features * inside).sum(dim=(0, 1))
-            total[1] += (features.square() * inside).sum(dim=(0, 1))
-            total[2] += inside.sum()
-        mean = total[0] / total[2]
-        self.mean = mean.float()
-        self.istd = (total[1] / total[2] - mean.square()).clamp(min=1e-8).rsqrt().float()
-
-
-def batch_loss(
-    model: Model, routing: moe.Routing, features: Tensor, lengths: Tensor, batch: Batch, weights: losses.LossWeights
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> loss, its parts in the order of LOSSES (detached), entropy of each layer's expert load (layers,)."""
-    config, routing.probs = model.config, []
-    embedding = []
-    hook = model.encoder.embed.register_forward_hook(lambda module, inputs, output: embedding.append(output))
-    chunk = 0
-    if config.encoder.use_dynamic_chunk and model.training:
-        draw = int(torch.randint(50, ()))
-        chunk = 0 if draw >= 25 else draw + 1
-    hidden, out_lengths = model.encode(features, lengths, chunk)
-    hook.remove()
-    host_frames = frame_count(batch.host_lengths, config.fbank)
-    host_lengths = ops.subsampled_lengths(host_frames, config.encoder.subsampling)
-    targets = (host_lengths, batch.tokens, batch.host_token_lengths)
-    ctc = losses.ctc(model.log_probs(hidden), *targets)
-    logits = model.encoder.embed.out_linear(embedding[0]).float()
-    embedding_ctc = losses.ctc(torch.log_softmax(logits, dim=-1), *targets)
-    inputs, outputs, valid = losses.decoder_tokens(batch.tokens, batch.token_lengths, config.sos)
-    log_probs, _ = model.decode(hidden, out_lengths, inputs)
-    attention = losses.attention(log_probs.float(), outputs, valid, weights.label_smoothing)
-    frames = ops.frame_mask(out_lengths, hidden.shape[1])
-    zero = torch.zeros((), device=hidden.device)
-    sparsity = sum((losses.sparsity(p, frames) for p in routing.probs), zero)
-    importance = sum((losses.importance(p, frames) for p in routing.probs), zero)
-    total = (
-        weights.ctc * ctc
-        + weights.attention * attention
-        + weights.embedding_ctc * embedding_ctc
-        + weights.sparsity * sparsity
-        + weights.importance * importance
-    )
-    layers = max(1, len(routing.probs))
-    parts = torch.stack((total, ctc, attention, embedding_ctc, sparsity / layers, importance / layers)).detach()
-    with torch.no_grad():
-        entropies = [moe.load_entropy(p, frames) for p in routing.probs]
-    return total, parts, torch.stack(entropies) if entropies else zero.expand(len(moe.moe_layers(model)))
-
-
-def make_optimizer(model: Model, args) -> torch.optim.AdamW:
-    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith("bias")]
-    rest = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith("bias")]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+def decoder_blocks(model: Model) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, DecoderBlock)]
 
 
 class Run:
@@ -167,7 +85,8 @@ class Run:
         self.args, self.device = args, torch.device(args.device)
         self.started = time.monotonic()
         self.before = 0.0  # seconds of the runs that this one resumes
-        self.step, self.routed = 0, False
+        self.step, self.routed, self.clean = 0, False, not args.init
+        self.begun = 0.0  # seconds until the first step
         torch.manual_seed(args.seed)
         args.out.mkdir(parents=True, exist_ok=True)
         saved = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True) if args.resume else None
@@ -211,15 +130,16 @@ class Run:
             model.to(self.device).to(memory_format=torch.channels_last)
         self.average.requires_grad_(False)
         self.routings = [moe.install(self.model), moe.install(self.average)]
-        self.optimizer = make_optimizer(self.model, args)
+        self.optimizer = Optimizer(self.model, args.lr, args.weight_decay, args.optimizer == "muon")
         if saved is not None:
             self.model.load_state_dict(saved["model"])
             self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.before, self.routed = saved["step"], saved["elapsed"], saved["routed"]
+            self.begun, self.clean = saved["begun"], saved["clean"]
         self.config = config
-        if self.device.type == "cuda":
-            torch.zeros((), device=self.device).item()
+        if args.compile:
+            self.compile()
 
     def say(self, text: str) -> None:
         print(f"[{self.elapsed():7.1f} s] {text}", flush=True)
@@ -227,17 +147,24 @@ class Run:
     def elapsed(self) -> float:
         return self.before + time.monotonic() - self.started
 
+    def compile(self) -> None:
+        """The blocks as fused kernels for any shape: one graph for the blocks of a stack, one for the decoder's."""
+        torch._dynamo.config.recompile_limit = 24
+        torch.fx.experimental._config.use_duck_shape = False  # equal sizes in the first batch are no rule
+        model = self.model
+        conv.install(model)
+        for block in (*model.encoder.blocks, *model.encoder.embed.blocks, *decoder_blocks(model)):
+            block.compile(dynamic=True)
+
     def progress(self) -> float:
         """Part of the time that has passed; the end keeps 20 s (or a tenth) for the last evaluation and the export."""
-        total = self.args.minutes * 60
-        return min(1.0, self.elapsed() / (total - min(20.0, 0.1 * total)))
+        total = self.args.minutes * 60 - self.begun
+        return min(1.0, (self.elapsed() - self.begun) / (total - min(20.0, 0.1 * total)))
 
     def set_schedule(self) -> float:
         """Learning rate, and how the experts are used, for the time it is."""
         args, progress = self.args, self.progress()
         lr = args.lr * min(1.0, (self.step + 1) / args.warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         if not self.routed and progress >= args.dense_fraction:
             if args.dense_fraction > 0:
                 moe.copy_first_expert(self.model, self.optimizer)
@@ -246,8 +173,7 @@ class Run:
             self.routed = True
         fade = args.blend_fraction if args.dense_fraction > 0 and not args.init else 0.0
         for routing in self.routings:
-            routing.dense = not self.routed
-            routing.blend = min(1.0, (progress - args.dense_fraction) / fade) if fade > 0 else 1.0
+            routing.set(not self.routed, min(1.0, (progress - args.dense_fraction) / fade) if fade > 0 else 1.0)
         return lr
 
     def batches(self, pin: bool) -> Iterator[tuple[Batch, Augment | None]]:
@@ -255,27 +181,33 @@ class Run:
         CTC stays where every frame is blank (measured; README.md, Runs)."""
         args, seed = self.args, self.args.seed + self.step
         sources = self.speech, self.training, self.units
-        if not args.init and self.progress() < args.clean_fraction:
+        if self.clean:
             planner = Planner(*sources, min(args.batch_seconds, 400.0), seed + 3, joined=0.0, perturbed=False)
             for batch in planner.prefetched(16, pin):
-                if self.progress() >= args.clean_fraction:
+                if not self.clean or self.progress() >= args.clean_fraction:
                     break
                 yield batch, None
+            self.clean = False
+            self.say(f"step {self.step}: augmented from here on")
         augment = self.make_augment(seed + 2)
         for batch in Planner(*sources, args.batch_seconds, seed, args.joined).prefetched(16, pin):
             yield batch, augment
 
-    def train_step(self, batch: Batch, augment: Augment | None, weights) -> tuple[Tensor, Tensor, Tensor]:
-        """-> parts of the loss, entropies, gradient norm; nothing of it is waited for."""
+    def gradient(self, batch: Batch, augment: Augment | None, weights) -> tuple[Tensor, Tensor]:
+        """-> parts of the loss, entropies; the gradients are in the parameters."""
         features, lengths = self.front_end(batch, self.speech, augment)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss, parts, entropies = batch_loss(self.model, self.routings[0], features, lengths, batch, weights)
+            loss, parts, entropies = losses.batch_loss(self.model, self.routings[0], features, lengths, batch, weights)
         loss.backward()
+        return parts, entropies
+
+    def train_step(self, batch: Batch, augment: Augment | None, weights, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+        """-> parts of the loss, entropies, gradient norm; nothing of it is waited for."""
+        parts, entropies = self.gradient(batch, augment, weights)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
-        # A batch with a broken gradient is left out, on the device: the fused optimizer looks at this flag.
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # A batch with a broken gradient is left out, on the device.
+        self.optimizer.step(lr, torch.isfinite(norm))
+        self.optimizer.zero_grad()
         decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
         averages, parameters = list(self.average.parameters()), list(self.model.parameters())
         torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1.0 - decay)
@@ -290,6 +222,8 @@ class Run:
             "step": self.step,
             "elapsed": self.elapsed(),
             "routed": self.routed,
+            "begun": self.begun,
+            "clean": self.clean,
             "config": self.config.to_json(),
             "bpe": self.units.model,
             "mean": self.front_end.mean.cpu(),
@@ -363,12 +297,19 @@ def main() -> None:
 
     cuda = run.device.type == "cuda"
     run.model.train()
+    if run.step == 0:
+        if args.compile:  # before the clock of the schedule starts
+            batch, augment = next(run.batches(cuda))
+            run.gradient(batch.to(run.device), augment, weights)
+            run.optimizer.zero_grad()
+            run.say("compiled")
+        run.begun = run.elapsed()
     seconds, window, mark, next_eval = 0.0, [], time.monotonic(), run.elapsed() + args.eval_seconds
     for batch, augment in run.batches(cuda):
         if run.progress() >= 1.0 or stop:
             break
         lr = run.set_schedule()
-        window.append(run.train_step(batch.to(run.device), augment, weights))
+        window.append(run.train_step(batch.to(run.device), augment, weights, lr))
         run.step += 1
         seconds += float(batch.host_lengths.sum()) / 16000
         if run.step % args.log_steps == 0:
@@ -376,7 +317,7 @@ def main() -> None:
             entropy = [round(x, 3) for x in window[-1][1].tolist()]
             norms = torch.stack([w[2] for w in window])
             spent, finite = time.monotonic() - mark, norms.isfinite()
-            values = {name: round(value, 4) for name, value in zip(LOSSES, parts, strict=True)}
+            values = {name: round(value, 4) for name, value in zip(losses.NAMES, parts, strict=True)}
             values |= {
                 "lr": lr,
                 "grad_norm": round(norms[finite].mean().item(), 3) if finite.any() else None,
@@ -388,7 +329,8 @@ def main() -> None:
                 "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,
             }
             write(**values)
-            shown = " ".join(f"{name} {values[name]:.3f}" for name in LOSSES)
+            run.clean = run.clean and values["ctc"] > args.clean_until
+            shown = " ".join(f"{name} {values[name]:.3f}" for name in losses.NAMES)
             run.say(
                 f"step {run.step} {shown} lr {lr:.2e} {values['step_ms']} ms {values['audio_per_second']} x real time"
             )
