@@ -67,8 +67,8 @@ def pocketsphinx() -> tuple[Recogniser, dict]:
         from pocketsphinx import Decoder
     except ImportError:
         raise NotHere(_pip("pocketsphinx")) from None
-    # Live normalisation carries over from one utterance to the next, so texts would depend on their order.
-    decoder = Decoder(samprate=SAMPLE_RATE, loglevel="FATAL", cmn="batch")
+    # As it comes: features normalised over the utterance; its estimate of the noise goes on from one to the next.
+    decoder = Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
 
     def recognise(waveform: np.ndarray) -> str:
         decoder.start_utt()
@@ -77,7 +77,7 @@ def pocketsphinx() -> tuple[Recogniser, dict]:
         hypothesis = decoder.hyp()
         return "" if hypothesis is None else hypothesis.hypstr
 
-    return recognise, {"model": "en-us of the package", "cmn": "batch"}
+    return recognise, {"model": "en-us of the package"}
 
 
 def whisper() -> tuple[Recogniser, dict]:
