@@ -29,7 +29,6 @@ def inspect(
     recordings: Annotated[
         list[str],
         typer.Argument(
-            metavar="[MODEL] AUDIO...",
             help="Recordings of any length. A model folder in the first place is taken as --model.",
         ),
     ],
