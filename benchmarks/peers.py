@@ -1,9 +1,10 @@
 """Word error rate and speed beside other recognisers': `python -m benchmarks.peers LIST ... --json FILE`.
 
-The systems: m3asr's three decoders on the onnx engine; pocketsphinx (hidden Markov models, 2016's English model); and
-Whisper tiny.en in int8, greedy (learned from 680,000 hours, Radford et al. 2022), whose weights come inside a package,
-so nothing is fetched. Each hears the same 16 kHz arrays, one utterance at a time, on one thread; reading the file is
-not counted, loading the model neither. Lists are those that `m3asr evaluate` takes.
+The systems: m3asr's three decoders on the onnx engine; pocketsphinx (hidden Markov models, the English ones in its
+package); and Whisper tiny.en in int8, greedy, whose weights come inside a package, so nothing is fetched. It learned
+from about 438,000 hours of people's English: 680,000 in all, without 117,000 of other languages and 125,000 of
+translation (Radford et al. 2022, arXiv 2212.04356, section 2.1). Each hears the same 16 kHz arrays, one utterance at a
+time, on one thread; reading the file is not counted, loading the model neither. Lists are those of `m3asr evaluate`.
 
 Texts are compared as `m3asr evaluate` does it, after figures, signs and abbreviations are written out, for every
 system alike, in the reading nearest to the reference (see spoken.py); the rate without that stands beside it. Intervals
