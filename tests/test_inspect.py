@@ -140,7 +140,12 @@ def test_one_expert_is_an_even_load():
 def test_command(m3, folder, tmp_path):
     code, out, err = m3("inspect", folder.path, ONE, TWO, "--json", tmp_path / "all.json")
     lines = out.splitlines()
-    assert code == 0 and err == "" and "2 recordings" in lines[0] and lines[-1].startswith("load entropy per layer")
+    assert (
+        code == 0
+        and err == ""
+        and "frames of 2 recordings," in lines[0]
+        and lines[-1].startswith("load entropy per layer")
+    )
     report = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
     one, two = report["recordings"]
     assert [one["name"], two["name"]] == ["goforward.flac", "jfk.flac"] and report["summary"] == lines[-1]
@@ -164,7 +169,7 @@ def test_the_shipped_model(m3, tmp_path):
     code, out, _ = m3("inspect", ONE, "--json", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert code == 0 and report["experts"] == config.encoder.moe.num_experts
-    assert len(report["layers"]) == config.encoder.num_blocks and "1 recordings" in out.splitlines()[0]
+    assert len(report["layers"]) == config.encoder.num_blocks and "frames of 1 recording," in out.splitlines()[0]
     for layer in report["layers"]:
         assert sum(layer["shares"]) == pytest.approx(1) and 0 < layer["entropy"] <= 1 + 1e-9
         assert list(layer["percentiles"].values()) == sorted(layer["percentiles"].values())
@@ -173,7 +178,7 @@ def test_the_shipped_model(m3, tmp_path):
 def test_one_bad_recording_among_several(m3, folder, tmp_path):
     (tmp_path / "text.wav").write_text("hello")
     code, out, err = m3("inspect", folder.path, tmp_path / "text.wav", ONE, tmp_path / "missing.wav")
-    assert code == 2 and "1 recordings" in out and len(err.splitlines()) == 2 and "no such file" in err
+    assert code == 2 and "frames of 1 recording," in out and len(err.splitlines()) == 2 and "no such file" in err
     code, out, err = m3("inspect", folder.path, tmp_path / "text.wav", "--json", tmp_path / "report.json")
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and not (tmp_path / "report.json").exists()
 

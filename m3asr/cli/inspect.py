@@ -95,7 +95,7 @@ def inspect(
     seconds = sum(recording.seconds for recording in routed)
     out.print(
         f"{name}: {len(layers)} layers of {len(layers[0].shares)} experts, "
-        f"{layers[0].frames} frames of {len(routed)} recordings, {seconds:.1f} s",
+        f"{layers[0].frames} frames of {len(routed)} recording{'s' if len(routed) > 1 else ''}, {seconds:.1f} s",
         markup=False,
     )
     out.print(_table(layers, bars=out.encoding.startswith("utf")), crop=False)
