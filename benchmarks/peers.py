@@ -143,12 +143,19 @@ def read_list(path: Path, every: int) -> list[tuple[Utterance, np.ndarray]]:
     return [(utterance, load_audio(utterance.audio())) for utterance in read_manifest(path)[::every]]
 
 
+def show(rows: Sequence[dict]) -> None:
+    out = Console(width=200, highlight=False, soft_wrap=True)
+    out.print(table(rows))
+    for reason in dict.fromkeys(f"{row['recogniser']}: {row['refused']}" for row in rows if "refused" in row):
+        out.print(f"not measured, {reason}", markup=False)
+
+
 def table(rows: Sequence[dict]) -> Table:
     shown = Table("list", "system", "utts", "words", "WER %", "95 %", "sub", "del", "ins", "as written %", "RTF")
     shown.add_column("RTF, CPU time")
     for row in rows:
         if "refused" in row:
-            shown.add_row(row["list"], row["recogniser"], "-", "-", "not measured:", row["refused"])
+            shown.add_row(row["list"], row["recogniser"], *["-"] * 10)
             continue
         low, high = row["wer_interval_by_utterance"] or (float("nan"), float("nan"))
         shown.add_row(
@@ -218,13 +225,13 @@ def main() -> None:
                     texts.write(json.dumps({**entry, "heard": result.hypothesis}, ensure_ascii=False) + "\n")
             rows = [old for old in rows if (old["list"], old["recogniser"]) != (label, name)] + [row]
             write(args.json, rows)
-            Console(width=200, highlight=False).print(table([row]))
+            show([row])
     if texts:
         texts.close()
     order = {name: i for i, name in enumerate(SYSTEMS)}
     rows.sort(key=lambda row: (row["list"], order.get(row["recogniser"], len(order))))
     write(args.json, rows)
-    Console(width=200, highlight=False).print(table(rows))
+    show(rows)
     print(json.dumps({"rows": rows}))
 
 

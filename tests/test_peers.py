@@ -83,7 +83,9 @@ def test_rows(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(sys, "argv", ["peers", str(manifest), *arguments])
     for _ in range(2):  # rows of the same system are replaced
         peers.main()
-    last = json.loads(capfd.readouterr().out.splitlines()[-1])["rows"]
+    out = capfd.readouterr().out
+    assert "not measured, pocketsphinx: pip install pocketsphinx==5.1.1\n" in out
+    last = json.loads(out.splitlines()[-1])["rows"]
     assert last == json.loads(rows.read_text())["rows"]
     by_name = {row["recogniser"]: row for row in last}
     assert len(last) == 4 and by_name["m3asr-beam"]["refused"] == "of old"
