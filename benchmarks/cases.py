@@ -34,7 +34,7 @@ SHAPES = {
     "64x1024": (64, 256, 255),
 }
 # Cases whose kernels are for few tokens, and those for many.
-ONLY_FEW, ONLY_MANY = ("attention_out", "depthwise_out", "experts_whole"), ("norm",)
+ONLY_FEW, ONLY_MANY = ("attention_out", "depthwise_out"), ("norm",)
 WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
 DTYPE = torch.bfloat16
 
@@ -116,7 +116,7 @@ def make_up(batch, frames, valid, hidden, kind, few):
         return z
 
     if few:
-        candidates = grid(few_rows(tokens), (16, 32, 64), (4, 8), parts=(1, 4, 8, 16))
+        candidates = grid(few_rows(tokens), (16, 32, 64), (4, 8), parts=(1, 4, 8))
     else:
         candidates = products(tokens)
     size = columns * WIDTH * 2 + tokens * (WIDTH * (4 if few else 2) + 2 * out_columns)
@@ -135,7 +135,7 @@ def make_residual(batch, frames, valid, width, few):
         result=lambda: out,
         reference=lambda: x + 0.5 * (a.float() @ weights[0].float().t() + bias),
         tiles=[
-            *(grid(few_rows(tokens), (16, 32), (4, 8), k=(width,), parts=(1, 4, 8, 16)) if few else []),
+            *(grid(few_rows(tokens), (16, 32), (4, 8), k=(width,), parts=(1, 4, 8)) if few else []),
             *(grid(few_rows(tokens), (16, 32, 64), (4,), k=(128, 256), stages=(3,)) if few else products(tokens)),
         ],
         bytes=WIDTH * width * 2 + tokens * (width * 2 + WIDTH * 8),
@@ -226,7 +226,8 @@ def make_depthwise_out(batch, frames, valid, few):
         return x + keep * (apart.reference() @ weights[0].float().t() + bias)
 
     return Case(
-        launch, lambda: out, reference, grid((16,), (16, 32), (4, 8), parts=(1, 4, 8)),
+        launch, lambda: out, reference,
+        grid((16,), (16, 32) if tokens <= 128 else (32, 64), (4, 8), parts=(1, 4, 8)),
         apart.bytes + WIDTH * WIDTH * 2, apart.flops + 2 * tokens * WIDTH * WIDTH, prepare=lambda: out.copy_(x),
         copies=copies,
     )  # fmt: skip
@@ -378,7 +379,7 @@ def make_experts_whole(batch, frames, valid, hidden, few):
 
     hit = int(idx[here].unique().numel())
     candidates = [
-        *grid((16,), (32,), (8,), k=(0, 1), stages=(1, 2, 3), parts=(4, 8)),
+        *grid((16,) if tokens <= 128 else (16, 32), (32,), (8,), k=(0, 1), stages=(1, 2, 3), parts=(4, 8)),
         *grid((16,), (16, 64), (8,), k=(0, 1), stages=(2,), parts=(4, 8)),
         *grid((16,), (32,), (4,), k=(1,), stages=(2, 3), parts=(4, 8, 16)),
     ]

@@ -77,7 +77,7 @@ def profile(engine: CudaEngine, name: str) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
-def variants(engine: CudaEngine, name: str, data, reference: Reference) -> dict[str, float | str]:
+def variants(engine: CudaEngine, name: str, data, reference: Reference, late) -> dict[str, float | str]:
     """Milliseconds with one decision of the engine taken otherwise; of a variant that computes something else, that."""
     forward, tiles_for = engine.forward, tiles.tiles_for
     attributes = ("pdl", "ahead_bytes", "regime", "library", "fused")
@@ -94,11 +94,20 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference) -> dict[
         cases |= {f"{one} in two launches": {"fused": tuple(f for f in FUSED if f != one)} for one in FUSED}
         cases |= {f"{mb} MB of experts ahead": {"ahead_bytes": mb << 20} for mb in (8, 16, 32)}
         cases |= {f"experts' weights early: {early}": {"early": early} for early in (False, True)}
-    else:
+    if tiles.FEW_TOKENS < tokens <= tiles.WHOLE_TOKENS:
+        for regime in ("few", "many"):
+            cases[f"kernels for {regime} tokens, experts in two launches"] = {
+                "regime": regime, "fused": ("attention", "depthwise"),
+            }  # fmt: skip
+        cases["kernels for few tokens, convolution in two launches"] = {"regime": "few", "fused": ("experts",)}
+    if tokens > tiles.FEW_TOKENS:
         cases["every product by cuBLAS"] = {"library": tiles.LIBRARY_OPERATIONS}
         cases |= {f"by cuBLAS: {operation}": {"library": (operation,)} for operation in tiles.LIBRARY_OPERATIONS}
     rows = {}
     for case, changes in cases.items():
+        if late():
+            rows[case] = "no time left"
+            continue
         for attribute, value in {**usual, **changes}.items():
             if attribute in usual:
                 setattr(forward, attribute, value)
@@ -326,7 +335,7 @@ def main() -> None:
                         for kernel, count, us in row["profile"][:14]:
                             print(f"      {us:9.1f} us {count:4d} x {us / count:7.2f}  {kernel[:60]}", flush=True)
                     if precision == "bf16" and not args.no_variants and not late():
-                        row["variants"] = variants(engine, name, data[name], references[name])
+                        row["variants"] = variants(engine, name, data[name], references[name], late)
                         for case, ms in row["variants"].items():
                             shown = f"{ms:9.3f} ms" if isinstance(ms, float) else ms
                             print(f"      {shown}  {case}", flush=True)

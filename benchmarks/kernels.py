@@ -104,7 +104,11 @@ def main() -> None:
     for shape, regime, case in product(args.shapes, args.regimes or ("few", "many"), args.cases):
         tokens = SHAPES[shape][0] * SHAPES[shape][1]
         usual = "few" if tokens <= tiles.FEW_TOKENS else "many"
-        if (regime == usual or args.regimes) and case not in (ONLY_MANY if regime == "few" else ONLY_FEW):
+        if case in (ONLY_MANY if regime == "few" else ONLY_FEW):
+            continue
+        if case == "experts_whole" and tokens > tiles.WHOLE_TOKENS:
+            continue
+        if regime == usual or args.regimes:
             todo.append((case, shape, regime))
     if args.jobs:
         jobs = [(*job, args.hidden, part, 3) for job in todo for part in range(3)]

@@ -37,9 +37,10 @@ GPU_TESTS = "tests/kernels tests/test_cuda_engine.py tests/test_cuda_built.py te
 STAGES = {
     "tests": Stage(f"{{python}} -m pytest {GPU_TESTS} -q -n 8 --dist load -p no:cacheprovider", 240),
     "kernels-few": Stage("{python} -m benchmarks.kernels --shapes 1x206 --budget 150 --out {out}/few", 200),
-    "kernels-many": Stage(
-        "{python} -m benchmarks.kernels --shapes 64x1024 16x1024 1x1024 --budget 280 --out {out}/many", 320
+    "kernels-between": Stage(
+        "{python} -m benchmarks.kernels --shapes 1x1024 --regimes few many --budget 200 --out {out}/between", 240
     ),
+    "kernels-many": Stage("{python} -m benchmarks.kernels --shapes 64x1024 16x1024 --budget 240 --out {out}/many", 280),
     "few": Stage(
         "{python} -m benchmarks.encoder --inputs 1x206 --precisions bf16 fp16 fp8 --budget 150 {tiles} --out {out}/one",
         200,

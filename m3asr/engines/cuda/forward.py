@@ -30,7 +30,7 @@ from m3asr.kernels.norm_linear import norm_linear
 from m3asr.kernels.router import route
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
-# Pairs of launches that are one for few tokens.
+# Pairs of launches that are one where tokens are few; how few, says `_fuses`.
 FUSED = ("attention", "depthwise", "experts")
 
 
@@ -68,8 +68,7 @@ class Forward:
         self.library: tuple[str, ...] = ()
         # Where log_probs go, float32, flat: they are larger than all else, and all graphs can share one place.
         self.shared: Tensor | None = None
-        # Which of FUSED are one launch, for few tokens.
-        self.fused = FUSED
+        self.fused = FUSED  # which of them are one launch
         # How much of a block's expert weights its small kernels fetch into the L2 cache, for few tokens.
         self.ahead_bytes = tiles.AHEAD_BYTES if pdl else 0
 
@@ -235,12 +234,17 @@ class Forward:
         self._linear(conv, out, x, tile=tile.out, residual_scale=1.0, mask=mask, ahead=next(ahead))
 
     def _fuses(self, what: str, shape: Shape) -> bool:
-        return what in self.fused and self._few(shape)
+        if what not in self.fused:
+            return False
+        if what == "experts":
+            return self._few(shape) or (shape.tokens <= tiles.WHOLE_TOKENS and not self.wide)
+        return self._few(shape) and (what != "attention" or shape.frames <= tiles.ATTENTION_OUT_FRAMES)
 
     def _ahead(self, block: Block, shape: Shape) -> Iterator[Tensor | None]:
         """What each of a block's small kernels brings into the cache: an equal share of its experts' weights."""
         if block.router and self._few(shape) and self.ahead_bytes:
-            launches = (8 if block.macaron_up else 6) - sum(name in self.fused for name in ("attention", "depthwise"))
+            launches = 8 if block.macaron_up else 6
+            launches -= sum(self._fuses(name, shape) for name in ("attention", "depthwise"))
             share = self.ahead_bytes // (launches * block.up.weight.element_size()) // 64 * 64
             weights = (block.up.weight.flatten(), block.down.weight.flatten())
             yield from [part for weight in weights for part in weight.split(share)][:launches]
@@ -262,7 +266,8 @@ class Forward:
             )  # fmt: skip
             return prior[3] if prior else x
         y = self._new(x.shape)
-        norm(x, y, eps=config.norm_eps, tile=tiles_here.norm, prior=(*prior, x) if prior else None, pdl=self.pdl)
+        prior = (*prior, x) if prior else None
+        norm(x, y, eps=config.norm_eps, tile=tiles_here.norm, prior=prior, shares=shares, pdl=self.pdl)
         self._linear(y, layer, out, tile=tile, **options)
         return x
 

@@ -16,6 +16,12 @@ from m3asr.kernels.pieces import Tile, at_least_16
 
 # The largest number of tokens that is treated as few.
 FEW_TOKENS = 128
+# Up to so many tokens both layers of the experts are one launch, whatever else is treated as few or many; each expert's
+# weights are read once for every 32 of its tokens.
+WHOLE_TOKENS = 512
+# Up to so many frames attention is one launch with its projection, for few tokens: every tile of the projection's
+# columns reads all keys and values.
+ATTENTION_OUT_FRAMES = 64
 # Expert weights that the small kernels of a block fetch ahead into the L2 cache: on an H200 none is best (0 to 32 MB
 # within 1 %, more is worse).
 AHEAD_BYTES = 0
@@ -98,6 +104,7 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
     columns = 16 if wide else 32
     whole, inner = at_least_16(width), at_least_16(hidden)
     warps = 4 if rows == 16 else 8
+    columns = 64 if tokens > 128 and not wide else columns
     norm_linear = Tile(rows, columns, warps=8, parts=parts_of(whole, 8, wide))
     return Tiles(
         first_convolution=Tile(32, 64, warps=4),
@@ -111,7 +118,7 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         norm=Tile(1, 1, warps=4),
         attention=Tile(16, 64 if wide else 128, warps=4, stages=2),
         depthwise=Tile(1, 1, warps=4),
-        router=Tile(1, 1, warps=8),
+        router=Tile(1, 1, warps=8) if tokens <= 128 else Tile(16, 1, k=64, warps=4, stages=2),
         expert_up=Tile(16, 16 if wide else 64, k=whole, warps=4, stages=1),
         expert_down=Tile(16, 16 if wide else 32, k=inner, warps=4, stages=1),
         sort=Tile(1, 1024),
@@ -119,10 +126,17 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         head=Tile(rows, 32, k=whole, warps=warps, parts=parts_of(whole, warps, wide)),
         log_softmax=Tile(1, 2048, warps=8),
         attention_out=Tile(16, 16, k=16 if wide else 64, warps=8, stages=1),
-        depthwise_out=Tile(16, 16, warps=8, parts=parts_of(whole, 8, wide)),
-        experts_whole=Tile(16, 16 if wide else 32, k=1, warps=8, stages=2 if wide else 3, parts=4),
+        depthwise_out=Tile(
+            16, 16 if tokens <= 80 or wide else 32 if tokens <= 128 else 64, warps=8, parts=parts_of(whole, 8, wide)
+        ),
+        experts_whole=experts_whole(tokens, wide),
         experts_early=tokens > 80,
     )
+
+
+def experts_whole(tokens: int, wide: bool) -> Tile:
+    """The rule for both layers of the experts in one launch."""
+    return Tile(16 if tokens <= 128 or wide else 32, 16 if wide else 32, k=1, warps=8, stages=2, parts=4)
 
 
 def parts_of(inner: int, warps: int, wide: bool) -> int:
@@ -174,6 +188,7 @@ def many(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         else Tile(32 if tokens <= 1024 else 128, 64, warps=4 if tokens <= 1024 else 8, stages=2),
         depthwise=Tile(1 if tokens <= 1024 else 8, 1, warps=4 if tokens <= 1024 else 8),
         router=Tile(16, 1, k=64, warps=4, stages=2),
+        experts_whole=experts_whole(tokens, wide),
         expert_up=product(tokens, hidden, wide, height),
         expert_down=product(tokens, width, wide, height, reads=True),
         sort=Tile(1, max(128, min(4096, 1 << (tokens - 1).bit_length())), warps=16 if tokens > 1024 else 4),
