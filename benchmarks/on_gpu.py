@@ -35,32 +35,43 @@ SHIPPED = "m3asr/models/3m-en"
 GPU_TESTS = "tests/kernels tests/test_cuda_engine.py tests/test_cuda_built.py tests/test_cuda_waveforms.py"
 # {out}: the folder for results; {tiles}: `--tiles FILE` once there are any; {manifest}: a list of recordings.
 STAGES = {
-    "tests": Stage(f"{{python}} -m pytest {GPU_TESTS} -q -n 8 --dist load -p no:cacheprovider", 240),
-    "kernels-few": Stage("{python} -m benchmarks.kernels --shapes 1x206 --budget 150 --out {out}/few", 200),
-    "kernels-between": Stage(
-        "{python} -m benchmarks.kernels --shapes 1x1024 --regimes few many --budget 200 --out {out}/between", 240
-    ),
-    "kernels-many": Stage("{python} -m benchmarks.kernels --shapes 64x1024 16x1024 --budget 240 --out {out}/many", 280),
+    "tests": Stage(f"{{python}} -m pytest {GPU_TESTS} -q -n 12 --dist load -p no:cacheprovider", 220),
+    # Tiles, and with them the encoder and its variants: for few tokens, for many, and between.
+    "kernels-few": Stage("{python} -m benchmarks.kernels --shapes 1x206 --budget 130 --out {out}/few", 160),
     "few": Stage(
-        "{python} -m benchmarks.encoder --inputs 1x206 --precisions bf16 fp16 fp8 --budget 150 {tiles} --out {out}/one",
-        200,
+        "{python} -m benchmarks.encoder --inputs 1x206 --precisions bf16 fp8 fp16 --budget 120 --no-baselines {tiles} "
+        "--out {out}/few",
+        150,
     ),
-    "encoder": Stage(
-        "{python} -m benchmarks.encoder --precisions bf16 fp16 fp8 --budget 280 {tiles} --out {out}/all", 340
+    "kernels-many": Stage("{python} -m benchmarks.kernels --shapes 64x1024 16x1024 --budget 220 --out {out}/many", 250),
+    "many": Stage(
+        "{python} -m benchmarks.encoder --inputs 16x1024 64x1024 --precisions bf16 --budget 120 --no-baselines {tiles} "
+        "--out {out}/many",
+        150,
     ),
+    "kernels-between": Stage(
+        "{python} -m benchmarks.kernels --shapes 1x1024 --regimes few many --budget 160 --out {out}/between", 190
+    ),
+    "between": Stage(
+        "{python} -m benchmarks.encoder --inputs 1x1024 1x2048 --precisions bf16 --budget 120 --no-baselines {tiles} "
+        "--out {out}/between",
+        150,
+    ),
+    # What a table of results needs, with all decisions taken.
     "texts": Stage("{python} -m benchmarks.texts --manifest {manifest} --out {out}", 150, needs="manifest"),
+    "encoder": Stage(
+        "{python} -m benchmarks.encoder --precisions bf16 fp16 fp8 fp32 --no-variants --budget 170 {tiles} "
+        "--out {out}/encoder",
+        210,
+    ),
     "end-to-end": Stage("{python} -m benchmarks.end_to_end --engines cuda --model seed --out {out}/seed", 100),
     "end-to-end-shipped": Stage("{python} -m benchmarks.end_to_end --engines cuda --out {out}/shipped", 100),
     "command-line": Stage(
-        f"rm -rf {{scratch}} && cp -r {SHIPPED} {{scratch}} && for precision in fp32 bf16; do "
-        "{python} -m m3asr.cli build {scratch} --engine cuda --precision $precision && "
-        "time {python} -m m3asr.cli transcribe --model {scratch} --engine cuda examples/*.flac; done; "
+        f"rm -rf {{scratch}} && cp -r {SHIPPED} {{scratch}} || exit 1; for precision in fp32 bf16; do "
+        "{python} -m m3asr.cli build {scratch} --engine cuda --precision $precision || exit 1; "
+        "time {python} -m m3asr.cli transcribe --model {scratch} --engine cuda examples/*.flac || exit 1; done; "
         "{python} -m m3asr.cli transcribe --model {scratch} --engine eager examples/*.flac",
         180,
-    ),
-    "fp32": Stage(
-        "{python} -m benchmarks.encoder --precisions fp32 --no-baselines --no-variants --budget 60 --out {out}/fp32",
-        100,
     ),
     "public": Stage(
         "{python} -m benchmarks.encoder --preset public --precisions bf16 --no-variants --budget 120 "

@@ -129,7 +129,8 @@ def experts_whole(
         ACTIVATION=activation,
         GATE=gate is not None,
         SCALED=up_scale is not None,
-        EARLY=early,
+        # Equal shares only: the last one must not ask for what lies behind the weights.
+        EARLY=early and hidden % shares == 0,
         DOT=dot,
         PDL=pdl,
         **tile.options(pdl),
