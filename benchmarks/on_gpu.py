@@ -58,7 +58,11 @@ STAGES = {
         150,
     ),
     # What a table of results needs, with all decisions taken.
-    "texts": Stage("{python} -m benchmarks.texts --manifest {manifest} --out {out}", 150, needs="manifest"),
+    "texts": Stage(
+        "{python} -m benchmarks.texts --manifest {manifest} --precisions bf16 fp32 --batch 64 --out {out}",
+        200,
+        needs="manifest",
+    ),
     "encoder": Stage(
         "{python} -m benchmarks.encoder --precisions bf16 fp16 fp8 fp32 --no-variants --budget 170 {tiles} "
         "--out {out}/encoder",
