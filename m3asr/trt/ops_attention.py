@@ -1,7 +1,5 @@
 """Attention as two matrix products and a float32 softmax; TensorRT fuses the pattern by itself."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +16,7 @@ def scaled_dot_product_attention(
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(times, -3) for t in (key, value))
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.matmul(query * scale, key.transpose(-2, -1))
     if is_causal:
         rows = torch.arange(query.shape[-2]).unsqueeze(1)
@@ -42,6 +40,12 @@ def masked_softmax(scores, mask):
 @converter(torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
 def fast_path(net, *args, **kwargs):
     raise UncoveredOperation(f"{net.where()}the fused fast path of torch.nn was called directly; call the module")
+
+
+@converter(torch._nested_tensor_from_mask_left_aligned)
+def left_aligned(net, x, mask):
+    """torch.nn.TransformerEncoder asks whether it may leave out the padding: it computes it here."""
+    return False
 
 
 @converter(F.normalize, kind="float32")

@@ -1,12 +1,13 @@
 """Where a forward asks for a value that only the data has: item(), if tensor, int(tensor)."""
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import TraceError
 from .table import converter
 
 
-@converter(torch.Tensor.item)
+@converter(torch.Tensor.item, torch.ops.aten._local_scalar_dense)
 def item(net, x):
     """The value stays a tensor of no dimensions: arithmetic with it works as with the number."""
     return x.const.item() if x.const is not None else x.reshape(())
@@ -33,3 +34,14 @@ def number(net, x, *arguments, **options):
         f"{net.where()}{name} asks for values that only the data has (a size or a loop that depends on them?); take "
         "sizes from shapes, as x.shape[1], or pass the number in when tracing"
     )
+
+
+@converter(torch.ops.higher_order.cond)
+def cond(net, condition, yes, no, operands=()):
+    """Both branches, chosen between by value: they have no side effects."""
+    if not isinstance(condition, torch.Tensor):
+        return (yes if condition else no)(*operands)
+    (a, spec), (b, other) = (tree_flatten(branch(*operands)) for branch in (yes, no))
+    if spec != other:
+        raise TraceError(f"{net.where()}the branches of torch.cond return results of different kinds")
+    return tree_unflatten([torch.where(condition, p, q) for p, q in zip(a, b, strict=True)], spec)

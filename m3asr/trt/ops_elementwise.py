@@ -118,12 +118,12 @@ def _sum(net, operation, a, b, alpha=1):
 
 
 @converter(aten.add)
-def add(net, a, b, *, alpha=1):
+def add(net, a, b, alpha=1):
     return _sum(net, "SUM", a, b, alpha)
 
 
 @converter(aten.sub)
-def sub(net, a, b, *, alpha=1):
+def sub(net, a, b, alpha=1):
     return _sum(net, "SUB", a, b, alpha)
 
 
@@ -306,9 +306,14 @@ def to_float(net, x, **_):
 
 @converter(torch.Tensor.to)
 def to(net, x, *args, **kwargs):
-    """`.to(torch.float32)` of a float32 tensor holds it in float32, and once more lets go (`.to(input_dtype)`)."""
+    """`.to(torch.float32)` of a low-precision tensor holds it in float32, of a held one lets go (`.to(input.dtype)`).
+
+    Of a tensor that is in float32 anyhow it is taken for `.to(input.dtype)` too, and changes nothing.
+    """
     wanted = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), None)
     if wanted == x.dtype == torch.float32 and x.const is None:
+        if not x.pinned and x.node.dtype == net.trt.float32:
+            return x
         return hold(net, x, not x.pinned)
     with torch._C.DisableTorchFunctionSubclass():
         return torch.Tensor.to(x, *args, **kwargs)

@@ -244,3 +244,21 @@ def _one_hot(net, x, num_classes=-1):
     if num_classes < 0:
         raise UncoveredOperation(f"{net.where()}one_hot without num_classes has as many columns as the data says")
     return (x.unsqueeze(-1) == torch.arange(num_classes)).to(torch.int64)
+
+
+@converter(aten.diagonal_scatter)
+def diagonal_scatter(net, x, source, offset=0, dim1=0, dim2=1):
+    count = 1
+    for s in x.shape:
+        count = count * s
+    positions = torch.arange(count).view(x.shape).diagonal(offset, dim1, dim2)
+    return x.reshape(-1).scatter(0, positions.reshape(-1), source.reshape(-1)).view(x.shape)
+
+
+@converter(aten.masked_scatter)
+def masked_scatter(net, x, mask, source):
+    """The n-th place that the mask allows takes the n-th value of the source."""
+    x, mask = torch.broadcast_tensors(x, mask)
+    at = torch.cumsum(mask.reshape(-1).to(torch.int64), 0) - 1
+    taken = source.reshape(-1).index_select(0, at.clamp(0, source.numel() - 1))
+    return torch.where(mask, taken.view(x.shape), x)

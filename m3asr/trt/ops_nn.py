@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from . import layers as L
 from .errors import UncoveredOperation
+from .sizes import is_fixed
 from .table import converter
 
 aten = torch.ops.aten
@@ -121,6 +122,12 @@ def _normalised(node, axes, eps):
     return centred / L.unary("SQRT", variance + float(eps))
 
 
+def _statistics(x, axes, eps):
+    """Mean and 1 / sqrt(var + eps) over `axes`, kept: what the native_* functions return besides the norm."""
+    mean = x.mean(axes, keepdim=True)
+    return mean, torch.rsqrt((x - mean).square().mean(axes, keepdim=True) + eps)
+
+
 def _layer_norm_node(net, x, shape, weight, bias, eps):
     node = net.operand(x)
     axes = list(range(node.rank - len(shape), node.rank))
@@ -136,25 +143,34 @@ def _layer_norm_node(net, x, shape, weight, bias, eps):
 
 @converter(F.layer_norm, aten.layer_norm, kind="float32")
 def layer_norm(net, x, normalized_shape, weight=None, bias=None, eps=1e-5, *_):
-    if x.dim() > len(normalized_shape):
+    if x.dim() > len(normalized_shape) and all(map(is_fixed, normalized_shape)):
         return _layer_norm_node(net, x, normalized_shape, weight, bias, eps)
-    node = _normalised(net.operand(x), list(range(x.dim())), eps)
-    return _affine(net, node, weight, bias, node.shape)
+    node = _normalised(net.operand(x), list(range(x.dim() - len(normalized_shape), x.dim())), eps)
+    lead = [1] * (x.dim() - len(normalized_shape))
+    return _affine(net, node, weight, bias, (*lead, *normalized_shape))
 
 
 @converter(aten.native_layer_norm, kind="float32")
 def native_layer_norm(net, x, shape, weight, bias, eps):
-    out = F.layer_norm(x, shape, weight, bias, eps)
-    return out, torch.zeros(0), torch.zeros(0)
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    return F.layer_norm(x, shape, weight, bias, eps), *_statistics(x, axes, eps)
 
 
-@converter(F.rms_norm, aten.rms_norm, aten._fused_rms_norm, kind="float32")
+@converter(F.rms_norm, aten.rms_norm, kind="float32")
 def rms_norm(net, x, normalized_shape, weight=None, eps=None):
     node = net.operand(x)
     axes = list(range(node.rank - len(normalized_shape), node.rank))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     root = L.unary("SQRT", L.reduce("AVG", node * node, axes, True) + float(eps))
-    return _affine(net, node / root, weight, None, [int(s) for s in normalized_shape])
+    lead = [1] * (node.rank - len(normalized_shape))
+    return _affine(net, node / root, weight, None, (*lead, *normalized_shape))
+
+
+@converter(aten._fused_rms_norm, kind="float32")
+def fused_rms_norm(net, x, shape, weight, eps):
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    return F.rms_norm(x, shape, weight, eps), torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
 
 
 @converter(F.batch_norm, kind="float32")
@@ -179,6 +195,18 @@ def batch_norm(net, x, running_mean, running_var, weight=None, bias=None, traini
     return node * net.constant(scale) + net.constant(shift)
 
 
+@converter(aten.batch_norm, kind="float32")
+def aten_batch_norm(net, x, weight, bias, running_mean, running_var, training, momentum, eps, *_):
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+@converter(aten._native_batch_norm_legit.no_stats, kind="float32")
+def batch_norm_without_statistics(net, x, weight, bias, training, momentum, eps):
+    mean, root = _statistics(x, [0, *range(2, x.dim())], eps)
+    out = F.batch_norm(x, None, None, weight, bias, True, momentum, eps)
+    return out, mean.reshape(x.shape[1]), root.reshape(x.shape[1])
+
+
 @converter(aten.native_batch_norm, aten._native_batch_norm_legit, kind="float32")
 def native_batch_norm(net, x, weight, bias, running_mean, running_var, training, momentum, eps):
     out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -201,7 +229,8 @@ def group_norm(net, x, num_groups, weight=None, bias=None, eps=1e-5, *_):
 
 @converter(aten.native_group_norm, kind="float32")
 def native_group_norm(net, x, weight, bias, n, c, hw, groups, eps):
-    return F.group_norm(x, groups, weight, bias, eps), torch.zeros(0), torch.zeros(0)
+    mean, root = _statistics(x.reshape(n, groups, -1), [2], eps)
+    return F.group_norm(x, groups, weight, bias, eps), mean.squeeze(2), root.squeeze(2)
 
 
 @converter(F.instance_norm, aten.instance_norm, kind="float32")

@@ -1,6 +1,7 @@
 """Pooling, resizing and pixel shuffling."""
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -203,7 +204,36 @@ def adaptive_avg_pool(net, x, output_size):
 
 @converter(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 def adaptive_max_pool(net, x, output_size, return_indices=False):
+    if return_indices:
+        return _adaptive_with_indices(net, x, output_size)
     return _adaptive(net, x, output_size, _spatial(net), False)
+
+
+@converter(
+    *(F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices),
+    *(aten.adaptive_max_pool1d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d),
+)
+def adaptive_max_pool_with_indices(net, x, output_size, return_indices=True):
+    return _adaptive_with_indices(net, x, output_size)
+
+
+def _adaptive_with_indices(net, x, output_size):
+    """Window by window: its largest value, and where that lies in the flattened image."""
+    n = _spatial(net)
+    sizes = list(x.shape[-n:])
+    if not all(map(is_fixed, sizes)):
+        raise UncoveredOperation(f"{net.where()}adaptive max pooling with indices of a size that varies")
+    sizes = [int(s) for s in sizes]
+    wanted = [s if w is None else w for w, s in zip(_tuple(output_size, n), sizes, strict=True)]
+    positions = torch.arange(math.prod(sizes)).view(sizes)
+    values, indices = [], []
+    for cell in itertools.product(*map(range, wanted)):
+        bounds = ((j * s // w, -(-(j + 1) * s // w)) for j, s, w in zip(cell, sizes, wanted, strict=True))
+        window = tuple(slice(a, b) for a, b in bounds)
+        value, at = x[(..., *window)].flatten(-n).max(-1)
+        values.append(value)
+        indices.append(positions[window].reshape(-1)[at])
+    return tuple(torch.stack(t, -1).unflatten(-1, wanted) for t in (values, indices))
 
 
 # resizing
@@ -225,10 +255,13 @@ def interpolate(
     if mode == "area" and not antialias:
         shape = sized(net)
         return _adaptive(net, x, list(shape[2:]), x.dim() - 2, True)
-    if antialias or mode not in (*RESIZE, "nearest-exact"):
-        raise UncoveredOperation(f"{net.where()}interpolate with mode {mode!r}{' and antialias' if antialias else ''}")
+    if mode not in (*RESIZE, "nearest-exact"):
+        raise UncoveredOperation(f"{net.where()}interpolate with mode {mode!r}")
     spatial = x.dim() - 2
     shape = sized(net)
+    if antialias:
+        factors = [None] * 2 if scale_factor is None or recompute_scale_factor else _floats(scale_factor, 2)
+        return _antialiased(net, x, shape[2:], factors, mode, align_corners)
     if mode in ("nearest", "nearest-exact"):
         return _nearest(net, x, shape, scale_factor, mode == "nearest-exact")
     scales = None if scale_factor is None or recompute_scale_factor else _floats(scale_factor, spatial)
@@ -245,6 +278,20 @@ def interpolate(
     else:
         layer.set_input(1, net.size_tensor(shape).tensor)
     return net.output(layer, shape)
+
+
+def _antialiased(net, x, wanted, factors, mode, align_corners):
+    """Each dimension of an image is resized by a matrix: what torch makes of the columns of a unit matrix."""
+    for dim, size, factor in zip((2, 3), wanted, factors, strict=True):
+        have = x.shape[dim]
+        if not is_fixed(size) or not is_fixed(have):
+            raise UncoveredOperation(f"{net.where()}interpolate with antialias of a size that varies")
+        with net.plainly():
+            target = {"size": (int(size), int(have))} if factor is None else {"scale_factor": (factor, 1.0)}
+            unit = torch.eye(int(have))[None, None]
+            matrix = F.interpolate(unit, **target, mode=mode, align_corners=align_corners, antialias=True)[0, 0]
+        x = torch.matmul(x.movedim(dim, -1), matrix.transpose(0, 1)).movedim(-1, dim)  # matrix (size, have)
+    return x
 
 
 def _floats(value, n):

@@ -90,12 +90,55 @@ def embedding_bag(
     include_last_offset=False,
     padding_idx=None,
 ):
-    if index.dim() != 2 or padding_idx is not None or max_norm is not None:
-        raise UncoveredOperation(f"{net.where()}embedding_bag with offsets, padding_idx or max_norm")
-    rows = F.embedding(index, weight)  # (B, N, D)
+    if max_norm is not None:
+        raise UncoveredOperation(f"{net.where()}embedding_bag with max_norm")
+    rows = F.embedding(index, weight)  # (B, N, D) or (N, D)
+    if index.dim() == 2:
+        member = torch.ones_like(index, dtype=torch.bool)  # (B, N)
+    else:
+        if include_last_offset:
+            start, end = offsets[:-1], offsets[1:]
+        else:
+            start, end = offsets, torch.cat([offsets[1:], torch.full_like(offsets[:1], index.shape[0])])
+        at = torch.arange(index.shape[0])
+        member = (at >= start.unsqueeze(1)) & (at < end.unsqueeze(1))  # (B, N)
+    if padding_idx is not None:
+        member = member & (index != padding_idx % weight.shape[0])
+    count = member.sum(1, keepdim=True)  # (B, 1)
+    if mode == "max":
+        rows = torch.where(member.unsqueeze(-1), rows, float("-inf"))
+        return torch.where(count == 0, 0.0, rows.amax(1))
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(-1)
-    return {"sum": lambda: rows.sum(1), "mean": lambda: rows.mean(1), "max": lambda: rows.amax(1)}[mode]()
+    total = torch.matmul(member.unsqueeze(-2).to(rows.dtype), rows).squeeze(-2)  # (B, D)
+    return total / count.clamp_min(1).to(rows.dtype) if mode == "mean" else total
+
+
+@converter(aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only)
+def aten_embedding_bag(
+    net,
+    weight,
+    index,
+    offsets,
+    scale_grad_by_freq=False,
+    mode=0,
+    sparse=False,
+    per_sample_weights=None,
+    include_last_offset=False,
+    padding_idx=None,
+):
+    """The three other results are torch's notes for the gradient: empty here."""
+    padding_idx = None if padding_idx == -1 and net.operation != "embedding_bag" else padding_idx
+    out = F.embedding_bag(
+        index,
+        weight,
+        offsets,
+        mode=("sum", "mean", "max")[mode],
+        per_sample_weights=per_sample_weights,
+        include_last_offset=include_last_offset,
+        padding_idx=padding_idx,
+    )
+    return out, *(torch.zeros(0, dtype=torch.int64) for _ in range(3))
 
 
 @converter(aten.searchsorted)
@@ -147,9 +190,9 @@ def _bits(x, width, signed):
 
 
 INTEGER_BITS = (
-    *(aten.bitwise_and.Tensor, aten.bitwise_and.Scalar, aten.__and__),
-    *(aten.bitwise_or.Tensor, aten.bitwise_or.Scalar, aten.__or__),
-    *(aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar, aten.__xor__),
+    *(aten.bitwise_and.Tensor, aten.bitwise_and.Scalar, aten.bitwise_and.Scalar_Tensor, aten.__and__),
+    *(aten.bitwise_or.Tensor, aten.bitwise_or.Scalar, aten.bitwise_or.Scalar_Tensor, aten.__or__),
+    *(aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar, aten.bitwise_xor.Scalar_Tensor, aten.__xor__),
 )
 
 

@@ -23,13 +23,19 @@ def _reduced(operation):
     return convert
 
 
-converter(aten.sum, aten.nansum, kind="float32")(_reduced("SUM"))
+converter(aten.sum, kind="float32")(_reduced("SUM"))
 converter(aten.prod, kind="float32")(_reduced("PROD"))
 
 
 @converter(aten.mean, kind="float32")
 def mean(net, x, dim=None, keepdim=False, *, dtype=None):
-    return L.reduce("AVG", net.operand(x), axes_of(x, dim), keepdim)
+    return L.reduce("AVG", net.operand(x, dtype), axes_of(x, dim), keepdim)
+
+
+@converter(aten.nansum, kind="float32")
+def nansum(net, x, dim=None, keepdim=False, *, dtype=None):
+    known = torch.where(torch.isnan(x), 0.0, x) if x.dtype.is_floating_point else x
+    return torch.sum(known, [] if dim is None else dim, keepdim, dtype=dtype)
 
 
 def _extreme(operation):
@@ -121,9 +127,13 @@ def vector_norm(net, x, ord=2, dim=None, keepdim=False, *, dtype=None):
     return L.binary("POW", power, net.scalar(1.0 / ord, node.dtype))
 
 
+def _as_float(net, x):
+    return net.operand(x) if x.dtype.is_floating_point else net.operand(x, torch.float32)
+
+
 @converter(aten.logsumexp, kind="float32")
 def logsumexp(net, x, dim, keepdim=False):
-    node, axes = net.operand(x), axes_of(x, dim)
+    node, axes = _as_float(net, x), axes_of(x, dim)
     top = L.reduce("MAX", node, axes, True)
     total = L.unary("LOG", L.reduce("SUM", L.unary("EXP", node - top), axes, True)) + top
     return total if keepdim else L.reshape(total, L.reduced(x.shape, axes, False))
@@ -131,7 +141,7 @@ def logsumexp(net, x, dim, keepdim=False):
 
 @converter(aten._softmax, aten._safe_softmax, aten.softmax, kind="float32")
 def softmax(net, x, dim, *_, **__):
-    node = net.operand(x)
+    node = _as_float(net, x)
     if x.dim() == 0:
         return node * 0 + 1
     if net.operation == "_safe_softmax":  # a row of -inf gives zeros, not NaN
@@ -144,7 +154,7 @@ def softmax(net, x, dim, *_, **__):
 @converter(aten._log_softmax, aten.log_softmax, kind="float32")
 def log_softmax(net, x, dim, *_, **__):
     """x - max - log(sum(exp(x - max))): the logarithm of a softmax would lose the small probabilities."""
-    node = net.operand(x)
+    node = _as_float(net, x)
     shifted = node - L.reduce("MAX", node, [dim], True)
     return shifted - L.unary("LOG", L.reduce("SUM", L.unary("EXP", shifted), [dim], True))
 
@@ -160,7 +170,19 @@ def cumsum(net, x, dim, *, dtype=None):
     return L.cumulative_sum(node, dim)
 
 
-@converter(aten.median, aten.nanmedian)
+@converter(aten.nanmedian)
+def nanmedian(net, x, dim=None, keepdim=False):
+    if dim is None:
+        return torch.nanmedian(x.reshape(-1), 0)[0]
+    missing = torch.isnan(x)
+    values, order = torch.sort(torch.where(missing, float("inf"), x), dim)
+    at = torch.div((~missing).sum(dim, keepdim=True) - 1, 2, rounding_mode="floor")
+    value, index = (torch.gather(t, dim, at.clamp_min(0)) for t in (values, order))
+    value = torch.where(at < 0, float("nan"), value)
+    return (value, index) if keepdim else (value.squeeze(dim), index.squeeze(dim))
+
+
+@converter(aten.median)
 def median(net, x, dim=None, keepdim=False):
     if dim is None:
         x, dim = x.reshape(-1), 0

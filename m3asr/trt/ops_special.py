@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .sizes import same
 from .table import converter
 
 aten = torch.ops.aten
@@ -84,6 +85,20 @@ def copysign(net, a, b):
 @converter(aten._cdist_forward, kind="float32")
 def cdist(net, a, b, p=2.0, compute_mode=None):
     return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
+
+
+@converter(F.pdist, aten._pdist_forward, kind="float32")
+def pdist(net, x, p=2.0):
+    first, second = torch.triu_indices(x.shape[0], x.shape[0], 1)
+    return torch.linalg.vector_norm(x.index_select(0, first) - x.index_select(0, second), p, -1)
+
+
+@converter(torch.equal)
+def equal(net, a, b):
+    """A tensor of no dimensions, as `.item()` gives: an `if` on it is a branch on values."""
+    if len(a.shape) != len(b.shape) or not all(map(same, a.shape, b.shape)):
+        return False
+    return (a == b).all()
 
 
 @converter(F.bilinear)

@@ -7,12 +7,19 @@ the table has no row for that, torch takes the call apart itself and the pieces 
 
 import contextlib
 import types
+from unittest import mock
 
 import torch
 from torch._decomp import decomposition_table
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import layers, sizes, table
@@ -20,11 +27,13 @@ from .errors import TraceError, UncoveredOperation
 from .graph import Graph, Node
 from .paths import Paths
 from .tensor import SymTensor
-from .writing import in_place, remember_views
+from .writing import in_place, into_out, remember_views
 
 
 class _Everything(TorchDispatchMode):
     """Catches calls without a symbolic tensor in them: torch.arange(x.shape[1]), torch.zeros(...)."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, tracer):
         super().__init__()
@@ -33,6 +42,25 @@ class _Everything(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         with self:  # converters written as torch calls create tensors too
             return self.tracer.dispatch(function, args, kwargs or {})
+
+
+def _uncompiled():
+    """torch.cond compiles itself, and what the compiler learns in here would break its later calls."""
+    from torch._higher_order_ops import utils
+
+    if not hasattr(utils, "_hop_compile_and_call"):
+        return contextlib.nullcontext()
+    return mock.patch.object(utils, "_hop_compile_and_call", lambda call, args, kw=None: call(*args, **(kw or {})))
+
+
+def _restore_modes(wanted):
+    """Torch's own clean-up fails where the stack overflows; what is left over would change every later torch call."""
+    now = _get_current_dispatch_mode_stack()
+    if len(now) != len(wanted) or any(a is not b for a, b in zip(now, wanted, strict=True)):
+        for _ in now:
+            _pop_mode()
+        for mode in wanted:
+            _push_mode(mode)
 
 
 class Tracer(Graph):
@@ -64,11 +92,16 @@ class Tracer(Graph):
     @contextlib.contextmanager
     def tracing(self):
         self.active = True
+        before = _get_current_dispatch_mode_stack()
         try:
-            with torch.no_grad(), enable_python_dispatcher(), _Everything(self):
+            with torch.no_grad(), enable_python_dispatcher(), _uncompiled(), _Everything(self):
                 yield
+        except RecursionError as error:
+            asked = table.name_of(self.asked[0]) if self.asked else self.operation
+            raise TraceError(f"{self.where()}{asked} is taken apart without end ({error})") from None
         finally:
             self.active = False
+            _restore_modes(before)
 
     @contextlib.contextmanager
     def asking_torch(self):
@@ -81,6 +114,8 @@ class Tracer(Graph):
 
     def function(self, function, args, kwargs):
         """First door: the call as written."""
+        if kwargs.get("out") is not None:
+            return into_out(self, function, args, kwargs)
         convert = table.find(function)
         if convert is not None:
             return self.convert(convert, function, args, kwargs)
@@ -97,6 +132,11 @@ class Tracer(Graph):
 
     def dispatch(self, function, args, kwargs):
         """Second door: an aten (or custom) operation."""
+        if isinstance(function, torch._ops.HigherOrderOperator):
+            return self.higher(function, args, kwargs)
+        if function is torch.ops.aten.size.default:
+            asked = table.name_of(self.asked[-1]) if self.asked else "the forward"
+            raise TraceError(f"{self.where()}inside of torch, {asked} needs sizes that are fixed numbers")
         with self.asking_torch():
             flat, _ = tree_flatten((args, kwargs))
             symbolic = any(isinstance(a, SymTensor) and a.const is None for a in flat)
@@ -112,6 +152,12 @@ class Tracer(Graph):
             if any(r.alias_info is not None for r in schema.returns) and args and isinstance(args[0], SymTensor):
                 remember_views(self, function, args, kwargs, result)
             return result
+
+    def higher(self, function, args, kwargs):
+        convert = table.find(function)
+        if convert is None:
+            raise UncoveredOperation(f"{self.where()}no converter for torch.{function}, which takes functions")
+        return convert(self, *args, **kwargs)
 
     def symbolic(self, function, args, kwargs):
         convert = table.find(function)

@@ -50,6 +50,23 @@ def in_place(tracer, function, args, kwargs, symbolic, written):
     return target
 
 
+def into_out(tracer, function, args, kwargs):
+    """A call with out=: the same call without, whose results the tensors given there take."""
+    out, rest = kwargs["out"], {k: v for k, v in kwargs.items() if k != "out"}
+    plain = function.overloadpacket if isinstance(function, torch._ops.OpOverload) else function
+    result = plain(*args, **rest)
+    targets, results = ((t,) if isinstance(t, torch.Tensor) else tuple(t) for t in (out, result))
+    for target, new in zip(targets, results, strict=True):
+        if not isinstance(target, SymTensor):
+            raise TraceError(
+                f"{tracer.where()}out= names a tensor of the module; a network has no state. Use the result instead"
+            )
+        if len(new.shape) != target.dim() or not all(map(sizes.same, new.shape, target.shape)):
+            raise TraceError(f"{tracer.where()}out= names a tensor of other sizes; leave out= away")
+        write(tracer, target, new if new.dtype == target.dtype else new.to(target.dtype))
+    return out
+
+
 def _functional(tracer, function):
     name = function._schema.name.split("::")[1]
     if name == "copy_":

@@ -7,6 +7,7 @@ pytest.importorskip("tensorrt_rtx")
 
 import torch
 from torch.utils._pytree import tree_leaves
+import trt_rows_rare  # noqa: E402, F401
 from trt_rows import ROWS  # noqa: E402
 
 import m3asr.trt as trt  # noqa: E402

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import m3asr.trt as trt
+from m3asr.trt import table
 
 RANGES = {"B": (1, 4, 16), "T": (4, 10, 60)}
 X = {"x": trt.Input("float32", ("B", "T", 6))}
@@ -394,3 +395,26 @@ def test_the_module_is_left_as_it_was():
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
     assert not torch.nn.modules.module._global_forward_hooks
     assert module(torch.randn(1, 4, 6)).shape == (1, 4, 6)
+
+
+def test_a_failed_trace_leaves_torch_as_it_was(monkeypatch):
+    """A stack overflow cuts torch's clean-up short; the next call must not notice."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    @trt.converter(torch.special.erfcx)
+    def endless(net, x):
+        return torch.special.erfcx(x)
+
+    with pytest.raises(trt.TraceError, match="without end"):
+        trt.trace(lambda x: torch.special.erfcx(x), {"x": trt.Input("float32", (2,))})
+    assert not _get_current_dispatch_mode_stack()
+    assert type(torch.ones(2) + 1) is torch.Tensor
+    monkeypatch.delitem(table.CONVERTERS, torch.special.erfcx)
+
+
+def test_out_names_no_tensor_of_the_module():
+    weight = torch.zeros(2)
+    with pytest.raises(trt.TraceError, match="out="):
+        trt.trace(lambda x: torch.add(x, 1, out=weight), {"x": trt.Input("float32", (2,))})
+    with pytest.raises(trt.TraceError, match="other sizes"):
+        trt.trace(lambda x: torch.add(x, 1, out=torch.empty(3)), {"x": trt.Input("float32", (2,))})
