@@ -164,18 +164,24 @@ def _trace(module, inputs, profiles, precision, outputs, options, package, prepa
     prepare(tracer, network)
     nodes = {name: _add_input(tracer, name, given) for name, given in inputs.items()}
 
+    state = _State(module)
+
     def forward():
         """Anew for each path: fresh inputs, since a forward may write into them, and points counted from the start."""
         tracer.start_path()
+        state.restore()
         args, kwargs = _arguments(module, {name: SymTensor(tracer, *made) for name, made in nodes.items()})
         return module(*args, **kwargs)
 
     if isinstance(module, torch.nn.Module):
         own = [*module.parameters(), *module.buffers()]
         tracer.weights = {t.untyped_storage().data_ptr() for t in own}
-    with _module_paths(tracer, module), tracer.tracing():
-        result = tracer.paths.run(forward)
-        names = _mark_outputs(tracer, result, outputs)
+    try:
+        with _module_paths(tracer, module), tracer.tracing():
+            result = tracer.paths.run(forward)
+            names = _mark_outputs(tracer, result, outputs)
+    finally:
+        state.restore()
     return Network(
         package,
         builder,
@@ -222,6 +228,24 @@ def _arguments(module, symbolic):
     if set(symbolic) <= named:
         return [], symbolic
     return list(symbolic.values()), {}
+
+
+class _State:
+    """What stands on the modules before the trace: a forward that keeps something (a table grown to the input, a
+    cache) kept a symbolic tensor, which must not be there when the module runs for real.
+    """
+
+    def __init__(self, module):
+        modules = module.modules() if isinstance(module, torch.nn.Module) else ()
+        held = [vars(m) for m in modules]
+        held += [own[kind] for own in held for kind in ("_buffers", "_parameters", "_modules")]
+        self.before = [(where, dict(where)) for where in held]
+
+    def restore(self):
+        for where, before in self.before:
+            if where.keys() != before.keys() or any(where[k] is not v for k, v in before.items()):
+                where.clear()
+                where.update(before)
 
 
 class _module_paths:

@@ -99,6 +99,13 @@ class Tracer(Graph):
         except RecursionError as error:
             asked = table.name_of(self.asked[0]) if self.asked else self.operation
             raise TraceError(f"{self.where()}{asked} is taken apart without end ({error})") from None
+        except RuntimeError as error:
+            if "cast SymTensor" not in str(error):  # torch's words where arange(x.max()) wants a number
+                raise
+            raise TraceError(
+                f"{self.where()}a value that only the data has is needed as a number (a size or the end of a range?); "
+                "take sizes from shapes, as x.shape[1], or pass the number in when tracing"
+            ) from None
         finally:
             self.active = False
             _restore_modes(before)

@@ -6,8 +6,8 @@ pytest.importorskip("torch")
 pytest.importorskip("tensorrt_rtx")
 
 import torch
-from torch.utils._pytree import tree_leaves
 import trt_rows_rare  # noqa: E402, F401
+from torch.utils._pytree import tree_leaves
 from trt_rows import ROWS  # noqa: E402
 
 import m3asr.trt as trt  # noqa: E402

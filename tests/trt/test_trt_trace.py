@@ -418,3 +418,33 @@ def test_out_names_no_tensor_of_the_module():
         trt.trace(lambda x: torch.add(x, 1, out=weight), {"x": trt.Input("float32", (2,))})
     with pytest.raises(trt.TraceError, match="other sizes"):
         trt.trace(lambda x: torch.add(x, 1, out=torch.empty(3)), {"x": trt.Input("float32", (2,))})
+
+
+class GrowingTable(nn.Module):
+    """Keeps what it computed, as positional encodings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = None
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x):
+        if self.table is None or self.table.shape[0] < x.shape[1]:
+            self.table = torch.arange(x.shape[1], dtype=x.dtype).unsqueeze(-1)
+        self.last = x.sum()
+        self.runs = 1
+        return x + self.table[: x.shape[1]]
+
+
+def test_what_a_forward_keeps_is_forgotten():
+    module = GrowingTable().eval()
+    network = trt.trace(module, {"x": trt.Input("float32", ("B", "T", 3))}, {"B": (1, 2, 4), "T": (2, 5, 9)})
+    assert module.table is None and not hasattr(module, "runs") and torch.equal(module.last, torch.zeros(1))
+    for shape in ((2, 5, 3), (1, 9, 3)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(network.interpret([x])["output0"], module(x))
+
+
+def test_a_range_that_only_the_data_has_is_refused():
+    with pytest.raises(trt.TraceError, match="only the data has"):
+        trt.trace(lambda n: torch.arange(0, n.max().item()) < n[:, None], {"n": trt.Input("int32", (3,))})
