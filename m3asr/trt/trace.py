@@ -25,6 +25,7 @@ from .errors import TraceError
 from .graph import Node
 from .package import Package
 from .precision import Precision
+from .python_sizes import known_to_python
 from .sizes import is_fixed
 from .tensor import SymTensor
 from .tracer import Tracer
@@ -177,7 +178,7 @@ def _trace(module, inputs, profiles, precision, outputs, options, package, prepa
         own = [*module.parameters(), *module.buffers()]
         tracer.weights = {t.untyped_storage().data_ptr() for t in own}
     try:
-        with _module_paths(tracer, module), tracer.tracing():
+        with _module_paths(tracer, module), known_to_python(module), tracer.tracing():
             result = tracer.paths.run(forward)
             names = _mark_outputs(tracer, result, outputs)
     finally:

@@ -42,7 +42,7 @@ def in_place(tracer, function, args, kwargs, symbolic, written):
         raise TraceError(
             f"{tracer.where()}{name} writes into a view of the module's own tensor; a network has no state"
         )
-    if len(new.shape) != target.dim() or not all(map(sizes.same, new.shape, target.shape)):
+    if len(new.shape) != target.dim() or not all(map(sizes.equal, new.shape, target.shape)):
         raise TraceError(f"{tracer.where()}{name} changes the sizes of a tensor in place; use the form without '_'")
     if new.dtype != target.dtype:
         new = new.to(target.dtype)
@@ -61,7 +61,7 @@ def into_out(tracer, function, args, kwargs):
             raise TraceError(
                 f"{tracer.where()}out= names a tensor of the module; a network has no state. Use the result instead"
             )
-        if len(new.shape) != target.dim() or not all(map(sizes.same, new.shape, target.shape)):
+        if len(new.shape) != target.dim() or not all(map(sizes.equal, new.shape, target.shape)):
             raise TraceError(f"{tracer.where()}out= names a tensor of other sizes; leave out= away")
         write(tracer, target, new if new.dtype == target.dtype else new.to(target.dtype))
     return out

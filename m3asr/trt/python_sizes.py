@@ -1,0 +1,94 @@
+"""While a forward runs, `isinstance`, `max` and `min` in its files take a symbolic size for the int that it stands for.
+
+torch.SymInt is no int to Python, so `if isinstance(offset, int)` would take the wrong way, and `max(a, b)` would have
+to know which is larger. The names are put into the namespaces of the forward's own package and taken out again.
+"""
+
+import builtins
+import contextlib
+import sys
+import types
+
+import torch
+
+STANDS_FOR = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+
+
+def _isinstance(value, kinds):
+    if builtins.isinstance(value, kinds):
+        return True
+    stands_for = STANDS_FOR.get(type(value))
+    return stands_for is not None and issubclass(stands_for, kinds)
+
+
+def _extreme(name, of_two):
+    ordinary = getattr(builtins, name)
+
+    def extreme(*values, **options):
+        given = values[0] if len(values) == 1 and builtins.isinstance(values[0], (list, tuple)) else values
+        if options or len(given) < 2 or not any(type(v) in (torch.SymInt, torch.SymFloat) for v in given):
+            return ordinary(*values, **options)
+        found = given[0]
+        for value in given[1:]:
+            found = of_two(found, value)
+        return found
+
+    return extreme
+
+
+NAMES = {
+    "isinstance": _isinstance,
+    "max": _extreme("max", torch.sym_max),
+    "min": _extreme("min", torch.sym_min),
+}
+
+
+def _package(name):
+    return name.partition(".")[0]
+
+
+def _namespaces(module):
+    """Of the modules' classes, and of what those files import from their own package."""
+    if isinstance(module, torch.nn.Module):
+        waiting = [vars(sys.modules[n]) for n in {type(m).__module__ for m in module.modules()} if n in sys.modules]
+        waiting += [vars(m)[k].__globals__ for m in module.modules() for k in vars(m) if _is_function(vars(m)[k])]
+    else:
+        waiting = [getattr(module, "__globals__", {})]
+    found = {}
+    while waiting:
+        space = waiting.pop()
+        name = space.get("__name__", "torch")
+        if id(space) in found or _package(name) == "torch" or f"{name}.".startswith(f"{__package__}."):
+            continue
+        found[id(space)] = space
+        for value in list(space.values()):
+            if _is_function(value):
+                other = value.__globals__
+            elif isinstance(value, type) and value.__module__ in sys.modules:
+                other = vars(sys.modules[value.__module__])
+            elif isinstance(value, types.ModuleType):
+                other = vars(value)
+            else:
+                continue
+            if _package(other.get("__name__", "torch")) == _package(name):
+                waiting.append(other)
+    return list(found.values())
+
+
+def _is_function(value):
+    return isinstance(value, types.FunctionType)
+
+
+@contextlib.contextmanager
+def known_to_python(module):
+    changed = []
+    try:
+        for space in _namespaces(module):
+            for name, replacement in NAMES.items():
+                if name not in space:
+                    space[name] = replacement
+                    changed.append((space, name))
+        yield
+    finally:
+        for space, name in changed:
+            del space[name]
