@@ -24,6 +24,7 @@ from m3asr.decode import (
     ctc_best_path,
     ctc_greedy_search,
     ctc_prefix_beam_search,
+    joint_search,
     token_times,
     word_times,
 )
@@ -200,22 +201,48 @@ class Transcriber:
         results = ctc_prefix_beam_search(
             log_probs, lengths, beam_size, config.blank, options.blank_penalty, context=context, lm=lm
         )
-        return results if decoder == "beam" else self.rescore(results, hidden, lengths, options)
+        if decoder == "beam":
+            return results
+        if decoder == "rescoring":
+            return self.rescore(results, hidden, lengths, options)
+        ctc_weight, reverse_weight = self._weights(options)
+        return joint_search(
+            results,
+            log_probs,
+            self.engine.decode,
+            hidden,
+            lengths,
+            beam_size,
+            ctc_weight,
+            reverse_weight,
+            sos=config.sos,
+            eos=config.eos,
+            blank=config.blank,
+            blank_penalty=options.blank_penalty,
+            context=context,
+            lm=lm,
+        )
 
     def rescore(self, results: Sequence[DecodeResult], hidden, lengths, options: DecodeOptions) -> list[DecodeResult]:
         """Results of the prefix beam search, ranked again by the attention decoder over hidden (B, S, D)."""
         config = self.folder.config
-        ctc_weight = config.ctc_weight if options.ctc_weight is None else options.ctc_weight
-        reverse_weight = config.reverse_weight if options.reverse_weight is None else options.reverse_weight
         return attention_rescoring(
-            results, self.engine.decode, hidden, lengths, ctc_weight, reverse_weight, sos=config.sos, eos=config.eos
+            results, self.engine.decode, hidden, lengths, *self._weights(options), sos=config.sos, eos=config.eos
+        )
+
+    def _weights(self, options: DecodeOptions) -> tuple[float, float]:
+        """Of CTC and of the right-to-left decoder."""
+        config = self.folder.config
+        return (
+            config.ctc_weight if options.ctc_weight is None else options.ctc_weight,
+            config.reverse_weight if options.reverse_weight is None else options.reverse_weight,
         )
 
     def decoder_of(self, options: DecodeOptions) -> str:
         """The decoder that these options mean for this model. Raises ModelError for one that it does not have."""
         has_attention = self.folder.config.decoder is not None
         decoder = options.decoder or ("rescoring" if has_attention else "beam")
-        if decoder in ("rescoring", "attention") and not has_attention:
+        if decoder in ("rescoring", "joint", "attention") and not has_attention:
             raise ModelError("the model has no attention decoder: choose the decoder greedy or beam")
         return decoder
 

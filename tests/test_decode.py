@@ -10,6 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_decoding import (
+    EOS,
+    SOS,
+    Bigrams,
+    ToyDecoder,
+    collapse,
+    every_sequence,
+    log_softmax,
+    phrase_bonus,
+    random_log_probs,
+)
 
 from m3asr.decode import (
     ContextGraph,
@@ -27,18 +38,6 @@ from m3asr.errors import MissingExtra, ModelError
 GOLDEN = Path(__file__).parent / "data" / "golden"
 FAMILY_3M = ["3m-moe-80", "3m-moe-40", "3m-dense-80"]
 WENET = "wenet-u2pp-80"
-
-
-def log_softmax(logits):
-    logits = np.asarray(logits, np.float64)
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
-def random_log_probs(rng, frames, vocab, scale=2.0, blank_bias=1.0):
-    logits = rng.standard_normal((frames, vocab)) * scale
-    logits[:, 0] += blank_bias
-    return log_softmax(logits).astype(np.float32)
 
 
 def search(log_probs, beam_size=10, **options):
@@ -115,7 +114,8 @@ def network(model):
     import torch
 
     def decoder(hidden, hidden_length, tokens, token_lengths, reversed_tokens):
-        tokens, backwards = torch.tensor(tokens), torch.tensor(reversed_tokens)
+        tokens = torch.tensor(tokens)
+        backwards = None if reversed_tokens is None else torch.tensor(reversed_tokens)
         with torch.inference_mode():
             left, right = model.decode(torch.tensor(hidden), torch.tensor(hidden_length), tokens, backwards)
         return left.numpy(), None if right is None else right.numpy()
@@ -171,20 +171,6 @@ def test_wenet_all_four_modes_of_every_utterance():
 
 
 # --- CTC by brute force ---------------------------------------------------------------------------------------------
-
-
-def collapse(path, blank=0):
-    return tuple(token for token, _ in itertools.groupby(path) if token != blank)
-
-
-def every_sequence(log_probs):
-    """{tokens: log-probability}, by summing over every alignment; those of probability zero left out."""
-    frames, vocab = log_probs.shape
-    totals = defaultdict(list)
-    for path in itertools.product(range(vocab), repeat=frames):
-        totals[collapse(path)].append(sum(float(log_probs[t, token]) for t, token in enumerate(path)))
-    summed = {tokens: np.logaddexp.reduce(scores) for tokens, scores in totals.items()}
-    return {tokens: score for tokens, score in summed.items() if score > -math.inf}
 
 
 def plain_prefix_beam(log_probs, beam_size):
@@ -382,16 +368,6 @@ def test_blank_penalty_is_a_shifted_logit():
 # --- context biasing ------------------------------------------------------------------------------------------------
 
 
-def phrase_bonus(phrases, scores, tokens, original=False):
-    """What ContextGraph promises, by counting: n * score for each complete phrase."""
-    return sum(
-        len(phrase) * score
-        for phrase, score in zip(phrases, scores, strict=True)
-        for at in range(len(tokens))
-        if tokens[at : at + len(phrase)] == phrase
-    )
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_context_earns_each_complete_phrase_once(data):
@@ -472,29 +448,6 @@ def test_context_refuses_what_it_cannot_favour():
 # --- language model -------------------------------------------------------------------------------------------------
 
 
-class Bigrams:
-    """A language model of two tokens' memory, as a table."""
-
-    def __init__(self, table):
-        self.table = table  # (V, V): row 0 starts, column 0 ends a sequence
-
-    def start(self):
-        return 0
-
-    def step(self, state, token):
-        return float(self.table[state, token]), token
-
-    def finish(self, state):
-        return float(self.table[state, 0])
-
-    def max_gain(self, state):
-        return float(self.table[state].max())
-
-    def total(self, tokens):
-        states = [0, *tokens, 0]
-        return sum(float(self.table[a, b]) for a, b in itertools.pairwise(states))
-
-
 @settings(max_examples=60, deadline=None)
 @given(tiny_log_probs(), st.integers(0, 1000))
 def test_a_language_model_and_phrases_add_up(log_probs, seed):
@@ -568,36 +521,6 @@ def test_without_kenlm_the_extra_is_named(monkeypatch, tmp_path):
 
 
 # --- attention decoder ----------------------------------------------------------------------------------------------
-
-SOS, EOS, VOCAB = 4, 4, 5
-
-
-class ToyDecoder:
-    """Log-probabilities that depend on the previous two tokens, the position and the frames."""
-
-    def __init__(self, seed=0, two_ways=True):
-        rng = np.random.default_rng(seed)
-        self.table = rng.standard_normal((2, VOCAB, VOCAB, VOCAB)) * 2
-        self.place = rng.standard_normal((2, 16, VOCAB))
-        self.two_ways = two_ways
-
-    def run(self, direction, hidden, tokens):
-        before = np.concatenate([np.zeros_like(tokens[:, :1]), tokens[:, :-1]], axis=1)
-        logits = self.table[direction][before, tokens] + self.place[direction][: tokens.shape[1]]
-        return log_softmax(logits + hidden.sum())
-
-    def __call__(self, hidden, hidden_length, tokens, token_lengths, reversed_tokens):
-        assert hidden.shape[:2] == (1, hidden_length[0])
-        assert tokens.dtype == np.int64 and (tokens[:, 0] == SOS).all()
-        for row, back, length in zip(tokens, reversed_tokens, token_lengths, strict=True):
-            assert back[0] == SOS and (back[1:length] == row[1:length][::-1]).all()
-            assert (row[length:] == EOS).all() and (back[length:] == EOS).all()
-        right = self.run(1, hidden, reversed_tokens) if self.two_ways else None
-        return self.run(0, hidden, tokens), right
-
-    def log_prob(self, direction, hidden, tokens):
-        rows = self.run(direction, hidden, np.array([[SOS, *tokens]]))[0]
-        return [float(row[token]) for row, token in zip(rows, [*tokens, EOS], strict=True)]
 
 
 @pytest.mark.parametrize("reverse_weight", [0.0, 0.3])

@@ -11,7 +11,7 @@ from golden import GOLDEN, GOLDEN_NAMES, relative_error
 from random_model import VARIANTS, random_model
 
 from m3asr.convert import build_onnx
-from m3asr.decode import attention_rescoring, ctc_prefix_beam_search
+from m3asr.decode import attention_rescoring, ctc_prefix_beam_search, joint_search
 from m3asr.engines import available, load_engine
 from m3asr.errors import ModelError
 from m3asr.folder import ModelFolder, write_model_files
@@ -82,6 +82,26 @@ def test_decoding_a_batch_gives_the_originals_results_alone(name, kind, engine_o
     for result, reference in zip(beam, nbest, strict=True):
         assert [h.tokens for h in result.nbest] == [tokens for tokens, _ in reference]
         np.testing.assert_allclose([h.score for h in result.nbest], [score for _, score in reference], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["3m-moe-80", "wenet-u2pp-80"])
+def test_joint_decoding_is_the_same_on_both(name, engine_of):
+    features, lengths = np.random.default_rng(2).standard_normal((2, 160, 80)).astype(np.float32), np.array([160, 90])
+    both = []
+    for kind in ("eager", "onnx"):
+        engine = engine_of(name, kind)
+        config = engine.config
+        log_probs, hidden, out_lengths = engine(features, lengths)
+        beam = ctc_prefix_beam_search(log_probs, out_lengths, 5)
+        weights = config.ctc_weight, config.reverse_weight
+        both.append(
+            joint_search(
+                beam, log_probs, engine.decode, hidden, out_lengths, 5, *weights, sos=config.sos, eos=config.eos
+            )
+        )
+    for ours, reference in zip(*both, strict=True):
+        assert (ours.tokens, ours.times) == (reference.tokens, reference.times)
+        assert ours.score == pytest.approx(reference.score, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["3m-moe-80", "wenet-u2pp-80"])

@@ -43,7 +43,7 @@ def long_recording(speech):
     return np.concatenate(parts), places
 
 
-@pytest.mark.parametrize("decoder", [None, "greedy", "beam", "rescoring", "attention"])
+@pytest.mark.parametrize("decoder", [None, "greedy", "beam", "rescoring", "joint", "attention"])
 def test_what_made_it_is_said(transcriber, speech, decoder):
     transcript = transcriber.transcribe(speech, options=DecodeOptions(decoder))
     assert (transcript.model, transcript.engine, transcript.device) == ("3m-moe-80", "onnx", transcriber.engine.device)

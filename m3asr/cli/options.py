@@ -29,7 +29,7 @@ DecoderOption = Annotated[
 BeamOption = Annotated[int, typer.Option("--beam-size", min=1, max=1000)]
 CtcWeightOption = Annotated[
     Optional[float],  # noqa: UP007, UP045
-    typer.Option("--ctc-weight", min=0.0, max=1.0, help="Of CTC in rescoring; default: the model's."),
+    typer.Option("--ctc-weight", min=0.0, max=1.0, help="Of CTC in rescoring and joint; default: the model's."),
 ]
 ReverseWeightOption = Annotated[
     Optional[float],  # noqa: UP007, UP045

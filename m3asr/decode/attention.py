@@ -25,14 +25,14 @@ class AttentionDecoder(Protocol):
         hidden_length: np.ndarray,
         tokens: np.ndarray,
         token_lengths: np.ndarray,
-        reversed_tokens: np.ndarray,
+        reversed_tokens: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Log-probabilities of the token after each position.
 
         hidden: float32 (1, S, D), the encoder's output of ONE utterance, cut to its length; hidden_length: int64 (1,).
         tokens: int64 (N, L), each row [sos, w1..wn, eos, eos...]; token_lengths: int64 (N,), n + 1: sos counts, the
-        padding does not. reversed_tokens: int64 (N, L), each row [sos, wn..w1, eos, eos...]; always given, also where
-        what comes of it is not used.
+        padding does not. reversed_tokens: int64 (N, L), each row [sos, wn..w1, eos, eos...], None where nobody wants to
+        know what comes of it.
         Returns log-probabilities float (N, L, V), and the same of `reversed_tokens` from the right-to-left decoder,
         None if the model has none. What stands behind a row's length does not matter.
         """
@@ -64,19 +64,28 @@ def attention_rescoring(
             results.append(result)
             continue
         memory = np.asarray(hidden[b : b + 1, :length])
-        results.append(_rescored(result.nbest, decoder, memory, ctc_weight, reverse_weight, sos, eos))
+        results.append(rescored(result.nbest, decoder, memory, ctc_weight, reverse_weight, sos, eos))
     return results
 
 
-def _rescored(nbest, decoder, hidden, ctc_weight, reverse_weight, sos, eos) -> DecodeResult:
+def rescored(
+    nbest: Sequence[Hypothesis],
+    decoder: AttentionDecoder,
+    hidden: np.ndarray,
+    ctc_weight: float,
+    reverse_weight: float,
+    sos: int,
+    eos: int,
+) -> DecodeResult:
+    """`attention_rescoring` of one utterance: hidden (1, S, D)."""
     sequences = [hypothesis.tokens for hypothesis in nbest]
     counts = np.array([len(tokens) for tokens in sequences])
-    tokens = _padded(sequences, sos, eos)  # (N, L)
-    backwards = _padded([tokens[::-1] for tokens in sequences], sos, eos)
+    tokens = padded(sequences, sos, eos)  # (N, L)
+    backwards = padded([tokens[::-1] for tokens in sequences], sos, eos)
     length = np.array([hidden.shape[1]])
     forward, backward = decoder(hidden, length, tokens, counts + 1, backwards)  # (N, L, V)
 
-    steps = _log_probs_of(forward, tokens, eos)  # (N, L): of w1..wn, eos, then what is to be ignored
+    steps = log_probs_of(forward, tokens, eos)  # (N, L): of w1..wn, eos, then what is to be ignored
     real = np.arange(tokens.shape[1]) <= counts[:, None]
     attention = np.where(real, steps, 0.0).sum(axis=-1)
     confidences = np.exp(steps)
@@ -85,23 +94,28 @@ def _rescored(nbest, decoder, hidden, ctc_weight, reverse_weight, sos, eos) -> D
             raise ModelError(
                 f"reverse_weight is {reverse_weight}, but this model has no right-to-left decoder; set it to 0"
             )
-        steps = _log_probs_of(backward, backwards, eos)  # of wn..w1, eos
+        steps = log_probs_of(backward, backwards, eos)  # of wn..w1, eos
         reverse = np.where(real, steps, 0.0).sum(axis=-1)
         attention = (1 - reverse_weight) * attention + reverse_weight * reverse
         for row, count in enumerate(counts):
             confidences[row, :count] = (confidences[row, :count] + np.exp(steps[row, :count][::-1])) / 2
 
-    rescored = [
-        replace(
-            hypothesis,
-            score=float(attention[n] + ctc_weight * hypothesis.score),
-            confidence=float(np.exp(attention[n] / (counts[n] + 1))),
-            tokens_confidence=confidences[n, : counts[n]].tolist(),
-            attention_score=float(attention[n]),
-        )
+    nbest = [
+        attended(hypothesis, attention[n], confidences[n, : counts[n]].tolist(), ctc_weight)
         for n, hypothesis in enumerate(nbest)
     ]
-    return DecodeResult(sorted(rescored, key=lambda hypothesis: -hypothesis.score))
+    return DecodeResult(sorted(nbest, key=lambda hypothesis: -hypothesis.score))
+
+
+def attended(hypothesis: Hypothesis, attention: float, tokens_confidence: list[float], ctc_weight: float) -> Hypothesis:
+    """A hypothesis of the first pass, its score so far included, under the attention decoder as well."""
+    return replace(
+        hypothesis,
+        score=float(attention + ctc_weight * hypothesis.score),
+        confidence=float(np.exp(attention / (len(hypothesis.tokens) + 1))),
+        tokens_confidence=tokens_confidence,
+        attention_score=float(attention),
+    )
 
 
 def attention_search(
@@ -127,9 +141,8 @@ def attention_search(
         alive = [beam for beam in running if not _ended(beam, eos)]
         if not alive:
             break
-        tokens = _padded([beam[1] for beam in alive], sos, eos)
-        backwards = _padded([beam[1][::-1] for beam in alive], sos, eos)
-        log_probs, _ = decoder(hidden, np.array([length]), tokens, np.full(len(alive), size + 1), backwards)
+        tokens = padded([beam[1] for beam in alive], sos, eos)
+        log_probs, _ = decoder(hidden, np.array([length]), tokens, np.full(len(alive), size + 1), None)
         steps = zip(*(rows.tolist() for rows in most_probable(np.asarray(log_probs)[:, -1], beam_size)), strict=True)
         candidates = []
         for beam in running:  # in the order of the beam, because ties go to the better-ranked
@@ -154,7 +167,7 @@ def _ended(beam: tuple, eos: int) -> bool:
     return bool(beam[1]) and beam[1][-1] == eos
 
 
-def _padded(sequences: list[list[int]], sos: int, eos: int) -> np.ndarray:
+def padded(sequences: Sequence[Sequence[int]], sos: int, eos: int) -> np.ndarray:
     """[sos, w1..wn, eos...] int64 (N, L)."""
     rows = np.full((len(sequences), 1 + max(map(len, sequences))), eos, np.int64)
     rows[:, 0] = sos
@@ -163,7 +176,7 @@ def _padded(sequences: list[list[int]], sos: int, eos: int) -> np.ndarray:
     return rows
 
 
-def _log_probs_of(log_probs: np.ndarray, tokens: np.ndarray, eos: int) -> np.ndarray:
+def log_probs_of(log_probs: np.ndarray, tokens: np.ndarray, eos: int) -> np.ndarray:
     """float64 (N, L): log-probability, at each position of `tokens`, of the token that follows it."""
     following = np.concatenate([tokens[:, 1:], np.full_like(tokens[:, :1], eos)], axis=1)
     return np.take_along_axis(np.asarray(log_probs), following[..., None], axis=-1)[..., 0].astype(np.float64)

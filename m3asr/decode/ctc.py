@@ -136,8 +136,7 @@ class PrefixBeamSearch:
         if context is not None and context.original and lm is not None:
             raise ValueError("a context graph in the original's mode does not combine with a language model")
         self.beam_size, self.blank, self.blank_penalty, self.context = beam_size, blank, blank_penalty, context
-        scorers = [scorer for scorer in (context, lm) if scorer is not None]
-        self._scorer: Scorer | None = _Sum(scorers) if len(scorers) == 2 else scorers[0] if scorers else None
+        self._scorer = joined_scorer(context, lm)
         self.frames = 0
         # The tree of prefixes. One number per prefix, also when it left the beam and came back.
         self._parent, self._token, self._child = [-1], [-1], {}
@@ -290,6 +289,12 @@ def penalise_blank(log_probs: np.ndarray, penalty: float, blank: int = 0) -> np.
     # The other probabilities keep their sum, 1 - blank_prob; max() because rounding may leave it below zero.
     total = np.log(np.maximum(1.0 - blank_prob, 0.0) + blank_prob * math.exp(-penalty))
     return shifted - total[..., None]
+
+
+def joined_scorer(*scorers: Scorer | None) -> Scorer | None:
+    """Those that are there, as one."""
+    present = [scorer for scorer in scorers if scorer is not None]
+    return _Sum(present) if len(present) > 1 else present[0] if present else None
 
 
 class _Sum:
