@@ -3,8 +3,10 @@
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .errors import TraceError
+from .errors import TraceError, UncoveredOperation
 from .table import converter
+
+aten = torch.ops.aten
 
 
 @converter(torch.Tensor.item, torch.ops.aten._local_scalar_dense)
@@ -45,3 +47,19 @@ def cond(net, condition, yes, no, operands=()):
     if spec != other:
         raise TraceError(f"{net.where()}the branches of torch.cond return results of different kinds")
     return tree_unflatten([torch.where(condition, p, q) for p, q in zip(a, b, strict=True)], spec)
+
+
+@converter(torch._shape_as_tensor)
+def shape_as_tensor(net, x):
+    return torch.tensor(list(x.shape))
+
+
+@converter(
+    *(aten.rand_like, aten.randn_like, aten.randint_like, aten.bernoulli, aten.rand, aten.randn, aten.randint),
+    *(aten.normal, aten.multinomial, aten.randperm, aten.exponential, aten.uniform),
+)
+def random(net, *args, **kwargs):
+    raise UncoveredOperation(
+        f"{net.where()}{net.operation}: a network has no random numbers; call module.eval(), or pass them in as an "
+        "input"
+    )

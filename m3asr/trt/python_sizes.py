@@ -1,4 +1,4 @@
-"""While a forward runs, `isinstance`, `max` and `min` in its files take a symbolic size for the int that it stands for.
+"""While a forward runs, `isinstance`, `max`, `min` and `torch.tensor` take a symbolic size for the int it stands for.
 
 torch.SymInt is no int to Python, so `if isinstance(offset, int)` would take the wrong way, and `max(a, b)` would have
 to know which is larger. The names are put into the namespaces of the forward's own package and taken out again.
@@ -6,8 +6,10 @@ to know which is larger. The names are put into the namespaces of the forward's 
 
 import builtins
 import contextlib
+import functools
 import sys
 import types
+from unittest import mock
 
 import torch
 
@@ -41,6 +43,34 @@ NAMES = {
     "max": _extreme("max", torch.sym_max),
     "min": _extreme("min", torch.sym_min),
 }
+
+
+def _numbers(function):
+    """torch.tensor and torch.as_tensor, also of a list with symbolic sizes in it."""
+
+    def made(data, *args, **kwargs):
+        if not _symbolic(data):
+            return function(data, *args, **kwargs)
+        dtype = kwargs.get("dtype")
+        return _stacked(data) if dtype is None else _stacked(data).to(dtype)
+
+    return made
+
+
+def _symbolic(data):
+    return type(data) in STANDS_FOR or (isinstance(data, (list, tuple)) and any(_symbolic(d) for d in data))
+
+
+def _stacked(data):
+    if isinstance(data, (list, tuple)):
+        parts = [_stacked(d) for d in data]
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p in parts))
+        return torch.stack([p.to(dtype) for p in parts])
+    if isinstance(data, torch.Tensor):
+        return data
+    kind = STANDS_FOR.get(type(data), type(data))
+    dtype = {bool: torch.bool, int: torch.int64}.get(kind, torch.get_default_dtype())
+    return torch.ops.aten.scalar_tensor(data, dtype=dtype)
 
 
 def _package(name):
@@ -88,7 +118,11 @@ def known_to_python(module):
                 if name not in space:
                     space[name] = replacement
                     changed.append((space, name))
-        yield
+        with (
+            mock.patch.object(torch, "tensor", _numbers(torch.tensor)),
+            mock.patch.object(torch, "as_tensor", _numbers(torch.as_tensor)),
+        ):
+            yield
     finally:
         for space, name in changed:
             del space[name]

@@ -1,5 +1,8 @@
 """The table {torch function: converter} and the decorator that adds to it."""
 
+import functools
+import inspect
+
 import torch
 
 CONVERTERS = {}
@@ -44,6 +47,27 @@ def find(function):
     if found is None and isinstance(function, torch._ops.OpOverload):
         found = CONVERTERS.get(function.overloadpacket)
     return found
+
+
+@functools.cache
+def _parameters(convert):
+    """The names a converter's parameters have, after `net`."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset([n for n, p in inspect.signature(convert).parameters.items() if p.kind in kinds][1:])
+
+
+def as_declared(convert, function, args, kwargs):
+    """A call by torch's own keywords, as F.linear(input=x), for a converter that names its parameters otherwise."""
+    if kwargs.keys() <= _parameters(convert):
+        return args, kwargs
+    declared = torch.overrides.get_testing_overrides().get(function)
+    if declared is None:
+        return args, kwargs
+    try:
+        bound = inspect.signature(declared).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # a keyword that torch's list does not know, as memory_format
+        return args, kwargs
+    return bound.args, bound.kwargs
 
 
 def name_of(function):

@@ -4,7 +4,7 @@ import inspect
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 # The converters register themselves.
 from . import (  # noqa: F401
@@ -238,15 +238,17 @@ class _State:
 
     def __init__(self, module):
         modules = module.modules() if isinstance(module, torch.nn.Module) else ()
-        held = [vars(m) for m in modules]
-        held += [own[kind] for own in held for kind in ("_buffers", "_parameters", "_modules")]
-        self.before = [(where, dict(where)) for where in held]
+        attributes = [vars(m) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+        inside = [v for own in attributes for v in own.values() if isinstance(v, (dict, list))]
+        self.before = [(held, held.copy()) for held in (*attributes, *inside)]
 
     def restore(self):
-        for where, before in self.before:
-            if where.keys() != before.keys() or any(where[k] is not v for k, v in before.items()):
-                where.clear()
-                where.update(before)
+        for held, before in self.before:
+            if isinstance(held, list):
+                held[:] = before
+            elif held.keys() != before.keys() or any(held[k] is not v for k, v in before.items()):
+                held.clear()
+                held.update(before)
 
 
 class _module_paths:
@@ -283,7 +285,7 @@ class _module_paths:
 
 def _mark_outputs(tracer, result, names):
     if isinstance(result, dict) and names is None:
-        names = [k for k, v in result.items() if isinstance(v, torch.Tensor)]
+        names = _keys(result)
     tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
     if not tensors:
         tensors = (
@@ -310,6 +312,16 @@ def _mark_outputs(tracer, result, names):
         out.name = name
         tracer.network.mark_output(out)
     return list(names)
+
+
+def _keys(result):
+    """Names of the tensors in a dict: their keys, joined by dots where it is nested."""
+    found = []
+    for path, leaf in tree_flatten_with_path(result)[0]:
+        if isinstance(leaf, torch.Tensor):
+            steps = (getattr(k, "key", getattr(k, "idx", getattr(k, "name", k))) for k in path)
+            found.append(".".join(str(step) for step in steps))
+    return found or None
 
 
 def _number_type(number):

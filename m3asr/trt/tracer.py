@@ -94,8 +94,10 @@ class Tracer(Graph):
         self.active = True
         before = _get_current_dispatch_mode_stack()
         try:
-            with torch.no_grad(), enable_python_dispatcher(), _uncompiled(), _Everything(self):
-                yield
+            # Scripted modules run unoptimised: the optimiser looks at sizes as fixed numbers.
+            with torch.no_grad(), enable_python_dispatcher(), torch.jit.optimized_execution(False):
+                with _uncompiled(), _Everything(self):
+                    yield
         except RecursionError as error:
             asked = table.name_of(self.asked[0]) if self.asked else self.operation
             raise TraceError(f"{self.where()}{asked} is taken apart without end ({error})") from None
@@ -125,6 +127,8 @@ class Tracer(Graph):
             return into_out(self, function, args, kwargs)
         convert = table.find(function)
         if convert is not None:
+            if kwargs:
+                args, kwargs = table.as_declared(convert, function, args, kwargs)
             return self.convert(convert, function, args, kwargs)
         body = _body_of(function)
         if body is not None:

@@ -493,3 +493,38 @@ def test_sizes_equal_by_another_formula_are_equal():
         x, mask = torch.randn(1, 2, frames), torch.rand(1, 1, frames) > 0.3
         with torch.no_grad():
             torch.testing.assert_close(network.interpret([x, mask])["output0"], module(x.clone(), mask))
+
+
+def test_nested_results_are_named_by_their_keys():
+    network = trt.trace(
+        lambda x: {"a": [x + 1, (x * 2,)], "b": x, "none": None, "n": 3}, {"x": trt.Input("float32", (2,))}
+    )
+    assert network.outputs == ["a.0", "a.1.0", "b"]
+
+
+def test_scripted_modules():
+    module = nn.Sequential(torch.jit.script(nn.Linear(4, 5)), nn.ReLU()).eval()
+    network = trt.trace(module, {"x": trt.Input("float32", ("B", 4))}, {"B": (1, 2, 4)})
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(network.interpret([x])["output0"], module(x))
+
+
+def test_a_cache_in_a_dict_is_forgotten():
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cache = {}
+
+        def forward(self, x):
+            if "bias" not in self.cache:
+                self.cache["bias"] = x.sum() * 0 + 1
+            return x + self.cache["bias"]
+
+    module = Cached()
+    trt.trace(module, {"x": trt.Input("float32", (2, 3))})
+    assert module.cache == {}
+
+
+def test_random_numbers_are_refused():
+    with pytest.raises(trt.UncoveredOperation, match="no random numbers"):
+        traced(lambda x: x + torch.randn_like(x))

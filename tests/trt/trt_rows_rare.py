@@ -94,4 +94,12 @@ row(
     lambda i, w, p: F.embedding_bag(i, w, torch.tensor([0, 3]), mode="sum", per_sample_weights=p),
     *(ints(0, 9, 8), f(9, 4), f(8)),
 )
+row("F.linear(input=)", lambda x, w: F.linear(input=x, weight=w, bias=None), X, f(5, 6))
+row("torch.matmul(other=, input=)", lambda x, w: torch.matmul(other=w, input=x), X, f(6, 5))
+row("torch.sub(other=)", lambda x, y: torch.sub(other=y, input=x, alpha=2), X, X)
+row("F.gelu(input=)", lambda x: F.gelu(input=x, approximate="tanh"), X)
+row("torch.softmax(input=)", lambda x: torch.softmax(dim=1, input=x), X)
+row("torch.tensor(sizes)", lambda x: torch.tensor([x.shape[0], x.shape[1] * 2]), X)
+row("torch.tensor(size, dtype=)", lambda x: x / torch.tensor(x.shape[1], dtype=torch.float32).sqrt(), X)
+row("torch._shape_as_tensor", lambda x: torch._shape_as_tensor(x), X)
 row("nn.InstanceNorm2d(as constructed)", nn.InstanceNorm2d(4), IMAGE)
