@@ -162,14 +162,22 @@ def verify(
     reference,
     utterances: Sequence[tuple[str, np.ndarray]],
     tolerance: float | None = None,
+    prior: np.ndarray | None = None,
     **options,
 ) -> Report:
     """Runs both engines on the same features, padded together, and compares whatever both can show.
 
     utterances: (name, features float32 (T, F)) as the model reads them. tolerance: None takes that of the engine's
-    precision, or of the reference's if that is lower. options: the keywords of `Engine.__call__`. Raises ModelError
-    without a single frame, and for input that an engine refuses.
+    precision, or of the reference's if that is lower. prior: unit probabilities (V,) that an engine was built with;
+    the other one's log_probs get -ln(prior) added here. options: the keywords of `Engine.__call__`. Raises ModelError
+    without a single frame, for a prior that no engine or only an engine knows of, and for input that an engine refuses.
     """
+    built_with = any(getattr(each, "adds_prior", False) for each in (engine, reference))
+    if built_with != (prior is not None):
+        found = (
+            "an engine here was built with a prior: give" if built_with else "no engine here was built with a prior:"
+        )
+        raise ModelError(f"{found} {'the same file with --prior' if built_with else 'leave --prior away'}")
     if not any(len(features) for _, features in utterances):
         raise ModelError("the recordings hold not a single frame: expected some sound to compare engines on")
     precisions = [getattr(e, "precision", "fp32") for e in (engine, reference)]
@@ -185,12 +193,19 @@ def verify(
         seen = []
         for key, each in zip(keys, (engine, reference), strict=True):
             before = time.perf_counter()
-            seen.append(observe(each, features, lengths, **options))
+            seen.append(_with_prior(observe(each, features, lengths, **options), each, prior))
             report.seconds[key] = report.seconds.get(key, 0.0) + time.perf_counter() - before
             if seen[-1].not_finite is not None:
                 report.not_finite.setdefault(key, seen[-1].not_finite)
         _compare(report, folder, engine, reference, names, *seen)
     return report
+
+
+def _with_prior(seen: Observation, engine, prior: np.ndarray | None) -> Observation:
+    if prior is None or getattr(engine, "adds_prior", False):
+        return seen
+    log_probs, *rest = seen.outputs
+    return dataclasses.replace(seen, outputs=((log_probs - np.log(prior)).astype(np.float32), *rest))
 
 
 def _compare(report, folder, engine, reference, names, got: Observation, want: Observation) -> None:

@@ -208,6 +208,35 @@ def test_lower_precision_has_its_own_tolerance(folder, reference, utterances, en
     assert not strict.passed and strict.first_departing is not None
 
 
+@pytest.mark.parametrize("experts", ["layers", "plugin"])
+def test_a_network_with_a_prior(folder, reference, utterances, engine_of, experts):
+    """The prior is added to the other side; without it, or with another one, log_probs do not agree."""
+    import torch
+
+    size = folder.config.vocab_size
+    prior = np.linspace(1, 2, size, dtype=np.float32) / 1.5 / size
+    engine = engine_of("tensorrt-interpreted", prior=torch.from_numpy(prior), experts=experts)
+    report = verify(folder, engine, reference, utterances, prior=prior)
+    assert report.passed and 0 < report.outputs["log_probs"].error < 1e-5
+    assert verify(folder, engine, engine, utterances, prior=prior).outputs["log_probs"].error == 0
+    assert not verify(folder, engine, reference, utterances, prior=prior[::-1]).passed
+    with pytest.raises(ModelError, match="give the same file"):
+        verify(folder, engine, reference, utterances)
+    with pytest.raises(ModelError, match="leave --prior away"):
+        verify(folder, reference, reference, utterances, prior=prior)
+
+
+def test_the_command_interprets_a_prior_and_the_plugin(folder, m3, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    np.savetxt(tmp_path / "prior.txt", np.arange(1, folder.config.vocab_size + 2))
+    arguments = "verify", folder.path, EXAMPLE, "--seconds", "1", "-e", "tensorrt-interpreted"
+    code, out, _ = m3(*arguments, "--prior", tmp_path / "prior.txt", "--experts", "plugin")
+    assert code == 0 and "passed" in out and "router flips: 0" in out
+    for wrong in (["--prior", tmp_path / "prior.txt"], ["--experts", "layers"]):
+        code, _, err = m3("verify", folder.path, EXAMPLE, *wrong)
+        assert code == 2 and "tensorrt-interpreted" in err
+
+
 def test_nothing_to_compare(folder, reference):
     with pytest.raises(ModelError, match="not a single frame"):
         verify(folder, reference, reference, [("empty", np.zeros((0, 80), np.float32))])

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from m3asr.cli.build import PrecisionName, calibration_batches, check_chunks
+from m3asr.cli.build import ExpertsName, PrecisionName, calibration_batches, check_chunks
 from m3asr.cli.console import err, warnings_as_lines
 from m3asr.engines import NAMES, load_engine, need_tensorrt
 from m3asr.errors import M3asrError, MissingExtra
@@ -48,6 +48,16 @@ def verify(
         Optional[list[Path]],  # noqa: UP007, UP045
         typer.Option(help="For int8 and fp8, as for `build`; default: the recordings themselves."),
     ] = None,
+    prior: Annotated[
+        Optional[Path],  # noqa: UP007, UP045
+        typer.Option(
+            help="Of tensorrt and tensorrt-interpreted: the file that the network was or would be built with."
+        ),
+    ] = None,
+    experts: Annotated[
+        Optional[ExpertsName],  # noqa: UP007, UP045
+        typer.Option(help="Of tensorrt-interpreted: in plain layers (default), or the plugin's reference."),
+    ] = None,
     tolerance: Annotated[
         Optional[float],  # noqa: UP007, UP045
         typer.Option(min=0.0, help="Largest relative error that passes; default: by the precision."),
@@ -74,6 +84,10 @@ def verify(
     need_torch()
     if precision is not None and INTERPRETED not in names:
         raise M3asrError(f"--precision is for {INTERPRETED}; other engines say theirs themselves")
+    if experts is not None and INTERPRETED not in names:
+        raise M3asrError(f"--experts is for {INTERPRETED}; a built plan has one form of them")
+    if prior is not None and not {INTERPRETED, "tensorrt"} & set(names):
+        raise M3asrError(f"--prior is for tensorrt and {INTERPRETED}; the other engines add none")
     from m3asr.verify import synthetic_utterances, utterances_of
     from m3asr.verify import verify as compare
 
@@ -92,12 +106,19 @@ def verify(
             batches = calibration_batches(folder, kind, sources or [])
         elif calibration:
             raise M3asrError(f"--calibration is for {INTERPRETED}")
+        built = {**options, "precision": kind, "calibration": batches, "experts": (experts or ExpertsName.layers).value}
+        values = None
+        if prior is not None:
+            from m3asr.engines.tensorrt import read_prior
+
+            built["prior"] = read_prior(prior, folder.config.vocab_size)
+            values = built["prior"].numpy()
         both = []
         for name in names:
             with err.status(f"loading {name}"):
-                both.append(_load(folder, name, kind, batches, options))
+                both.append(_load(folder, name, built))
         with err.status(f"running {' and '.join(names)}"):
-            report = compare(folder, *both, utterances, tolerance, **options)
+            report = compare(folder, *both, utterances, tolerance, values, **options)
     if json_file is not None:
         _write(json_file, json.dumps({"model": str(model), **report.as_dict()}, ensure_ascii=False, indent=1) + "\n")
     if plot_file is not None:
@@ -124,13 +145,13 @@ def _need_matplotlib() -> None:
         raise MissingExtra("--plot", "plot")
 
 
-def _load(folder: ModelFolder, name: str, precision: str, batches, options: dict):
+def _load(folder: ModelFolder, name: str, options: dict):
     if name != INTERPRETED:
         return load_engine(folder, name)
     from m3asr.engines.eager import load_model
     from m3asr.engines.tensorrt import InterpretedEngine
 
-    return InterpretedEngine(load_model(folder), precision=precision, calibration=batches, **options)
+    return InterpretedEngine(load_model(folder), **options)
 
 
 def _write(path: Path, text: str) -> None:

@@ -223,6 +223,7 @@ class InterpretedEngine(_Base):
             "chunk_size": options.get("chunk_size", 0),
             "left_chunks": options.get("left_chunks", -1),
         }
+        self.adds_prior = options.get("prior") is not None
         try:
             self.networks = dict(networks(model, precision=precision, **options))
         except trt.TrtError as error:
@@ -248,6 +249,7 @@ class TensorrtEngine(_Base):
             manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
             version, plans, digest = manifest["format_version"], manifest["plans"], manifest["config_sha256"]
             self.built_for = {k: manifest[k] for k in ("compat", "chunk_size", "left_chunks")}
+            self.precision, self.adds_prior = manifest["precision"], manifest["prior"]
             package = manifest["builder"].split()[0]
         except FileNotFoundError:
             raise ModelError(f"{folder.path} has no tensorrt engine: {rebuild}") from None
