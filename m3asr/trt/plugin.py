@@ -127,7 +127,10 @@ class Plugin:
         result = [result] if len(self.dtypes) == 1 and not isinstance(result, list) else list(result)
         if len(result) != len(self.dtypes):
             raise PluginError(f"plugin {self.name!r}: shape gives {len(result)} shapes for {len(self.dtypes)} dtypes")
-        return [tuple(s) for s in result]
+        result = [tuple(s) for s in result]
+        if any(isinstance(size, (float, torch.SymFloat)) for shape in result for size in shape):
+            raise PluginError(f"plugin {self.name!r}: shape gives {result}; sizes divide by // or trt.cdiv, not by /")
+        return result
 
     def output_dtypes(self, dtypes):
         """Output types from input types, of torch or of TensorRT."""

@@ -151,5 +151,6 @@ WRONG = {
     "nan": (_wrong("nan", _nan), "NaN"),
     "shape": (_wrong("shape", _right, shape=lambda x: (x[0], x[1] + 1)), "shape function"),
     "workspace": (_wrong("workspace", _outside_workspace, workspace=lambda x: 16), "outside of its workspace"),
+    "fraction": (_wrong("fraction", _right, shape=lambda x: (x[0], x[1] / 1)), "not by /"),
     "dtype": (_wrong("dtype", _right, dtypes=("int32",)), "declared"),
 }
