@@ -44,7 +44,11 @@ def fast_path(net, *args, **kwargs):
 
 @converter(torch._nested_tensor_from_mask_left_aligned)
 def left_aligned(net, x, mask):
-    """torch.nn.TransformerEncoder asks whether it may leave out the padding: it computes it here."""
+    """torch.nn.TransformerEncoder asks whether it may leave out the padding. It computes it here, and gives zeros for
+    it in the end, as it does where it leaves it out. x (B, T, D), mask bool (B, T).
+    """
+    aligned = (mask[:, 1:] <= mask[:, :-1]).all()
+    net.zero_at_leaving[net.path[-1]] = aligned & ~mask
     return False
 
 

@@ -265,12 +265,16 @@ class _module_paths:
             self.tracer.path.append(self.names.get(id(module), type(module).__name__))
 
         def leave(module, args, output):
+            zeroed = self.tracer.zero_at_leaving.pop(self.tracer.path[-1], None)
+            if zeroed is not None:
+                output = torch.where(zeroed.unsqueeze(-1), 0.0, output)
             path = self.tracer.path.pop()
             tensors = [t for t in tree_leaves(output) if isinstance(t, SymTensor) and t.const is None]
             if id(module) in self.names and tensors:
                 # To the end, should it run again: a module stands where it was left last.
                 self.tracer.module_outputs.pop(path, None)
                 self.tracer.module_outputs[path] = tensors[0].node.tensor.name
+            return output
 
         hooks = torch.nn.modules.module
         self.handles = [

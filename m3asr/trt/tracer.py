@@ -77,6 +77,7 @@ class Tracer(Graph):
         self.quantization, self.branches = None, None
         self.paths = Paths(self)
         self.module_outputs = {}
+        self.zero_at_leaving = {}  # module path -> where its result (B, T, D) becomes zero, bool (B, T)
         self.points, self._points_in = {}, {}  # where Q/DQ may go: point -> name of the tensor there
         self.forced = 0  # >0 inside a converter that computes in float32 throughout
         self.asked = []  # torch functions as the forward wrote them, while torch takes them apart

@@ -246,3 +246,17 @@ def test_really_built(name):
     module, inputs, _ = made(name)
     plan = trt.build(module, inputs, RANGES, precision="fp16" if name == "whisper" else "fp32")
     assert plan[:4] != b"" and len(plan) > 10000
+
+
+def test_padding_leaves_the_encoder_as_zeros():
+    """torch.nn.TransformerEncoder leaves padding out when it stands at the end, and computes it elsewhere."""
+    module = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    inputs = {"src": trt.Input("float32", ("B", "T", 8)), "src_key_padding_mask": trt.Input("bool", ("B", "T"))}
+    network = trt.trace(module, inputs, {"B": (1, 2, 4), "T": (3, 5, 20)})
+    x = torch.randn(2, 5, 8)
+    at_the_end = torch.arange(5) >= torch.tensor([[3], [5]])
+    for mask in (at_the_end, at_the_end.flip(1), torch.zeros(2, 5, dtype=torch.bool)):
+        with torch.no_grad():
+            want = module(x, src_key_padding_mask=mask)
+        got = network.interpret({"src": x, "src_key_padding_mask": mask})["output0"]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
