@@ -11,6 +11,7 @@ class SymTensor(torch.Tensor):
     Attributes:
         fake: torch's own FakeTensor of the same call: dtype, symbolic sizes and strides come from it.
         pinned: True when an explicit `.float()` or `keep_float32` holds it in float32.
+        viewed: other tensors look into it.
         base, replay: for a view, the tensor it looks into and how to look again after that tensor was written to.
     """
 
@@ -24,6 +25,7 @@ class SymTensor(torch.Tensor):
         self.tracer, self.fake, self.pinned = tracer, fake, pinned
         self._node, self._const = node, const
         self.base, self.replay, self.version, self.seen = None, None, 0, 0
+        self.viewed = False
 
     def refresh(self):
         """A view reads its base again when the base was written to since."""

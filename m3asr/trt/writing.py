@@ -1,6 +1,7 @@
 """Views and writing in place: a network has neither, so a write makes a new value and passes it on to the base."""
 
 import torch
+from torch.utils._mode_utils import no_dispatch
 
 from . import sizes
 from .errors import TraceError, UncoveredOperation
@@ -21,12 +22,18 @@ def remember_views(tracer, function, args, kwargs, result):
             return again[i] if isinstance(again, (list, tuple)) else again
 
         view.base, view.replay, view.seen = args[0], replay, args[0].version
+        args[0].viewed = True
         view.look = function.overloadpacket, args[1:]
+
+
+OTHER_SIZES = ("unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_")
 
 
 def in_place(tracer, function, args, kwargs, symbolic, written):
     name = function._schema.name.split("::")[1]
     target = args[0] if written == [0] else None
+    if name in OTHER_SIZES and isinstance(target, SymTensor) and not target.viewed:
+        return _with_other_sizes(tracer, function, target, args, kwargs)
     if not symbolic and target is not None and isinstance(target, SymTensor):
         new = tracer.fold(_functional(tracer, function), args, kwargs)
     elif not symbolic and not any(isinstance(a, torch.Tensor) and not isinstance(a, SymTensor) for a in args):
@@ -47,6 +54,20 @@ def in_place(tracer, function, args, kwargs, symbolic, written):
     if new.dtype != target.dtype:
         new = new.to(target.dtype)
     write(tracer, target, new)
+    return target
+
+
+def _with_other_sizes(tracer, function, target, args, kwargs):
+    """y.unsqueeze_(0): the same values, seen otherwise from now on."""
+    functional = _functional(tracer, function)
+    new = tracer.dispatch(functional, args, kwargs)
+    with no_dispatch():
+        function(*args, **kwargs)  # the sizes that Python sees
+    target.fake, target._node, target._const = new.fake, new._node, new._const
+    if target.base is not None:
+        before, rest = target.replay, args[1:]
+        target.replay = lambda base: tracer.dispatch(functional, (before(base), *rest), kwargs)
+        target.look = None, ()
     return target
 
 

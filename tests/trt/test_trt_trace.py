@@ -528,3 +528,55 @@ def test_a_cache_in_a_dict_is_forgotten():
 def test_random_numbers_are_refused():
     with pytest.raises(trt.UncoveredOperation, match="no random numbers"):
         traced(lambda x: x + torch.randn_like(x))
+
+
+def unsqueezed(x):
+    y = x + 0
+    y.unsqueeze_(1)
+    y += 1
+    return y, y.shape[3] * y
+
+
+def transposed_and_written(x):
+    y = x + 0
+    z = y[:, 0]
+    z.transpose_(0, 1)
+    z[0] = 7
+    return y, z
+
+
+def written_before_and_after(x):
+    y = x + 0
+    z = y[:, 0]
+    y += 1
+    z.unsqueeze_(0)
+    y += 1
+    return y, z
+
+
+def constant(x):
+    mask = torch.ones(2, 3)
+    mask.unsqueeze_(0)
+    return x[:, :2, :3] + mask
+
+
+@pytest.mark.parametrize("function", [unsqueezed, transposed_and_written, written_before_and_after, constant])
+def test_sizes_that_change_in_place(function):
+    network = traced(function)
+    for shape in ((2, 4, 6), (1, 9, 6)):
+        x = torch.randn(shape)
+        want = function(x.clone())
+        got = network.interpret([x.clone()]).values()
+        for g, w in zip(got, want if isinstance(want, tuple) else (want,), strict=True):
+            torch.testing.assert_close(g, w)
+
+
+def test_sizes_of_what_others_look_into_stay():
+    def forward(x):
+        y = x + 0
+        part = y[:, 0]
+        y.unsqueeze_(0)
+        return y, part
+
+    with pytest.raises(trt.TraceError, match="unsqueeze_ changes the sizes"):
+        traced(forward)
