@@ -24,7 +24,6 @@ from plain_decoding import (
 
 from m3asr.decode import (
     ContextGraph,
-    NgramLM,
     PrefixBeamSearch,
     attention_rescoring,
     attention_search,
@@ -33,7 +32,7 @@ from m3asr.decode import (
     token_times,
     word_times,
 )
-from m3asr.errors import MissingExtra, ModelError
+from m3asr.errors import ModelError
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 FAMILY_3M = ["3m-moe-80", "3m-moe-40", "3m-dense-80"]
@@ -464,60 +463,6 @@ def test_a_language_model_and_phrases_add_up(log_probs, seed):
     assert {tuple(h.tokens): h.score for h in result.nbest} == pytest.approx(expected, abs=1e-9)
     with pytest.raises(ValueError, match="original"):
         search(log_probs, lm=lm, context=ContextGraph([[1]], original=True))
-
-
-ARPA = r"""\data\
-ngram 1=5
-ngram 2=3
-
-\1-grams:
--1.0	<unk>
-0.0	<s>	-0.5
--0.7	</s>
--0.6	ab	-0.3
--0.9	c	-0.2
-
-\2-grams:
--0.2	<s> ab
--0.4	ab c
--0.1	c </s>
-
-\end\
-"""
-
-
-def test_ngram_scores_of_words_and_of_tokens(tmp_path):
-    pytest.importorskip("kenlm")
-    path = tmp_path / "words.arpa"
-    path.write_text(ARPA)
-    pieces = ["<blank>", "▁a", "b", "▁c", "▁", "ab", "c"]
-
-    def total(lm, tokens):
-        state, score = lm.start(), 0.0
-        for token in tokens:
-            gain, state = lm.step(state, token)
-            assert gain <= lm.max_gain(state)
-            score += gain
-        return score + lm.finish(state)
-
-    words = NgramLM(path, pieces, weight=0.5, bonus=0.25)
-    expected = 0.5 * math.log(10) * (-0.2 - 0.4 - 0.1) + 2 * 0.25
-    assert total(words, [1, 2, 3]) == pytest.approx(expected, abs=1e-6)
-    assert total(words, [4, 5, 4, 6]) == pytest.approx(expected, abs=1e-6)
-    unknown = 0.5 * math.log(10) * (-0.5 - 1.0 - 0.7) + 0.25  # backed off, <unk>, </s>
-    assert total(words, [2, 2]) == pytest.approx(unknown, abs=1e-6)
-    tokens = NgramLM(path, pieces, weight=0.5, unit="token")
-    assert total(tokens, [5, 6]) == pytest.approx(0.5 * math.log(10) * -0.7, abs=1e-6)
-    (tmp_path / "broken.arpa").write_text("not a language model\n")
-    for name in ("broken.arpa", "missing.arpa"):
-        with pytest.raises(ModelError, match=name):
-            NgramLM(tmp_path / name, pieces)
-
-
-def test_without_kenlm_the_extra_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "kenlm", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'm3asr\[lm\]'"):
-        NgramLM(tmp_path / "words.arpa", [])
 
 
 # --- attention decoder ----------------------------------------------------------------------------------------------

@@ -246,7 +246,6 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(transcriber, golden
 
 
 def test_a_language_model_changes_the_text(transcriber, speech, tmp_path):
-    pytest.importorskip("kenlm", reason="needs the extra lm")
     symbols = transcriber.folder.tokenizer.symbols
     tokens = transcriber.transcribe(speech, options=DecodeOptions("beam")).segments[0].tokens
     rare = symbols[tokens[0]]

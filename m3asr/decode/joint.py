@@ -8,8 +8,8 @@ ending early and from going round in circles, so lengths need no correction.
 
 Three things make it cheap. The n-best list of the first pass is scored first, as in rescoring: a beginning that can no
 longer become better than the best of it is given up, because no score ever rises but those of context and language
-model. So is one far below the best of its length. And the decoder is asked about whole sentences: a new beginning is
-completed by what the first pass heard after it, and while the search goes on as guessed, the answers are there already.
+model. So is one far below the best of its length. And the decoder is asked ahead: a new beginning is continued by
+what the first pass heard after it, and while the search goes on as guessed, the answers are there already.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from m3asr.decode.ctc import NEVER, Scorer, joined_scorer, most_probable, penali
 from m3asr.decode.hypothesis import DecodeResult, Hypothesis
 
 MARGIN = 4.0  # a hypothesis so far below the best of its length does not come back; wider changes next to nothing
+GUESS = 16  # tokens guessed ahead: more are rarely all right, and the decoder's work grows with them
 LEAST = -1000.0  # log-probabilities below are taken for this, so that differences of sums stay finite
 
 Prefix = tuple[int, ...]
@@ -236,7 +237,7 @@ def _driven(inflow: np.ndarray, sums: np.ndarray) -> np.ndarray:
 
 
 class _NextTokens:
-    """What the attention decoder says may follow each beginning: asked once, whole sentences at a time."""
+    """What the attention decoder says may follow each beginning: each asked once."""
 
     def __init__(self, decoder: AttentionDecoder, memory: np.ndarray, sos: int, eos: int, blank: int, count: int):
         self._decoder, self._memory, self._sos, self._eos, self._blank = decoder, memory, sos, eos, blank
@@ -281,9 +282,9 @@ class _NextTokens:
 
 
 def _rest(guide: Hypothesis, beam: _Beam) -> Prefix:
-    """What the guide says after the frame in which the beam's tokens most probably end."""
+    """What the guide says next, after the frame in which the beam's tokens most probably end."""
     end = int(beam.in_token.argmax()) if beam.tokens else 0
-    return tuple(token for token, time in zip(guide.tokens, guide.times or (), strict=False) if time >= end)
+    return tuple(token for token, time in zip(guide.tokens, guide.times, strict=True) if time >= end)[:GUESS]
 
 
 def _largest_rise(scorer: Scorer, hypothesis: Hypothesis) -> float:

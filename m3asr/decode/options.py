@@ -25,7 +25,7 @@ class DecodeOptions:
     hotwords: phrases to favour; each of their tokens that is matched adds hotword_score. Beam,
     rescoring and joint.
     lm: an n-gram language model, ARPA or KenLM binary, whose log-probabilities count lm_weight, plus lm_bonus for each
-    unit: "word" or "token" says what its entries are. Beam, rescoring and joint; needs the extra `lm`.
+    unit: "word" or "token" says what its entries are. Beam, rescoring and joint; KenLM's binary needs the extra `lm`.
 
     Raises M3asrError for values outside their range, and for what the chosen decoder cannot use.
     """
