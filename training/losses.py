@@ -25,7 +25,7 @@ class LossWeights:
     ctc: float = 0.3
     attention: float = 0.7
     embedding_ctc: float = 0.3
-    sparsity: float = 0.05  # per layer
+    sparsity: float = 0.02  # per layer
     importance: float = 0.1  # per layer
     label_smoothing: float = 0.1
 

@@ -2,8 +2,7 @@
 
 Eight small experts cost the device little, shapes stay fixed, and the gradient is exact: a token that is not an
 expert's contributes nothing to it. `install` gives a model's MoEFeedForward modules another class; parameters and
-their names stay, and what is trained equals `ops.moe` (a test compares them). What changes from step to step (dense or
-routed, how far the gates have faded in) is a tensor, so that one compiled block serves all layers and all steps.
+their names stay, and what is trained equals `ops.moe` (a test compares them).
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from m3asr.config import FbankConfig, ModelConfig
 from m3asr.engines.torch_fbank import fbank, frame_count
-from m3asr.model import DecoderBlock, Model
-from training import conv, losses, moe
+from m3asr.model import Model
+from training import losses, moe
 from training.augment import Augment, AugmentConfig, read_rooms
 from training.data import Batch, Planner, Speech, Units, decode, plain_batches, read_audio, read_manifest, split
 from training.evaluate import greedy_wer
@@ -39,11 +39,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="compact")
     parser.add_argument("--streaming", action="store_true", help="causal convolution, random attention chunks")
     parser.add_argument("--vocab", type=int, default=384, help="units, the three special ones included")
-    parser.add_argument("--batch-seconds", type=float, default=1200.0, help="padded audio a step")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: AdamW where it is none")
-    parser.add_argument("--lr", type=float, default=1.2e-3, help="peak learning rate")
+    parser.add_argument("--batch-seconds", type=float, default=1800.0, help="padded audio a step")
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="muon: for the matrices")
+    parser.add_argument("--lr", type=float, default=4.8e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=600, help="steps")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for the blocks: 1-2 minutes, then faster")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--clip", type=float, default=2.0, help="largest gradient norm")
@@ -74,10 +73,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def decoder_blocks(model: Model) -> list[torch.nn.Module]:
-    return [module for module in model.modules() if isinstance(module, DecoderBlock)]
-
-
 class Run:
     """One training run: everything that a checkpoint holds, and the clock."""
 
@@ -86,7 +81,6 @@ class Run:
         self.started = time.monotonic()
         self.before = 0.0  # seconds of the runs that this one resumes
         self.step, self.routed, self.clean = 0, False, not args.init
-        self.begun = 0.0  # seconds until the first step
         torch.manual_seed(args.seed)
         args.out.mkdir(parents=True, exist_ok=True)
         saved = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True) if args.resume else None
@@ -136,10 +130,8 @@ class Run:
             self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.before, self.routed = saved["step"], saved["elapsed"], saved["routed"]
-            self.begun, self.clean = saved["begun"], saved["clean"]
+            self.clean = saved["clean"]
         self.config = config
-        if args.compile:
-            self.compile()
 
     def say(self, text: str) -> None:
         print(f"[{self.elapsed():7.1f} s] {text}", flush=True)
@@ -147,19 +139,10 @@ class Run:
     def elapsed(self) -> float:
         return self.before + time.monotonic() - self.started
 
-    def compile(self) -> None:
-        """The blocks as fused kernels for any shape: one graph for the blocks of a stack, one for the decoder's."""
-        torch._dynamo.config.recompile_limit = 24
-        torch.fx.experimental._config.use_duck_shape = False  # equal sizes in the first batch are no rule
-        model = self.model
-        conv.install(model)
-        for block in (*model.encoder.blocks, *model.encoder.embed.blocks, *decoder_blocks(model)):
-            block.compile(dynamic=True)
-
     def progress(self) -> float:
         """Part of the time that has passed; the end keeps 20 s (or a tenth) for the last evaluation and the export."""
-        total = self.args.minutes * 60 - self.begun
-        return min(1.0, (self.elapsed() - self.begun) / (total - min(20.0, 0.1 * total)))
+        total = self.args.minutes * 60
+        return min(1.0, self.elapsed() / (total - min(20.0, 0.1 * total)))
 
     def set_schedule(self) -> float:
         """Learning rate, and how the experts are used, for the time it is."""
@@ -222,7 +205,6 @@ class Run:
             "step": self.step,
             "elapsed": self.elapsed(),
             "routed": self.routed,
-            "begun": self.begun,
             "clean": self.clean,
             "config": self.config.to_json(),
             "bpe": self.units.model,
@@ -297,13 +279,6 @@ def main() -> None:
 
     cuda = run.device.type == "cuda"
     run.model.train()
-    if run.step == 0:
-        if args.compile:  # before the clock of the schedule starts
-            batch, augment = next(run.batches(cuda))
-            run.gradient(batch.to(run.device), augment, weights)
-            run.optimizer.zero_grad()
-            run.say("compiled")
-        run.begun = run.elapsed()
     seconds, window, mark, next_eval = 0.0, [], time.monotonic(), run.elapsed() + args.eval_seconds
     for batch, augment in run.batches(cuda):
         if run.progress() >= 1.0 or stop:
