@@ -86,7 +86,7 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late) ->
     if tiles.MEASURED:
         cases["tiles by rule, not by measurement"] = {"rule": True}
     batch, frames = map(int, name.split("x"))
-    tokens = bucket_batch(batch) * bucket_frames(engine._subsampled(frames))
+    tokens = bucket_batch(batch) * bucket_frames(engine.subsampled(frames))
     if batch == 1:
         cases |= {f"kernels for {regime} tokens": {"regime": regime} for regime in ("few", "many")}
     if tokens <= tiles.FEW_TOKENS:

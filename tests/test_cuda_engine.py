@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from interpreter_tiles import few_programs  # noqa: E402, F401
 
 from m3asr.config import DecoderConfig, EncoderConfig, ModelConfig, MoEConfig  # noqa: E402
 from m3asr.engines.cuda import CudaEngine  # noqa: E402
+from m3asr.engines.cuda import engine as engine_module  # noqa: E402
 from m3asr.engines.cuda.buckets import bucket_batch, bucket_frames  # noqa: E402
 from m3asr.engines.cuda.forward import Shape  # noqa: E402
 from m3asr.engines.cuda.packing import _float8  # noqa: E402
@@ -298,3 +300,89 @@ def test_buckets_hold_what_they_are_for():
     for size in range(1, 200):
         bucket = bucket_batch(size)
         assert size <= bucket <= max(1, size * 3 // 2) and bucket_batch(bucket) == bucket
+
+
+@pytest.mark.parametrize("layer", ["conv2d", "conv2d6", "conv2d8"])
+def test_every_number_of_frames_fits_its_bucket(device, layer):
+    """Also those that the subsampling leaves over at the end: around each bucket's edge, all of them."""
+    engine = CudaEngine(model(config(input_layer=layer, input_dim=40)), "fp32", device)
+    encoder = engine.config.encoder
+    edges = {bucket_frames(size) for size in range(1, 1100)}
+    for edge in edges:
+        first = (edge - 2) * encoder.subsampling_rate + encoder.min_frames
+        for frames in range(first, first + 3 * encoder.subsampling_rate):
+            for batch in (1, 2, 5, 48, 64):
+                utterances, features, size = engine.bucket(batch, frames)
+                assert utterances >= batch and features >= frames and size == bucket_frames(engine.subsampled(frames))
+                assert engine.subsampled(features) == size
+
+
+@pytest.mark.parametrize("frames", range(66, 73))
+def test_frames_at_the_edge_of_a_bucket(device, frames):
+    """16 subsampled frames come from 67 to 70 features, 17 from 71."""
+    built = model(CONFIGS["dense"])
+    engine = CudaEngine(built, "fp32", device)
+    assert_same(engine, built, *batch(frames, (frames, frames - 2, frames - 5)), TOLERANCE["fp32"])
+
+
+class Pools:
+    """torch's rule: a pool lives from the first capture into it to the end of its last graph, and never again."""
+
+    def __init__(self):
+        self.used, self.made = {}, 0
+
+    def handle(self):
+        self.made += 1
+        return self.made
+
+    def graph(self, forward, batch, frames, bins, chunk, device, pool):
+        assert self.used.get(pool) != 0, "use_count > 0 INTERNAL ASSERT FAILED"
+        self.used[pool] = self.used.get(pool, 0) + 1
+        captured = Graph()
+        weakref.finalize(captured, self.end, pool)
+        return captured
+
+    def end(self, pool):
+        self.used[pool] -= 1
+
+
+class Graph:
+    pass
+
+
+@pytest.mark.parametrize("graphs", [1, 2, 3])
+def test_graphs_come_and_go_in_pools_that_live(monkeypatch, graphs):
+    """Evicted, dropped, and dropped while somebody still holds one."""
+    monkeypatch.setattr(CudaEngine, "_hold_log_probs", lambda *_: None)
+    engine = CudaEngine(model(CONFIGS["dense"]), "fp32", "cpu", graphs=graphs)
+    pools = Pools()
+    monkeypatch.setattr(engine_module, "EncoderGraph", pools.graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", pools.handle)
+    engine._device = torch.device("cuda", 0)
+    monkeypatch.setattr(CudaEngine, "_hold_positions", lambda *_: None)
+    for frames in (40, 100, 200, 40, 300, 400):
+        engine.graph_for(1, frames)
+    engine.drop_graphs()
+    held = engine.graph_for(1, 40)
+    engine.drop_graphs()
+    for frames in (40, 100, 40):
+        engine.graph_for(2, frames)
+    del held
+    for frames in (40, 500, 600):
+        engine.graph_for(2, frames)
+    assert sum(pools.used.values()) == len(engine._graphs) == min(graphs, 3)
+    if graphs > 1:
+        assert pools.made == 3  # one from drop to drop: what an evicted graph took, the next one takes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [1, 2])
+def test_captures_after_all_graphs_were_dropped(graphs):
+    built = model(CONFIGS["experts"])
+    engine = CudaEngine(built, "bf16", "cuda", graphs=graphs)
+    long, short = batch(), batch(20, (20,))
+    first = engine(*long)
+    for _ in range(3):
+        engine.drop_graphs()
+        engine(*short)
+        assert all(np.array_equal(a, b) for a, b in zip(engine(*long), first, strict=True))

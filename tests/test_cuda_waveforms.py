@@ -58,6 +58,25 @@ def test_best_paths_are_those_of_the_cpu_features(engine, cmvn):
     assert results[0].lengths.tolist()[2:] == [0, 0]
 
 
+@pytest.mark.parametrize("extra", [0, 1, 159, 160, 480, 639, 640])
+def test_waveforms_at_the_edge_of_a_bucket(engine, extra):
+    """From the least that gives 16 frames; an empty batch, an empty waveform; two recognisers on one engine."""
+    least = 400 + 160 * (engine.config.encoder.min_frames + 15 * 4 - 1)
+    waveforms = [*sound(least + extra), np.zeros(0, np.float32)]
+    normed = WaveformRecogniser(engine, CONFIG, (np.full(40, 2.0, np.float32), np.full(40, 0.5, np.float32)))
+    plain = WaveformRecogniser(engine, CONFIG)
+    for recogniser, shift, scale in ((plain, 0.0, 1.0), (normed, 2.0, 0.5)):
+        empty, result = recogniser.best_paths([[], waveforms])
+        assert empty.symbols.shape[0] == empty.lengths.shape[0] == 0
+        features, lengths = pad_batch([(fbank(waveform, CONFIG) - shift) * scale for waveform in waveforms])
+        symbols, peaks, out_lengths = engine.best_path(features, lengths)
+        assert result.lengths.tolist() == out_lengths.tolist() == [16 + extra // 640, 0]
+        assert result.symbols.shape == symbols.shape
+        kept = out_lengths[0]
+        assert result.symbols[0, :kept].tolist() == symbols[0, :kept].tolist()
+        np.testing.assert_allclose(result.peaks[0, :kept], peaks[0, :kept], atol=2e-3)
+
+
 def test_features_on_the_device_are_kaldis(engine):
     recogniser = WaveformRecogniser(engine, CONFIG)
     waveforms = sound(16000, 7000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,37 +31,48 @@ def device_of(device: str | torch.device) -> torch.device:
     return device
 
 
-class EncoderGraph:
-    """The encoder for one batch shape, with its inputs and outputs in fixed places.
+class Captured:
+    """What `run` makes of inputs in fixed places, as one CUDA graph.
 
-    Write `features` float32 (B, T, F) and `lengths` int32 (B,), call `replay`, and read `log_probs` float32 (B, S, V),
-    `hidden` float32 (B, S, D) and `out_lengths` int32 (B,) before another graph of the engine runs. What stands past a
-    length does not matter. On a device without CUDA graphs `replay` launches the kernels one by one.
+    Write the inputs, call `replay`, and read `outputs`, which have fixed places too, before another graph of the
+    engine runs. On a device without CUDA graphs `replay` calls `run`.
     """
 
-    def __init__(self, forward: Forward, batch: int, frames: int, bins: int, chunk, device, pool):
-        self.features = torch.zeros(batch, frames, bins, device=device)
-        self.lengths = torch.full((batch,), frames, dtype=torch.int32, device=device)
+    def __init__(self, run: Callable[[], tuple[Tensor, ...]], device: torch.device, pool):
         self.graph = None
         if device.type == "cuda":
             # Once outside the capture, where kernels are compiled and loaded.
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
-                forward(self.features, self.lengths, chunk)
+                run()
             torch.cuda.current_stream(device).wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, pool=pool):
-                self.outputs = forward(self.features, self.lengths, chunk)
+                self.outputs = run()
         else:
-            self._run = lambda: forward(self.features, self.lengths, chunk)
-            self.outputs = None
+            self._run, self.outputs = run, None
 
     def replay(self) -> None:
         if self.graph is None:
             self.outputs = self._run()
         else:
             self.graph.replay()
+
+
+class EncoderGraph(Captured):
+    """The encoder for one batch shape.
+
+    Its inputs are `features` float32 (B, T, F) and `lengths` int32 (B,), its outputs those of `Forward`, among them
+    `log_probs` float32 (B, S, V), `hidden` float32 (B, S, D) and `out_lengths` int32 (B,). What stands past a length
+    does not matter.
+    """
+
+    def __init__(self, forward: Forward, batch: int, frames: int, bins: int, chunk, device, pool):
+        features = self.features = torch.zeros(batch, frames, bins, device=device)
+        lengths = self.lengths = torch.full((batch,), frames, dtype=torch.int32, device=device)
+        # Not of self, which would then live until the garbage collector comes.
+        super().__init__(lambda: forward(features, lengths, chunk), device, pool)
 
     @property
     def log_probs(self) -> Tensor:
@@ -114,20 +126,31 @@ class CudaEngine:
         self.forward = Forward(self.config, packed.weights, self.precision, pdl, regime)
         self._positions = 0
         self._decoder = self._load_decoder(packed.decoder)
-        self._graphs: OrderedDict[tuple, EncoderGraph] = OrderedDict()
+        self._graphs: OrderedDict[tuple, Captured] = OrderedDict()
         self._most_graphs = graphs
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._pool = None
         for batch, frames in warm:
             self.graph_for(batch, frames)
 
-    @torch.inference_mode()
+    def bucket(self, batch: int, frames: int) -> tuple[int, int, int]:
+        """The batch, the features and the subsampled frames of the shape that holds `batch` utterances of at most
+        `frames` features: all that give no more subsampled frames than the bucket has.
+        """
+        encoder, size = self.config.encoder, bucket_frames(self.subsampled(frames))
+        return bucket_batch(batch), size * encoder.subsampling_rate + encoder.min_frames - 1, size
+
     def graph_for(self, batch: int, frames: int, chunk_size: int = 0, left_chunks: int = -1) -> EncoderGraph:
         """The captured encoder whose bucket holds `batch` utterances of at most `frames` features."""
-        encoder = self.config.encoder
-        size = bucket_frames(self._subsampled(frames))
-        batch = bucket_batch(batch)
-        frames = (size - 1) * encoder.subsampling_rate + encoder.min_frames
-        key = (batch, frames, self._chunk(size, chunk_size, left_chunks))
+        batch, frames, size = self.bucket(batch, frames)
+        bins, chunk = self.config.encoder.input_dim, self.chunk(size, chunk_size, left_chunks)
+        return self.captured(
+            (batch, frames, chunk), batch, size,
+            lambda pool: EncoderGraph(self.forward, batch, frames, bins, chunk, self._device, pool),
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def captured(self, key: tuple, batch: int, size: int, make: Callable[..., Captured]) -> Captured:
+        """The graph that is kept under that key, or `make(pool)`, which runs `forward` for (batch, size) frames."""
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
@@ -135,9 +158,11 @@ class CudaEngine:
         self._hold_log_probs(batch * size)
         while len(self._graphs) >= self._most_graphs:
             self._graphs.popitem(last=False)
-        graph = EncoderGraph(self.forward, batch, frames, encoder.input_dim, key[2], self._device, self._pool)
-        self._graphs[key] = graph
-        return graph
+        if not self._graphs and self._device.type == "cuda":
+            # A pool ends with the last graph in it, and nothing can be captured into it again.
+            self._pool = torch.cuda.graph_pool_handle()
+        self._graphs[key] = make(self._pool)
+        return self._graphs[key]
 
     @torch.inference_mode()
     def __call__(self, features, lengths, *, compat=False, chunk_size=0, left_chunks=-1):
@@ -157,18 +182,15 @@ class CudaEngine:
             outputs = self._run(features, lengths, chunk_size, left_chunks, (0, 1, 2))
         return tuple(output.cpu().numpy() for output in outputs) if as_numpy else outputs
 
+    @torch.inference_mode()
     def best_path(self, features, lengths):
         """As `__call__`, for greedy search alone: numpy symbols int32 (B, S), their log-probabilities float32 (B, S),
         lengths int32 (B,). The log-probabilities of the other symbols stay on the device.
         """
         if not len(lengths):
             return np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32), np.zeros(0, np.int32)
-        return tuple(output.cpu().numpy() for output in self.best_path_on_device(*self._checked(features, lengths)))
-
-    @torch.inference_mode()
-    def best_path_on_device(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`best_path` of at least one utterance, tensors for tensors; the host does not wait for the device."""
-        return self._run(features, lengths, 0, -1, (3, 4, 2))
+        outputs = self._run(*self._checked(features, lengths), 0, -1, (3, 4, 2))
+        return tuple(output.cpu().numpy() for output in outputs)
 
     def _checked(self, features, lengths) -> tuple[Tensor, Tensor]:
         encoder = self.config.encoder
@@ -185,7 +207,7 @@ class CudaEngine:
         return features, lengths
 
     def _output_frames(self, features: Tensor) -> int:
-        return self._subsampled(max(features.shape[1], self.config.encoder.min_frames))
+        return self.subsampled(max(features.shape[1], self.config.encoder.min_frames))
 
     def _run(self, features: Tensor, lengths: Tensor, chunk_size, left_chunks, wanted) -> tuple[Tensor, ...]:
         """Outputs of `Forward` by number, cut to the batch; copies, since the next run overwrites the graph's own."""
@@ -216,11 +238,12 @@ class CudaEngine:
         """Forget all captured shapes; each is captured again when it next comes."""
         self._graphs.clear()
 
-    def _subsampled(self, frames: int) -> int:
+    def subsampled(self, frames: int) -> int:
+        """Frames that come out for so many features, at least one."""
         encoder = self.config.encoder
         return max(1, (frames - encoder.min_frames) // encoder.subsampling_rate + 1)
 
-    def _chunk(self, size: int, chunk_size: int, left_chunks: int) -> tuple[int, int] | None:
+    def chunk(self, size: int, chunk_size: int, left_chunks: int) -> tuple[int, int] | None:
         """(size, left) of the chunks that queries see, as `ops.chunk_mask` has them; None: everything."""
         encoder = self.config.encoder
         if not encoder.use_dynamic_chunk:

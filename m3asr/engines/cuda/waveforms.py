@@ -1,7 +1,12 @@
-"""Waveforms in host memory -> the best CTC path, features computed on the device, one batch ahead of its reader."""
+"""Waveforms in host memory -> the best CTC path, one batch ahead of its reader.
+
+A batch is one copy to the device, one CUDA graph from waveforms to the best path, one copy back. The host does little
+more than fill one pinned buffer, in numpy: PyTorch's own operations on the CPU may wait for threads of a pool.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -10,8 +15,8 @@ import numpy as np
 import torch
 
 from m3asr.config import FbankConfig
-from m3asr.engines.cuda.engine import CudaEngine
-from m3asr.engines.torch_fbank import fbank, frame_count, frame_size, mel_filters, window
+from m3asr.engines.cuda.engine import Captured, CudaEngine
+from m3asr.engines.torch_fbank import fbank, frame_count, frame_shift, frame_size, mel_filters, window
 from m3asr.errors import ModelError
 
 
@@ -38,11 +43,13 @@ class WaveformRecogniser:
         self._cmvn = None
         if cmvn is not None:
             self._cmvn = tuple(torch.from_numpy(np.ascontiguousarray(part)).to(self._device) for part in cmvn)
+        self._mark = object()  # tells this recogniser's graphs from another's
 
     @torch.inference_mode()
     def features(self, waveforms: torch.Tensor, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """waveforms float32 (B, samples) of full scale 1.0, zeros at the end, and int (B,) their samples, all on the
-        device -> features (B, T, F), lengths int32 (B,): as `features.fbank` and `Cmvn.apply` have them, to 1e-3.
+        """waveforms float32 (B, samples) of full scale 1.0 and int (B,) their samples, all on the device -> features
+        (B, T, F), lengths int32 (B,): as `features.fbank` and `Cmvn.apply` have them, to 1e-3. What stands past an
+        utterance's samples does not matter up to its length.
         """
         features = fbank(waveforms * 32768.0, self._filters, self.config)
         if self._cmvn is not None:
@@ -65,37 +72,72 @@ class WaveformRecogniser:
 
     @torch.inference_mode()
     def _enqueue(self, waveforms: Sequence[np.ndarray]) -> _Ticket:
-        longest = max([frame_size(self.config), *map(len, waveforms)])
+        engine, size, shift = self.engine, frame_size(self.config), frame_shift(self.config)
+        longest = frame_count(max(map(len, waveforms), default=0), self.config)
+        batch, frames, bucket = engine.bucket(len(waveforms), longest)
+        samples = size + (frames - 1) * shift
+        graph = engine.captured(
+            (self._mark, batch, frames), batch, bucket, lambda pool: WaveformGraph(self, batch, samples, bucket, pool)
+        )
         on_gpu = self._device.type == "cuda"
         # Pinned memory comes from torch's own cache and is not reused before the copies out of it are done.
-        host = torch.zeros(len(waveforms), longest, pin_memory=on_gpu)
-        for row, waveform in zip(host.numpy(), waveforms, strict=True):
-            row[: len(waveform)] = waveform
-        samples = torch.tensor([len(waveform) for waveform in waveforms], dtype=torch.int32)
+        given = torch.empty(graph.given.shape, pin_memory=on_gpu)
+        sound = given.numpy()
+        counts = sound[batch * samples :].view(np.int32)
+        counts[:] = 0
+        for row, waveform in enumerate(waveforms):
+            # Less than a frame's shift may be too long for the bucket: no frame reads it.
+            counts[row] = count = min(len(waveform), samples)
+            sound[row * samples : row * samples + count] = waveform[:count]
+        graph.given.copy_(given, non_blocking=True)
+        graph.replay()
+        found = torch.empty(graph.found.shape, dtype=torch.int32, pin_memory=on_gpu)
+        found.copy_(graph.found, non_blocking=True)
+        event = None
         if on_gpu:
-            samples = samples.pin_memory()
-        features, lengths = self.features(
-            host.to(self._device, non_blocking=True), samples.to(self._device, non_blocking=True)
-        )
-        outputs = self.engine.best_path_on_device(features, lengths)
-        if not on_gpu:
-            return _Ticket(outputs, None, ())
-        pinned = tuple(torch.empty(o.shape, dtype=o.dtype, pin_memory=True) for o in outputs)
-        for target, output in zip(pinned, outputs, strict=True):
-            target.copy_(output, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return _Ticket(pinned, event, (host, samples))
+            event = torch.cuda.Event()
+            event.record()
+        return _Ticket(found, event, given, (batch, bucket), (len(waveforms), engine.subsampled(longest)))
+
+
+class WaveformGraph(Captured):
+    """From waveforms to the best path for one batch shape.
+
+    `given` float32: waveforms (B, samples), then the bits of their numbers of samples int32 (B,). `found` int32:
+    symbols (B, S), the bits of their log-probabilities float32 (B, S), lengths (B,).
+    """
+
+    def __init__(self, recogniser: WaveformRecogniser, batch: int, samples: int, size: int, pool):
+        engine, device = recogniser.engine, recogniser.engine.place
+        given = self.given = torch.zeros(batch * (samples + 1), device=device)
+        chunk = engine.chunk(size, 0, -1)
+
+        def run():
+            waveforms, counts = given[: batch * samples].view(batch, samples), given[batch * samples :]
+            features, lengths = recogniser.features(waveforms, counts.view(torch.int32))
+            _, _, out_lengths, best, peaks = engine.forward(features.contiguous(), lengths, chunk)
+            return (torch.cat((best.flatten(), peaks.flatten().view(torch.int32), out_lengths)),)
+
+        super().__init__(run, device, pool)
+
+    @property
+    def found(self) -> torch.Tensor:
+        return self.outputs[0]
 
 
 class _Ticket(NamedTuple):
-    """A batch on the device; its inputs are kept until it is done."""
+    """A batch on the device; its input is kept until it is done."""
 
-    outputs: tuple[torch.Tensor, ...]
+    found: torch.Tensor
     event: torch.cuda.Event | None
-    inputs: tuple
+    given: torch.Tensor
+    bucket: tuple[int, int]  # (utterances, frames) of the graph
+    wanted: tuple[int, int]
 
     def result(self) -> BestPath:
         if self.event is not None:
             self.event.synchronize()
-        return BestPath(*(output.cpu().numpy() for output in self.outputs))
+        # A copy, so that the pinned memory is free again.
+        found, (utterances, frames), size = self.found.numpy().copy(), self.wanted, math.prod(self.bucket)
+        symbols, peaks = found[:size].reshape(self.bucket), found[size : 2 * size].view(np.float32).reshape(self.bucket)
+        return BestPath(symbols[:utterances, :frames], peaks[:utterances, :frames], found[2 * size :][:utterances])
