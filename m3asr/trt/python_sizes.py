@@ -73,6 +73,14 @@ def _stacked(data):
     return torch.ops.aten.scalar_tensor(data, dtype=dtype)
 
 
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+    """`is_causal=size > 1` gives torch a bool: it takes no symbolic one."""
+    return ATTENTION(query, key, value, attn_mask, dropout_p, bool(is_causal), **kwargs)
+
+
 def _package(name):
     return name.partition(".")[0]
 
@@ -116,13 +124,20 @@ def known_to_python(module):
         for space in _namespaces(module):
             for name, replacement in NAMES.items():
                 if name not in space:
+                    changed.append((space, name, None))
                     space[name] = replacement
-                    changed.append((space, name))
+            for name in [n for n, value in space.items() if value is ATTENTION]:
+                changed.append((space, name, ATTENTION))
+                space[name] = _attention
         with (
             mock.patch.object(torch, "tensor", _numbers(torch.tensor)),
             mock.patch.object(torch, "as_tensor", _numbers(torch.as_tensor)),
+            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention),
         ):
             yield
     finally:
-        for space, name in changed:
-            del space[name]
+        for space, name, before in changed:
+            if before is None:
+                del space[name]
+            else:
+                space[name] = before

@@ -580,3 +580,16 @@ def test_sizes_of_what_others_look_into_stay():
 
     with pytest.raises(trt.TraceError, match="unsqueeze_ changes the sizes"):
         traced(forward)
+
+
+def test_a_comparison_of_sizes_as_an_argument():
+    def forward(q):
+        return F.scaled_dot_product_attention(q, q, q, is_causal=q.shape[1] > 1)
+
+    inputs = {"q": trt.Input("float32", (2, "T", 4))}
+    network = trt.trace(forward, inputs, {"T": (2, 5, 9)})
+    q = torch.randn(2, 7, 4)
+    torch.testing.assert_close(network.interpret([q])["output0"], forward(q), rtol=1e-4, atol=1e-5)
+    with pytest.raises(trt.TraceError, match="T > 1"):
+        trt.trace(forward, inputs, {"T": (1, 5, 9)})
+    assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"
