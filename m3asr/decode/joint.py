@@ -27,7 +27,7 @@ from m3asr.decode.ctc import NEVER, Scorer, joined_scorer, most_probable, penali
 from m3asr.decode.hypothesis import DecodeResult, Hypothesis
 
 MARGIN = 4.0  # a hypothesis so far below the best of its length does not come back; wider changes next to nothing
-GUESS = 16  # tokens guessed ahead: more are rarely all right, and the decoder's work grows with them
+GUESS = 32  # tokens guessed ahead: more are rarely all right, and the decoder's work grows with them
 LEAST = -1000.0  # log-probabilities below are taken for this, so that differences of sums stay finite
 
 Prefix = tuple[int, ...]
