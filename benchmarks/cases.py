@@ -11,12 +11,9 @@ import torch.nn.functional as F
 
 from m3asr import ops
 from m3asr.kernels.attention import attention
-from m3asr.kernels.attention_out import attention_out
 from m3asr.kernels.depthwise import depthwise
-from m3asr.kernels.depthwise_out import depthwise_out
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
-from m3asr.kernels.experts_whole import experts_whole
 from m3asr.kernels.linear import LIBRARY, linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
@@ -33,8 +30,8 @@ SHAPES = {
     "16x1024": (16, 256, 255),
     "64x1024": (64, 256, 255),
 }
-# Cases whose kernels are for few tokens, and those for many.
-ONLY_FEW, ONLY_MANY = ("attention_out", "depthwise_out"), ("norm",)
+# Cases whose kernels are for many tokens alone.
+ONLY_MANY = ("norm",)
 WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
 DTYPE = torch.bfloat16
 
@@ -53,7 +50,6 @@ class Case:
     prepare: Callable = lambda: None
     copies: int = 1
     poison: torch.Tensor | None = None  # an output that is only written
-    inputs: tuple = ()
 
 
 def tensor(*shape, dtype=DTYPE, scale=1.0):
@@ -160,7 +156,6 @@ def make_attention(batch, frames, valid, few):
     return Case(
         lambda i, tile: attention(qkv, lengths, out, heads=HEADS, tile=tile, key_bias=key_bias, pdl=True),
         lambda: out[:, :valid], reference, candidates, batch * frames * WIDTH * 8, work, poison=out,
-        inputs=(qkv, lengths, key_bias),
     )  # fmt: skip
 
 
@@ -181,55 +176,6 @@ def make_depthwise(batch, frames, valid, few):
         ),
         lambda: out, reference, grid((1, 2, 4, 8, 16, 32), (1,), (2, 4, 8)),
         tokens * WIDTH * 4, tokens * WIDTH * 2 * TAPS, poison=out,
-        inputs=(x, weight, bias, w, b),
-    )  # fmt: skip
-
-
-def make_attention_out(batch, frames, valid, few):
-    apart, tokens = make_attention(batch, frames, valid, few), batch * frames
-    qkv, lengths, key_bias = apart.inputs
-    copies = copies_for(WIDTH * WIDTH * 2)
-    weights, bias = tensor(copies, WIDTH, WIDTH, scale=WIDTH**-0.5), tensor(WIDTH, dtype=torch.float32)
-    x = tensor(tokens, WIDTH, dtype=torch.float32)
-    out = x.clone()
-
-    def launch(i, tile):
-        attention_out(qkv, lengths, weights[i], bias, out, heads=HEADS, tile=tile, key_bias=key_bias, pdl=True)
-
-    def reference():
-        return x.view(batch, frames, WIDTH)[:, :valid] + apart.reference() @ weights[0].float().t() + bias
-
-    return Case(
-        launch, lambda: out.view(batch, frames, WIDTH)[:, :valid], reference,
-        grid((16,), (16, 32), (4, 8), k=(16, 32, 64)),
-        apart.bytes + WIDTH * WIDTH * 2, apart.flops + 2 * tokens * WIDTH * WIDTH, prepare=lambda: out.copy_(x),
-        copies=copies,
-    )  # fmt: skip
-
-
-def make_depthwise_out(batch, frames, valid, few):
-    apart, tokens = make_depthwise(batch, frames, valid, few), batch * frames
-    h, taps, tap_bias, w, b = apart.inputs
-    copies = copies_for(WIDTH * WIDTH * 2)
-    weights, bias = tensor(copies, WIDTH, WIDTH, scale=WIDTH**-0.5), tensor(WIDTH, dtype=torch.float32)
-    x = tensor(tokens, WIDTH, dtype=torch.float32)
-    out, lengths = x.clone(), torch.full((batch,), valid, dtype=torch.int32, device="cuda")
-
-    def launch(i, tile):
-        depthwise_out(
-            h, taps, tap_bias, weights[i], bias, out, lengths=lengths, frames=frames, left=7, activation="swish",
-            tile=tile, norm=(w, b, 1e-5), pdl=True,
-        )  # fmt: skip
-
-    def reference():
-        keep = ops.frame_mask(lengths, frames).flatten().unsqueeze(-1)
-        return x + keep * (apart.reference() @ weights[0].float().t() + bias)
-
-    return Case(
-        launch, lambda: out, reference,
-        grid((16,), (16, 32) if tokens <= 128 else (32, 64), (4, 8), parts=(1, 4, 8)),
-        apart.bytes + WIDTH * WIDTH * 2, apart.flops + 2 * tokens * WIDTH * WIDTH, prepare=lambda: out.copy_(x),
-        copies=copies,
     )  # fmt: skip
 
 
@@ -291,7 +237,6 @@ def make_experts(batch, frames, valid, hidden, down, few):
         kwargs = {"tile": tile, "pdl": True}
         kwargs |= {"residual_scale": 0.5, "gate": gate} if down else {"activation": "swish"}
         if few:
-            kwargs["early"] = tile.stages == 1
             experts_few(a, weights[i], bias, idx, made["out"], **kwargs)
             return
         slot_token, tile_expert, sorted_a, out = sorts[tile.m]
@@ -335,7 +280,7 @@ def make_experts(batch, frames, valid, hidden, down, few):
 
     hit = int(idx[here].unique().numel())
     candidates = (
-        grid((16,), (16, 32, 64), (2, 4, 8), k=(width,), stages=(1, 2))
+        grid((16,), (16, 32, 64), (2, 4, 8), k=(width,))
         if few
         else grid((64, 128), (128, 256), (4, 8), stages=(3, 4))
         if tokens > 1024
@@ -344,48 +289,6 @@ def make_experts(batch, frames, valid, hidden, down, few):
     return Case(
         remember, result, reference, candidates, hit * columns * width * 2 + tokens * 2 * (columns + width),
         2 * tokens * columns * width, prepare=prepare, copies=copies,
-    )  # fmt: skip
-
-
-def make_experts_whole(batch, frames, valid, hidden, few):
-    tokens, copies = batch * frames, 3
-    ups = tensor(copies, EXPERTS, hidden, WIDTH, scale=WIDTH**-0.5)
-    downs = tensor(copies, EXPERTS, WIDTH, hidden, scale=hidden**-0.5)
-    biases = tensor(EXPERTS, hidden, dtype=torch.float32), tensor(EXPERTS, WIDTH, dtype=torch.float32)
-    a, idx, gate = tensor(tokens, WIDTH), routed(tokens), torch.rand(tokens, device="cuda")
-    idx.view(batch, frames)[:, valid:] = -1
-    here, made = idx >= 0, {}
-
-    def launch(i, tile):
-        if tile.parts not in made:
-            made[tile.parts] = torch.empty(tile.parts, tokens, WIDTH, device="cuda")
-        made["out"] = made[tile.parts]
-        experts_whole(
-            a, ups[i], biases[0], downs[i], biases[1], idx, made["out"], scale=1.0, gate=gate, activation="swish",
-            early=tile.k > 0, tile=tile, pdl=True,
-        )  # fmt: skip
-
-    def prepare():
-        for out in made.values():
-            out.fill_(float("nan"))
-
-    def reference():
-        z = torch.zeros(tokens, WIDTH, device="cuda")
-        for e in range(EXPERTS):
-            rows = idx == e
-            h = F.silu(a[rows].float() @ ups[0, e].float().t() + biases[0][e])
-            z[rows] = h @ downs[0, e].float().t() + biases[1][e]
-        return (gate[:, None] * z)[here]
-
-    hit = int(idx[here].unique().numel())
-    candidates = [
-        *grid((16,) if tokens <= 128 else (16, 32), (32,), (8,), k=(0, 1), stages=(1, 2, 3), parts=(4, 8)),
-        *grid((16,), (16, 64), (8,), k=(0, 1), stages=(2,), parts=(4, 8)),
-        *grid((16,), (32,), (4,), k=(1,), stages=(2, 3), parts=(4, 8, 16)),
-    ]
-    return Case(
-        launch, lambda: made["out"].sum(0)[here], reference, candidates, hit * hidden * WIDTH * 4 + tokens * WIDTH * 6,
-        4 * tokens * WIDTH * hidden, prepare=prepare, copies=copies,
     )  # fmt: skip
 
 
@@ -464,9 +367,6 @@ CASES = {
     "out": lambda s, h, few: make_residual(*s, WIDTH, few),
     "down": lambda s, h, few: make_residual(*s, h, few),
     "attention": lambda s, h, few: make_attention(*s, few),
-    "attention_out": lambda s, h, few: make_attention_out(*s, few),
-    "depthwise_out": lambda s, h, few: make_depthwise_out(*s, few),
-    "experts_whole": lambda s, h, few: make_experts_whole(*s, h, few),
     "depthwise": lambda s, h, few: make_depthwise(*s, few),
     "norm": lambda s, h, few: make_norm(*s, few),
     "router": lambda s, h, few: make_router(*s, few),

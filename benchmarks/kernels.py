@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.card import copy_bandwidth, gemm_peak, timed
-from benchmarks.cases import CASES, DTYPE, ONLY_FEW, ONLY_MANY, SHAPES, Case, make
+from benchmarks.cases import CASES, DTYPE, ONLY_MANY, SHAPES, Case, make
 from m3asr.engines.cuda import tiles
 from m3asr.kernels.pieces import Tile
 
@@ -104,9 +104,7 @@ def main() -> None:
     for shape, regime, case in product(args.shapes, args.regimes or ("few", "many"), args.cases):
         tokens = SHAPES[shape][0] * SHAPES[shape][1]
         usual = "few" if tokens <= tiles.FEW_TOKENS else "many"
-        if case in (ONLY_MANY if regime == "few" else ONLY_FEW):
-            continue
-        if case == "experts_whole" and tokens > tiles.WHOLE_TOKENS:
+        if case in ONLY_MANY and regime == "few":
             continue
         if regime == usual or args.regimes:
             todo.append((case, shape, regime))

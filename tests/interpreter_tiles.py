@@ -22,8 +22,7 @@ def few_programs(monkeypatch):
         rows |= {"first_convolution": Tile(256, 64), "log_softmax": Tile(1, 64), "router": Tile(16, 1, k=64)}
         wide = {
             name: dataclasses.replace(getattr(rule, name), n=64)
-            for name in ("up", "qkv", "gated", "down", "out", "expert_up", "expert_down", "depthwise_out")
-            if getattr(rule, name)
+            for name in ("up", "qkv", "gated", "down", "out", "expert_up", "expert_down")
         }
         return dataclasses.replace(rule, **rows, **wide, attention=dataclasses.replace(rule.attention, m=16, n=16))
 

@@ -15,10 +15,10 @@ pytest.importorskip("triton")
 from interpreter_tiles import few_programs  # noqa: E402, F401
 
 from m3asr.config import DecoderConfig, EncoderConfig, ModelConfig, MoEConfig  # noqa: E402
-from m3asr.engines.cuda import CudaEngine  # noqa: E402
+from m3asr.engines.cuda import CudaEngine, tiles  # noqa: E402
 from m3asr.engines.cuda import engine as engine_module  # noqa: E402
+from m3asr.engines.cuda import forward as forward_module  # noqa: E402
 from m3asr.engines.cuda.buckets import bucket_batch, bucket_frames  # noqa: E402
-from m3asr.engines.cuda.forward import Shape  # noqa: E402
 from m3asr.engines.cuda.packing import _float8  # noqa: E402
 from m3asr.errors import ModelError  # noqa: E402
 from m3asr.model import Model  # noqa: E402
@@ -125,21 +125,15 @@ def test_every_kind_of_model(device, name, regime):
     assert_same(engine, built, *batch(bins=bins), TOLERANCE["fp32"], **chunks)
 
 
-@pytest.mark.parametrize("fused", [(), ("attention",), ("depthwise",), ("experts",)], ids=str)
-def test_launches_in_one_or_apart(device, fused):
+def test_unsorted_experts_among_kernels_for_many_tokens(device, monkeypatch):
+    """With more tokens of one expert than a tile has."""
+    monkeypatch.setattr(tiles, "FEW_TOKENS", 0)
     built = model(CONFIGS["experts"])
-    engine = CudaEngine(built, "fp32", device, regime="few")
-    engine.forward.fused = fused
-    assert_same(engine, built, *batch(), TOLERANCE["fp32"])
-
-
-def test_experts_in_one_launch_among_kernels_for_many_tokens(device):
-    """With more tokens of one expert than a tile of the launch has."""
-    built = model(CONFIGS["experts"])
-    engine = CudaEngine(built, "fp32", device, regime="many")
-    engine.forward.wide = False  # in float32, which otherwise has no such launch, for its narrow tolerance
-    assert engine.forward._fuses("experts", Shape(2, 48, None, None))
-    assert_same(engine, built, *batch(170, (170, 90)), TOLERANCE["fp32"])
+    engine = CudaEngine(built, "fp16", device)
+    sorted_tokens = []
+    monkeypatch.setattr(forward_module, "sort_tokens", sorted_tokens.append)
+    assert_same(engine, built, *batch(170, (170, 90)), TOLERANCE["fp16"])
+    assert not sorted_tokens
 
 
 @pytest.mark.parametrize("regime", ["few", "many"])

@@ -104,9 +104,8 @@ def _launch(x, expert_idx, w_1, b_1, w_2, b_2, out, activation, workspace):
     up, down = {**dot, "tile": tile.expert_up, "activation": activation}, {**dot, "tile": tile.expert_down}
     if tokens <= FEW_TOKENS:
         h = piece(x.dtype, tokens, hidden)
-        early = {"early": tile.experts_early}
-        experts_few(x, w_1, b_1, expert_idx, h, **up, **early)
-        experts_few(h, w_2, b_2, expert_idx, out, **down, **early)
+        experts_few(x, w_1, b_1, expert_idx, h, **up)
+        experts_few(h, w_2, b_2, expert_idx, out, **down)
         return
     rows = tile.expert_up.m
     tiles = most_tiles(tokens, count, rows)

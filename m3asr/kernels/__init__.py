@@ -2,6 +2,5 @@
 
 Every launcher writes into tensors that its caller allocated, never reads a value back to the host, and takes `pdl`:
 True on cards with programmatic dependent launch, where a kernel starts while its predecessor still runs, loads its
-weights, and waits (`pieces.wait`) before it touches anything that another kernel wrote. Some take `ahead`, a tensor
-that they ask the memory to bring into the L2 cache for a kernel that comes later; it changes no result.
+weights, and waits (`pieces.wait`) before it touches anything that another kernel wrote.
 """

@@ -13,7 +13,7 @@ import math
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, at_least_16, dot, prefetch, release, wait
+from m3asr.kernels.pieces import Tile, at_least_16, dot, release, wait
 
 
 @triton.jit
@@ -27,8 +27,6 @@ def _attention_kernel(
     chunk_size,
     left_chunks,
     scale,
-    ahead_ptr,
-    ahead_bytes,
     HEADS: tl.constexpr,
     HEAD_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -37,11 +35,9 @@ def _attention_kernel(
     KEY_BIAS: tl.constexpr,
     CHUNKED: tl.constexpr,
     DOT: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
-    prefetch(ahead_ptr, ahead_bytes, AHEAD)
     WIDTH: tl.constexpr = HEADS * HEAD_WIDTH
     batch = tl.program_id(1) // HEADS
     head = tl.program_id(1) % HEADS
@@ -89,9 +85,7 @@ def _attention_kernel(
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=row_mask)
 
 
-def attention(
-    qkv, lengths, out, *, heads, tile: Tile, key_bias=None, chunk=None, dot="ieee", ahead=None, pdl=False
-) -> None:
+def attention(qkv, lengths, out, *, heads, tile: Tile, key_bias=None, chunk=None, dot="ieee", pdl=False) -> None:
     """softmax((q k^T + key_bias) / sqrt(K)) v within each utterance.
 
     qkv (B, S, 3D): queries, keys and values side by side, D = heads * K; lengths int32 (B,): keys that count;
@@ -112,8 +106,6 @@ def attention(
         size,
         left,
         math.log2(math.e) / math.sqrt(head_width),
-        ahead if ahead is not None else out,
-        ahead.numel() * ahead.element_size() if ahead is not None else 0,
         HEADS=heads,
         HEAD_WIDTH=head_width,
         BLOCK_D=at_least_16(head_width),
@@ -122,7 +114,6 @@ def attention(
         KEY_BIAS=key_bias is not None,
         CHUNKED=chunk is not None,
         DOT=dot,
-        AHEAD=ahead is not None,
         PDL=pdl,
         **tile.options(pdl),
     )

@@ -5,18 +5,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, activate, at_least_16, normalise, prefetch, release, wait
+from m3asr.kernels.pieces import Tile, activate, at_least_16, normalise, release, wait
 
 
 @triton.jit
-def convolved(
-    x_ptr, w_ptr, b_ptr, before_ptr, norm_w_ptr, norm_b_ptr, rows, tokens, frames, eps, WIDTH: tl.constexpr,
-    TAPS: tl.constexpr, LEFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BEFORE: tl.constexpr,
-    NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """Rows of `depthwise`'s result, float32 (BLOCK_M, BLOCK_D)."""
+def _depthwise_kernel(
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    before_ptr,
+    norm_w_ptr,
+    norm_b_ptr,
+    out_ptr,
+    tokens,
+    frames,
+    eps,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    LEFT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BEFORE: tl.constexpr,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     d_in = d < WIDTH
+    wait(PDL)
     position = rows % frames
     # One row for all, in the shape of all: else the compiler moves every tap from its threads to those of x.
     d_of_all = tl.broadcast_to(d[None, :], (BLOCK_M, BLOCK_D))
@@ -35,51 +53,12 @@ def convolved(
         norm_w = tl.load(norm_w_ptr + d_of_all, mask=all_in, other=0.0)
         norm_b = tl.load(norm_b_ptr + d_of_all, mask=all_in, other=0.0)
         acc = normalise(acc, d_in[None, :], WIDTH, eps) * norm_w + norm_b
-    return activate(acc, ACTIVATION)
-
-
-@triton.jit
-def _depthwise_kernel(
-    x_ptr,
-    w_ptr,
-    b_ptr,
-    before_ptr,
-    norm_w_ptr,
-    norm_b_ptr,
-    out_ptr,
-    tokens,
-    frames,
-    eps,
-    ahead_ptr,
-    ahead_bytes,
-    WIDTH: tl.constexpr,
-    TAPS: tl.constexpr,
-    LEFT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BEFORE: tl.constexpr,
-    NORM: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    release(PDL)
-    prefetch(ahead_ptr, ahead_bytes, AHEAD)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    d_in = d < WIDTH
-    wait(PDL)
-    y = convolved(
-        x_ptr, w_ptr, b_ptr, before_ptr, norm_w_ptr, norm_b_ptr, rows, tokens, frames, eps, WIDTH, TAPS, LEFT, BLOCK_M,
-        BLOCK_D, BEFORE, NORM, ACTIVATION,
-    )  # fmt: skip
+    y = activate(acc, ACTIVATION)
     out_at = out_ptr + rows.to(tl.int64)[:, None] * WIDTH + d[None, :]
     tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & d_in[None, :])
 
 
-def depthwise(
-    x, weight, bias, out, *, frames, left, activation, tile: Tile, before=None, norm=None, ahead=None, pdl=False
-):
+def depthwise(x, weight, bias, out, *, frames, left, activation, tile: Tile, before=None, norm=None, pdl=False):
     """out[s] = act(norm(sum over taps of weight[tap] x[s + tap - left] + bias)); zeros outside the S frames.
 
     x (N, D), N = B * frames, in the compute type; weight float32 (taps, D), bias float32 (D,); out (N, D).
@@ -99,8 +78,6 @@ def depthwise(
         tokens,
         frames,
         eps,
-        ahead if ahead is not None else out,
-        ahead.numel() * ahead.element_size() if ahead is not None else 0,
         WIDTH=width,
         TAPS=weight.shape[0],
         LEFT=left,
@@ -109,7 +86,6 @@ def depthwise(
         BEFORE=before is not None,
         NORM=norm is not None,
         ACTIVATION=activation,
-        AHEAD=ahead is not None,
         PDL=pdl,
         **tile.options(pdl),
     )

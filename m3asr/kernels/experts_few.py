@@ -33,7 +33,6 @@ def _experts_few_kernel(
     RESIDUAL: tl.constexpr,
     GATE: tl.constexpr,
     SCALED: tl.constexpr,
-    EARLY: tl.constexpr,
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -44,16 +43,14 @@ def _experts_few_kernel(
     k_in = (k < WIDTH)[None, :]
     col_in = cols < columns
     w_at = w_ptr + expert.to(tl.int64) * columns * WIDTH + cols[:, None] * WIDTH + k[None, :]
-    if EARLY:
-        w = tl.load(w_at, mask=col_in[:, None] & k_in, other=0.0)  # (BLOCK_N, BLOCK_K)
+    # Asked for before the routing is known, also by experts that turn out to have no tokens.
+    w = tl.load(w_at, mask=col_in[:, None] & k_in, other=0.0)  # (BLOCK_N, BLOCK_K)
     wait(PDL)
     t = tl.arange(0, BLOCK_T)
     mine = tl.load(expert_ptr + t, mask=t < tokens, other=-1) == expert
     rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
     count = tl.sum(mine.to(tl.int32), axis=0)
     if count > 0:
-        if not EARLY:
-            w = tl.load(w_at, mask=col_in[:, None] & k_in, other=0.0)
         bias = tl.load(b_ptr + expert * columns + cols, mask=col_in, other=0.0)
         if SCALED:
             w_scale = tl.load(s_ptr + expert * columns + cols, mask=col_in, other=0.0)
@@ -79,7 +76,7 @@ def _experts_few_kernel(
 
 
 def experts_few(
-    a, weight, bias, expert_idx, out, *, tile: Tile, activation="none", residual_scale=None, gate=None, early=True,
+    a, weight, bias, expert_idx, out, *, tile: Tile, activation="none", residual_scale=None, gate=None,
     weight_scale=None, dot="ieee", pdl=False,
 ) -> None:  # fmt: skip
     """out[n] = epilogue(weight[e] a[n] + bias[e]) with e = expert_idx[n]; rows with e = -1 stay untouched.
@@ -87,7 +84,6 @@ def experts_few(
     a (N, K), weight (E, C, K) in the compute type, bias float32 (E, C), expert_idx int32 (N,), out (N, C).
     activation, then times gate float32 (N,) if given; with `residual_scale`, out += residual_scale * that.
     weight_scale float32 (E, C): the weights are float8 and count times that.
-    early: load the weights before the routing is known, also those of experts without tokens.
     """
     tokens, width = a.shape
     experts, columns, _ = weight.shape
@@ -112,7 +108,6 @@ def experts_few(
         RESIDUAL=residual_scale is not None,
         GATE=gate is not None,
         SCALED=weight_scale is not None,
-        EARLY=early,
         DOT=dot,
         PDL=pdl,
         **tile.options(pdl),

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, dot, dot_parts, finished, prefetch, release, wait
+from m3asr.kernels.pieces import Tile, dot, dot_parts, finished, release, wait
 
 # In place of a tile: the product is the device library's (cuBLAS), and what follows it a kernel of its own.
 LIBRARY = Tile(0, 0)
@@ -27,8 +27,6 @@ def _linear_kernel(
     a_group,
     w_group,
     out_group,
-    ahead_ptr,
-    ahead_bytes,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -40,11 +38,9 @@ def _linear_kernel(
     RESIDUAL: tl.constexpr,
     MASK: tl.constexpr,
     DOT: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
-    prefetch(ahead_ptr, ahead_bytes, AHEAD)
     group = tl.program_id(2).to(tl.int64)
     a_ptr += group * a_group
     w_ptr += group * w_group
@@ -136,7 +132,6 @@ def linear(
     residual_scale=None,
     mask=None,
     dot="ieee",
-    ahead=None,
     pdl=False,
 ) -> None:
     """out = epilogue(a weight^T + bias), or, with `residual_scale`, out += residual_scale * epilogue(...).
@@ -144,7 +139,7 @@ def linear(
     a (N, K) and weight (C, K) in the compute type, bias float32 (C,), out (N, C) of any type; with a leading group
     dimension on all four, one independent product a group. activation, table, glu: as in `norm_linear`.
     mask = (lengths int32 (B,), S): the result counts as zero past the length.
-    tile = LIBRARY rounds the product to the compute type once more, and ignores `dot` and `ahead`.
+    tile = LIBRARY rounds the product to the compute type once more, and ignores `dot`.
     """
     groups = a.shape[0] if a.dim() == 3 else 1
     tokens, width = a.shape[-2:]
@@ -194,15 +189,12 @@ def linear(
         tokens * width,
         columns * width,
         out.shape[-1] * tokens,
-        ahead if ahead is not None else out,
-        ahead.numel() * ahead.element_size() if ahead is not None else 0,
         WIDTH=width,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         PARTS=tile.parts,
         DOT=dot,
-        AHEAD=ahead is not None,
         PDL=pdl,
         **epilogue,
         **tile.options(pdl),

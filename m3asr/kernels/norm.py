@@ -15,8 +15,6 @@ def _norm_kernel(
     prior_b_ptr,
     w_ptr,
     b_ptr,
-    shares_ptr,
-    expert_ptr,
     prior_out_ptr,
     out_ptr,
     float_out_ptr,
@@ -26,7 +24,6 @@ def _norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SHARES: tl.constexpr,
     PRIOR: tl.constexpr,
     AFFINE: tl.constexpr,
     PDL: tl.constexpr,
@@ -39,11 +36,6 @@ def _norm_kernel(
     at = rows.to(tl.int64)[:, None] * WIDTH + d[None, :]
     mask = (rows < tokens)[:, None] & d_in[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
-    if SHARES > 0:
-        routed = tl.load(expert_ptr + rows, mask=rows < tokens, other=-1) >= 0
-        for share in tl.static_range(SHARES):
-            share_at = shares_ptr + (share * tokens).to(tl.int64) * WIDTH + at
-            x += tl.load(share_at, mask=mask & routed[:, None], other=0.0)
     if PRIOR:
         x = normalise(x, d_in[None, :], WIDTH, prior_eps)
         x = x * tl.load(prior_w_ptr + d, mask=d_in, other=0.0)[None, :]
@@ -57,11 +49,10 @@ def _norm_kernel(
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def norm(x, out, *, eps, tile: Tile, prior=None, shares=None, affine=None, pdl=False) -> None:
+def norm(x, out, *, eps, tile: Tile, prior=None, affine=None, pdl=False) -> None:
     """out = (x - mean) / sqrt(var + eps) over the last dimension; x float32 (N, D), out (N, D) of any type.
 
     prior = (weight, bias, eps, x_out): x is first replaced by its layer norm, also stored in x_out (may be x).
-    shares = (summands, expert_idx): added before all else, as in `norm_linear`.
     affine = (weight, bias, float_out): out is multiplied and shifted, and written to float_out (N, D) float32 as well.
     """
     tokens, width = x.shape
@@ -73,8 +64,6 @@ def norm(x, out, *, eps, tile: Tile, prior=None, shares=None, affine=None, pdl=F
         prior_b,
         w,
         b,
-        shares[0] if shares else x,
-        shares[1] if shares else x,
         prior_out,
         out,
         float_out,
@@ -84,7 +73,6 @@ def norm(x, out, *, eps, tile: Tile, prior=None, shares=None, affine=None, pdl=F
         WIDTH=width,
         BLOCK_M=tile.m,
         BLOCK_D=at_least_16(width),
-        SHARES=shares[0].shape[0] if shares else 0,
         PRIOR=prior is not None,
         AFFINE=affine is not None,
         PDL=pdl,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, at_least_16, dot_parts, finished, normalise_parts, prefetch, release, wait
+from m3asr.kernels.pieces import Tile, at_least_16, dot_parts, finished, normalise_parts, release, wait
 
 
 @triton.jit
@@ -22,8 +22,6 @@ def _norm_linear_kernel(
     lengths_ptr,
     prior_w_ptr,
     prior_b_ptr,
-    shares_ptr,
-    expert_ptr,
     out_ptr,
     prior_out_ptr,
     tokens,
@@ -31,24 +29,19 @@ def _norm_linear_kernel(
     columns,
     eps,
     prior_eps,
-    ahead_ptr,
-    ahead_bytes,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
-    SHARES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GLU: tl.constexpr,
     TABLE: tl.constexpr,
     PRIOR: tl.constexpr,
     DOT: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
-    prefetch(ahead_ptr, ahead_bytes, AHEAD)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     parts = tl.arange(0, PARTS)
@@ -61,12 +54,6 @@ def _norm_linear_kernel(
     x_at = rows[:, None, None] * WIDTH + d
     x_mask = (rows < tokens)[:, None, None] & inside
     x = tl.load(x_ptr + x_at, mask=x_mask, other=0.0)  # (BLOCK_M, PARTS, BLOCK_D / PARTS)
-    if SHARES > 0:
-        # What the experts of the block before left to be added; rows without an expert have none.
-        routed = tl.load(expert_ptr + rows, mask=rows < tokens, other=-1) >= 0
-        for share in tl.static_range(SHARES):
-            at = shares_ptr + (share * tokens).to(tl.int64) * WIDTH + x_at
-            x += tl.load(at, mask=x_mask & routed[:, None, None], other=0.0)
     if PRIOR:
         # Loaded for every row, from the cache, in the shape of x: else the compiler moves x to the weights' threads.
         d_of_all = tl.broadcast_to(d, (BLOCK_M, PARTS, BLOCK_D // PARTS))
@@ -96,9 +83,7 @@ def norm_linear(
     table=None,
     glu=None,
     prior=None,
-    shares=None,
     dot="ieee",
-    ahead=None,
     pdl=False,
 ) -> None:
     """out = epilogue(normalise(x) weight^T + bias).
@@ -108,10 +93,7 @@ def norm_linear(
     token % S. glu = (lengths int32 (B,), S): columns alternate value, gate; value times sigmoid of gate, zero past the
     length.
     prior = (weight, bias, eps, x_out): x is first replaced by its layer norm, which is also stored in x_out (not x).
-    shares = (summands float32 (R, N, D), expert_idx int32 (N,)): before all else, rows with an expert get the summands
-    of `experts_whole` added; only with a prior, since x itself stays as it is.
     """
-    assert shares is None or prior is not None, "x with its shares would be stored nowhere"
     tokens, width = x.shape
     columns = weight.shape[0]
     frames = table[1] if table else glu[1] if glu else tokens
@@ -125,8 +107,6 @@ def norm_linear(
         glu[0] if glu else bias,
         prior_w,
         prior_b,
-        shares[0] if shares else x,
-        shares[1] if shares else x,
         out,
         prior_out,
         tokens,
@@ -134,20 +114,16 @@ def norm_linear(
         columns,
         eps,
         prior_eps,
-        ahead if ahead is not None else out,
-        ahead.numel() * ahead.element_size() if ahead is not None else 0,
         WIDTH=width,
         BLOCK_D=at_least_16(width),
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         PARTS=tile.parts,
-        SHARES=shares[0].shape[0] if shares else 0,
         ACTIVATION=activation,
         GLU=glu is not None,
         TABLE=table is not None,
         PRIOR=prior is not None,
         DOT=dot,
-        AHEAD=ahead is not None,
         PDL=pdl,
         **tile.options(pdl),
     )

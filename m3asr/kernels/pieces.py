@@ -44,54 +44,6 @@ def release(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch(ptr, size, PREFETCH: tl.constexpr):
-    """Ask that this program's share of the `size` bytes at `ptr` be brought into the L2 cache; waits for nothing.
-
-    While small kernels follow each other the memory is idle: this is when the next large weights are fetched.
-    """
-    if PREFETCH:
-        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-        program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
-        share = (size // programs + 128) // 128 * 128
-        begin = program * share
-        count = tl.minimum(size - begin, share)
-        if count > 0:
-            tl.inline_asm_elementwise(
-                """
-                {
-                    .reg .pred first;
-                    .reg .u32 thread;
-                    mov.u32 thread, %tid.x;
-                    setp.eq.u32 first, thread, 0;
-                    @first cp.async.bulk.prefetch.L2.global [$1], $2;
-                    mov.u32 $0, 0;
-                }
-                """,
-                "=r,l,r",
-                [ptr.to(tl.int64) + begin, count],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-
-
-@triton.jit
-def fetch_rows(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, stride):
-    """Ask that a part of a matrix, rows `stride` elements apart, be brought into the L2 cache; waits for nothing."""
-    LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)  # elements of a cache line
-    LINES: tl.constexpr = (COLUMNS + LINE - 1) // LINE
-    SOME: tl.constexpr = 1024
-    for start in range(0, ROWS * LINES, SOME):
-        i = start + tl.arange(0, SOME)
-        # The last ones again where there are no more: a line is asked for once or twice.
-        i = tl.minimum(i, ROWS * LINES - 1)
-        at = ptr + (i // LINES).to(tl.int64) * stride + i % LINES * LINE
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def wait(PDL: tl.constexpr):
     """Wait until everything before this kernel is finished and visible.
 

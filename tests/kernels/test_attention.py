@@ -5,7 +5,6 @@ import torch
 
 from m3asr import ops
 from m3asr.kernels.attention import attention
-from m3asr.kernels.attention_out import attention_out
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -46,31 +45,6 @@ def test_attention(device, options, check, poisoned, tile, dtype, frames, head_w
         if length:
             check(out[b, :length], reference[b, :length], dtype)
     assert not out[2].any()
-    weight, bias = (torch.randn(width, width, device=device) / width**0.5).to(dtype), torch.randn(width, device=device)
-    x = torch.randn(batch * frames, width, device=device)
-    reference = x.double().view(batch, frames, width) + reference @ weight.double().t() + bias.double()
-    attention_out(
-        qkv, lengths, weight, bias, x, heads=heads, tile=tile(16, 32, 16, warps=2, stages=1), key_bias=key_bias,
-        chunk=chunk, **options(dtype),
-    )  # fmt: skip
-    for b, length in enumerate(lengths.tolist()):
-        assert torch.isfinite(x).all()
-        if length:
-            check(x.view(batch, frames, width)[b, :length], reference[b, :length], dtype)
-
-
-def test_heads_that_are_no_power_of_two(device, options, check, tile):
-    """The padded heads and columns add nothing."""
-    heads, head_width, frames = 3, 20, 18
-    width = heads * head_width
-    qkv, weight = torch.randn(1, frames, 3 * width, device=device), torch.randn(width, width, device=device) / 8
-    bias, x = torch.randn(width, device=device), torch.randn(frames, width, device=device)
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2).double() for t in qkv.chunk(3, dim=-1))
-    weights = torch.softmax(q @ k.transpose(-2, -1) / head_width**0.5, -1)
-    reference = x.double() + (weights @ v).transpose(1, 2).flatten(2)[0] @ weight.double().t() + bias.double()
-    lengths = torch.tensor([frames], dtype=torch.int32, device=device)
-    attention_out(qkv, lengths, weight, bias, x, heads=heads, tile=tile(16, 16, 32, stages=1), **options(torch.float32))
-    check(x, reference)
 
 
 def test_the_folded_positions_are_the_checkpoints_scores(device, options, check, poisoned, tile):

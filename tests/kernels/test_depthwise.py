@@ -4,9 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m3asr import ops
 from m3asr.kernels.depthwise import depthwise
-from m3asr.kernels.depthwise_out import depthwise_out
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -41,17 +39,3 @@ def test_depthwise(device, options, check, poisoned, tile, dtype, rows, taps, ca
         before=before, norm=(norm_w, norm_b, 1e-5) if normed else None, pdl=options(dtype)["pdl"],
     )  # fmt: skip
     check(out, F.silu(reference), dtype)
-    weight, out_bias = (torch.randn(width, width, device=device) / 6).to(dtype), torch.randn(width, device=device)
-    lengths = torch.tensor([frames, 4, 0], dtype=torch.int32, device=device)
-    stream = torch.randn(batch * frames, width, device=device)
-    summand = F.silu(reference) @ weight.double().t() + out_bias.double()
-    valid = ops.frame_mask(lengths, frames).flatten()
-    summed = stream.double() + summand.masked_fill(~valid.unsqueeze(-1), 0.0)
-    kept = stream[~valid].clone()
-    depthwise_out(
-        x.flatten(0, 1), taps_weight, bias, weight, out_bias, stream, lengths=lengths, frames=frames,
-        left=left, activation="swish", tile=tile(parts=4 if rows == 4 else 1), before=before,
-        norm=(norm_w, norm_b, 1e-5) if normed else None, **options(dtype),
-    )  # fmt: skip
-    check(stream, summed, dtype)
-    assert torch.equal(stream[~valid], kept)

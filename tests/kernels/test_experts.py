@@ -7,7 +7,6 @@ from m3asr import ops
 from m3asr.engines.cuda.packing import _float8
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
-from m3asr.kernels.experts_whole import experts_whole
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXPERTS, WIDTH, HIDDEN = 5, 32, 48
@@ -29,7 +28,7 @@ def routing(kind: str, tokens: int, device) -> torch.Tensor:
 def cases():
     """All of them on a GPU; the interpreter, which is slow, takes each routing in float32, each type once."""
     kinds = ["mixed", "one expert", "an empty expert", "padding", "only padding"]
-    for regime, kind, tokens, dtype in product(["few", "few, late weights", "whole", "many"], kinds, [1, 37], TYPES):
+    for regime, kind, tokens, dtype in product(["few", "many"], kinds, [1, 37], TYPES):
         usual = dtype == torch.float32 and tokens == 37
         marks = () if usual or (kind == "mixed" and (tokens == 37 or dtype == torch.float32)) else pytest.mark.gpu
         yield pytest.param(dtype, tokens, kind, regime, marks=marks, id=f"{dtype}-{tokens}-{kind}-{regime}")
@@ -61,16 +60,7 @@ def test_experts(device, options, check, poisoned, tile, dtype, tokens, kind, re
         h = poisoned(slot_token.numel(), HIDDEN, dtype=dtype)
         experts_many(y, w_1, b_1, slot_token, tile_expert, h, tile=tile(), activation="swish", **both)
         experts_many(h, w_2, b_2, slot_token, tile_expert, x, tile=tile(), **down, **both)
-    elif regime == "whole":
-        summands = poisoned(3, tokens, WIDTH)
-        experts_whole(
-            y, w_1, b_1, w_2, b_2, expert_idx, summands, scale=0.5, gate=gate, tile=tile(), activation="swish",
-            early=device.type == "cuda", **both,
-        )  # fmt: skip
-        assert summands[:, ~valid].isnan().all()
-        x[valid] += summands[:, valid].sum(0)
     else:
-        both["early"] = regime == "few"
         h = poisoned(tokens, HIDDEN, dtype=dtype)
         experts_few(y, w_1, b_1, expert_idx, h, tile=tile(k=32, stages=1), activation="swish", **both)
         experts_few(h, w_2, b_2, expert_idx, x, tile=tile(k=64, stages=1), **down, **both)
@@ -90,28 +80,7 @@ def test_sorting_many_tokens(device, options, tile):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_float8_weights_in_both_layers(device, options, check, poisoned, tile, dtype):
-    tokens = 21
-    up, down = (
-        _float8(torch.randn(EXPERTS, *shape, device=device) / 6, torch.randn(EXPERTS, shape[0], device=device))
-        for shape in ((HIDDEN, WIDTH), (WIDTH, HIDDEN))
-    )
-    y, expert_idx = torch.randn(tokens, WIDTH, device=device).to(dtype), routing("padding", tokens, device)
-    valid = expert_idx >= 0
-    weights = [layer.weight.double() * layer.scale.double().unsqueeze(-1) for layer in (up, down)]
-    biases = [layer.bias.double() for layer in (up, down)]
-    arguments = (weights[0], biases[0], weights[1], biases[1], "swish")
-    reference = ops.moe(y[valid].double(), expert_idx[valid].long(), *arguments)
-    out = poisoned(2, tokens, WIDTH)
-    experts_whole(
-        y, up.weight, up.bias, down.weight, down.bias, expert_idx, out, scale=1.0, tile=tile(), activation="swish",
-        up_scale=up.scale, down_scale=down.scale, **options(dtype),
-    )  # fmt: skip
-    check(out[:, valid].sum(0), reference, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("regime", ["few", "few, late weights", "many"])
+@pytest.mark.parametrize("regime", ["few", "many"])
 def test_float8_weights_with_a_scale_for_each_row(device, options, check, poisoned, tile, dtype, regime):
     tokens = 21
     rows = torch.logspace(-3, 3, HIDDEN, device=device)
@@ -137,7 +106,6 @@ def test_float8_weights_with_a_scale_for_each_row(device, options, check, poison
         out[slot_token[slot].long()] = h[slot]
     else:
         out = poisoned(tokens, HIDDEN)
-        early = regime == "few"
-        experts_few(y, packed.weight, packed.bias, expert_idx, out, tile=tile(k=32, stages=1), early=early, **both)
+        experts_few(y, packed.weight, packed.bias, expert_idx, out, tile=tile(k=32, stages=1), **both)
     for columns in (slice(0, 8), slice(None), slice(-8, None)):  # each scale is right, not the largest alone
         check(out[valid][:, columns], reference[:, columns], factor=4.0)

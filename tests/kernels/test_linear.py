@@ -23,9 +23,7 @@ def epilogue(y, activation, table, glu):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(
-    "kind", ["swish", "relu", "gelu", "tanh", "hardtanh", "selu", "table", "glu", "prior", "shares"]
-)
+@pytest.mark.parametrize("kind", ["swish", "relu", "gelu", "tanh", "hardtanh", "selu", "table", "glu", "prior"])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_norm_linear(device, options, check, poisoned, tile, dtype, kind, parts):
     frames, width, columns = 7, 48, 51 if kind != "glu" else 40
@@ -37,13 +35,7 @@ def test_norm_linear(device, options, check, poisoned, tile, dtype, kind, parts)
     table = (torch.randn(20, columns // 3, device=device).to(dtype), frames) if kind == "table" else None
     activation = kind if kind in ops.ACTIVATIONS else "none"
     prior, reference = None, x.double()
-    shares = None
-    if kind == "shares":
-        expert_idx = torch.arange(len(x), device=device).int() % 3 - 1
-        summands = torch.randn(3, *x.shape, device=device)
-        summands[:, expert_idx < 0] = float("nan")
-        reference, shares = reference + summands.double().nan_to_num().sum(0), (summands, expert_idx)
-    if kind in ("prior", "shares"):
+    if kind == "prior":
         w, b = torch.randn(2, width, device=device)
         prior = (w, b, 1e-5, poisoned(*x.shape))
         reference = F.layer_norm(reference, (width,), w.double(), b.double(), 1e-5)
@@ -54,7 +46,7 @@ def test_norm_linear(device, options, check, poisoned, tile, dtype, kind, parts)
     before = x.clone()
     norm_linear(
         x, weight, bias, out, eps=1e-12, tile=tile(parts=parts), activation=activation, table=table, glu=glu,
-        prior=prior, shares=shares, **options(dtype),
+        prior=prior, **options(dtype),
     )  # fmt: skip
     check(out, reference, dtype)
     assert torch.equal(x, before)

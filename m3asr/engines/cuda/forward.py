@@ -7,7 +7,6 @@ with `torch.empty` and every element that is read was written before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,21 +16,15 @@ from m3asr.config import ModelConfig
 from m3asr.engines.cuda import tiles
 from m3asr.engines.cuda.packing import TYPES, Block, Stack, Subsampling, Weights
 from m3asr.kernels.attention import attention
-from m3asr.kernels.attention_out import attention_out
 from m3asr.kernels.depthwise import depthwise
-from m3asr.kernels.depthwise_out import depthwise_out
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
-from m3asr.kernels.experts_whole import experts_whole
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
 from m3asr.kernels.norm_linear import norm_linear
 from m3asr.kernels.router import route
 from m3asr.kernels.subsampling import first_convolution, next_convolution
-
-# Pairs of launches that are one where tokens are few; how few, says `_fuses`.
-FUSED = ("attention", "depthwise", "experts")
 
 
 @dataclass
@@ -64,13 +57,8 @@ class Forward:
         if not self.wide:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
         self.trace = None
-        # Operations whose product the device's library computes, for many tokens.
-        self.library: tuple[str, ...] = ()
         # Where log_probs go, float32, flat: they are larger than all else, and all graphs can share one place.
         self.shared: Tensor | None = None
-        self.fused = FUSED  # which of them are one launch
-        # How much of a block's expert weights its small kernels fetch into the L2 cache, for few tokens.
-        self.ahead_bytes = tiles.AHEAD_BYTES if pdl else 0
 
     def __call__(self, features: Tensor, lengths: Tensor, chunk: tuple[int, int] | None = None):
         """features float32 (B, T, F), lengths int32 (B,) -> log_probs float32 (B, S, V), hidden float32 (B, S, D),
@@ -108,12 +96,13 @@ class Forward:
         return log_probs, hidden, out_lengths, best, peaks
 
     def _few(self, shape: Shape) -> bool:
-        return self.regime == "few" or (self.regime == "auto" and shape.tokens <= tiles.FEW_TOKENS and not self.wide)
+        return self._at_most(tiles.FEW_TOKENS, shape)
+
+    def _at_most(self, tokens: int, shape: Shape) -> bool:
+        return self.regime == "few" or (self.regime == "auto" and shape.tokens <= tokens and not self.wide)
 
     def _tiles(self, shape: Shape, width: int, hidden: int) -> tiles.Tiles:
-        regime = "few" if self._few(shape) else "many"
-        chosen = tiles.tiles_for(regime, shape.tokens, width, hidden, self.wide)
-        return tiles.by_library(chosen, self.library) if self.library and regime == "many" else chosen
+        return tiles.tiles_for("few" if self._few(shape) else "many", shape.tokens, width, hidden, self.wide)
 
     def _new(self, shape, dtype=None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.weights.head.weight.device)
@@ -151,171 +140,114 @@ class Forward:
 
     def _stack(self, x: Tensor, shape: Shape, stack: Stack, heard: Tensor | None) -> tuple[Tensor, Tensor]:
         """All blocks and the last norm: -> hidden in the compute type (N, D), hidden float32 (N, D)."""
-        config, prior, shares = stack.config, None, None
+        config, prior = stack.config, None
         for i, block in enumerate(stack.blocks):
             experts = config.moe.num_experts if block.router else 0
             mine = heard[:, i * experts : (i + 1) * experts] if block.router else None
-            x, shares = self._block(x, shape, config, block, prior, shares, mine)
+            x = self._block(x, shape, config, block, prior, mine)
             prior = (*block.final_norm, config.norm_eps)
             if self.trace is not None:
-                self.trace("blocks", block, settled(x, shares))
+                self.trace("blocks", block, x)
         y, hidden = self._new(x.shape), self._new(x.shape, torch.float32)
         prior = None if prior is None else (*prior, x)
         norm(
-            x, y, eps=config.norm_eps, tile=self._tiles(shape, x.shape[1], x.shape[1]).norm, prior=prior, shares=shares,
+            x, y, eps=config.norm_eps, tile=self._tiles(shape, x.shape[1], x.shape[1]).norm, prior=prior,
             affine=(*stack.after_norm, hidden), pdl=self.pdl,
         )  # fmt: skip
         return y, hidden
 
-    def _block(self, x, shape: Shape, config, block: Block, prior, shares, heard) -> tuple[Tensor, tuple | None]:
-        """One block without its final norm and, if its experts are one launch, without their sum: -> x, shares. The
-        next reader adds the shares and applies the norm as its `prior`; x is overwritten.
-        """
+    def _block(self, x, shape: Shape, config, block: Block, prior, heard) -> Tensor:
+        """One block without its final norm, which the next reader applies as its `prior`; x is overwritten."""
         width, scale = x.shape[1], 0.5 if block.macaron_up else 1.0
-        ahead = self._ahead(block, shape)
         mask = (shape.lengths, shape.frames)
         if block.macaron_up:
             hidden = block.macaron_up.weight.shape[0]
             h = self._new((x.shape[0], hidden))
-            x = self._up(
-                x, shape, config, "up", block.macaron_up, h, prior, shares, activation=config.activation_type,
-                ahead=next(ahead),
-            )  # fmt: skip
-            prior = shares = None
+            x = self._up(x, shape, config, "up", block.macaron_up, h, prior, activation=config.activation_type)
+            prior = None
             tile = self._tiles(shape, width, hidden).down
-            self._linear(h, block.macaron_down, x, tile=tile, residual_scale=0.5, ahead=next(ahead))
+            self._linear(h, block.macaron_down, x, tile=tile, residual_scale=0.5)
         tile = self._tiles(shape, width, width)
         qkv = self._new((x.shape[0], 3 * width))
         table = None if block.key_table is None else (block.key_table, shape.frames)
-        x = self._up(x, shape, config, "qkv", block.qkv, qkv, prior, shares, table=table, ahead=next(ahead))
-        self._attention(x, qkv.view(shape.batch, shape.frames, -1), shape, config, block, tile, ahead)
+        x = self._up(x, shape, config, "qkv", block.qkv, qkv, prior, table=table)
+        self._attention(x, qkv.view(shape.batch, shape.frames, -1), shape, config, block, tile)
         glu = self._new(x.shape)
-        self._up(x, shape, config, "gated", block.pointwise_1, glu, None, None, glu=mask, ahead=next(ahead))
-        self._convolution(x, glu, shape, config, block, tile, ahead)
+        self._up(x, shape, config, "gated", block.pointwise_1, glu, None, glu=mask)
+        self._convolution(x, glu, shape, config, block, tile)
         if block.router:
-            return x, self._experts(x, shape, config, block, heard, scale)
+            self._experts(x, shape, config, block, heard, scale)
+            return x
         hidden = block.up.weight.shape[0]
         h = self._new((x.shape[0], hidden))
-        self._up(x, shape, config, "up", block.up, h, None, None, activation=config.activation_type)
+        self._up(x, shape, config, "up", block.up, h, None, activation=config.activation_type)
         tile = self._tiles(shape, width, hidden).down
         self._linear(h, block.down, x, tile=tile, residual_scale=scale)
-        return x, None
+        return x
 
-    def _attention(self, x, qkv, shape: Shape, config, block: Block, tile: tiles.Tiles, ahead) -> None:
-        options = {
-            "heads": config.attention_heads, "key_bias": block.key_bias, "chunk": shape.chunk, "dot": self.dot,
-            "pdl": self.pdl,
-        }  # fmt: skip
-        out = block.attention_out
-        if self._fuses("attention", shape):
-            attention_out(
-                qkv, shape.lengths, out.weight, out.bias, x, tile=tile.attention_out, ahead=next(ahead), **options
-            )
-            return
+    def _attention(self, x, qkv, shape: Shape, config, block: Block, tile: tiles.Tiles) -> None:
         context = self._new((shape.batch, shape.frames, x.shape[1]))
-        attention(qkv, shape.lengths, context, tile=tile.attention, ahead=next(ahead), **options)
-        self._linear(context.view(x.shape), out, x, tile=tile.out, residual_scale=1.0, ahead=next(ahead))
+        attention(
+            qkv, shape.lengths, context, heads=config.attention_heads, key_bias=block.key_bias, chunk=shape.chunk,
+            tile=tile.attention, dot=self.dot, pdl=self.pdl,
+        )  # fmt: skip
+        self._linear(context.view(x.shape), block.attention_out, x, tile=tile.out, residual_scale=1.0)
 
-    def _convolution(self, x, glu, shape: Shape, config, block: Block, tile: tiles.Tiles, ahead) -> None:
-        options = {
-            "frames": shape.frames, "activation": config.activation_type, "before": block.before_first,
-            "left": config.cnn_module_kernel - 1 if config.causal else (config.cnn_module_kernel - 1) // 2,
-            "norm": block.depthwise_norm, "pdl": self.pdl,
-        }  # fmt: skip
-        out = block.pointwise_2
-        if self._fuses("depthwise", shape):
-            depthwise_out(
-                glu, block.depthwise, block.depthwise_bias, out.weight, out.bias, x, lengths=shape.lengths,
-                tile=tile.depthwise_out, dot=self.dot, ahead=next(ahead), **options,
-            )  # fmt: skip
-            return
+    def _convolution(self, x, glu, shape: Shape, config, block: Block, tile: tiles.Tiles) -> None:
         conv, mask = self._new(x.shape), (shape.lengths, shape.frames)
-        depthwise(glu, block.depthwise, block.depthwise_bias, conv, tile=tile.depthwise, ahead=next(ahead), **options)
-        self._linear(conv, out, x, tile=tile.out, residual_scale=1.0, mask=mask, ahead=next(ahead))
+        depthwise(
+            glu, block.depthwise, block.depthwise_bias, conv, frames=shape.frames, activation=config.activation_type,
+            left=config.cnn_module_kernel - 1 if config.causal else (config.cnn_module_kernel - 1) // 2,
+            before=block.before_first, norm=block.depthwise_norm, tile=tile.depthwise, pdl=self.pdl,
+        )  # fmt: skip
+        self._linear(conv, block.pointwise_2, x, tile=tile.out, residual_scale=1.0, mask=mask)
 
-    def _fuses(self, what: str, shape: Shape) -> bool:
-        if what not in self.fused:
-            return False
-        if what == "experts":
-            return self._few(shape) or (shape.tokens <= tiles.WHOLE_TOKENS and not self.wide)
-        return self._few(shape) and (what != "attention" or shape.frames <= tiles.ATTENTION_OUT_FRAMES)
-
-    def _ahead(self, block: Block, shape: Shape) -> Iterator[Tensor | None]:
-        """What each of a block's small kernels brings into the cache: an equal share of its experts' weights."""
-        if block.router and self._few(shape) and self.ahead_bytes:
-            launches = 8 if block.macaron_up else 6
-            launches -= sum(self._fuses(name, shape) for name in ("attention", "depthwise"))
-            share = self.ahead_bytes // (launches * block.up.weight.element_size()) // 64 * 64
-            weights = (block.up.weight.flatten(), block.down.weight.flatten())
-            yield from [part for weight in weights for part in weight.split(share)][:launches]
-        while True:
-            yield None
-
-    def _up(self, x, shape: Shape, config, operation: str, layer, out, prior, shares, **options) -> Tensor:
+    def _up(self, x, shape: Shape, config, operation: str, layer, out, prior, **options) -> Tensor:
         """out = epilogue(layer(norm(x))); returns x, or its layer norm with `prior` as the new residual stream."""
         tiles_here = self._tiles(shape, x.shape[1], out.shape[1])
         tile = getattr(tiles_here, operation)
         if self._few(shape):
             if prior:
                 prior = (*prior, torch.empty_like(x))
-                # The second norm, and the shares, would not fit into the registers of four warps.
+                # The second norm would not fit into the registers of four warps.
                 tile = replace(tile, warps=max(8, tile.warps))
             norm_linear(
-                x, layer.weight, layer.bias, out, eps=config.norm_eps, prior=prior, shares=shares, dot=self.dot,
-                pdl=self.pdl, tile=tile, **options,
+                x, layer.weight, layer.bias, out, eps=config.norm_eps, prior=prior, dot=self.dot, pdl=self.pdl,
+                tile=tile, **options,
             )  # fmt: skip
             return prior[3] if prior else x
         y = self._new(x.shape)
         prior = (*prior, x) if prior else None
-        norm(x, y, eps=config.norm_eps, tile=tiles_here.norm, prior=prior, shares=shares, pdl=self.pdl)
+        norm(x, y, eps=config.norm_eps, tile=tiles_here.norm, prior=prior, pdl=self.pdl)
         self._linear(y, layer, out, tile=tile, **options)
         return x
 
-    def _experts(self, x, shape: Shape, config, block: Block, heard, scale: float) -> tuple | None:
-        """x += the experts' part, or, where they are one launch, what is to be added: see `norm_linear`'s shares."""
+    def _experts(self, x, shape: Shape, config, block: Block, heard, scale: float) -> None:
+        """x += the experts' part."""
         tokens, width = x.shape
         experts, hidden, _ = block.up.weight.shape
-        tile = self._tiles(shape, width, hidden)
+        few = self._at_most(tiles.EXPERTS_FEW_TOKENS, shape)
+        tile = tiles.tiles_for("few" if few else "many", tokens, width, hidden, self.wide)
         y, gate = self._new(x.shape), self._new((tokens,), torch.float32)
         expert_idx = self._new((tokens,), torch.int32)
         route(
             x, block.router.weight, block.router.bias, heard, shape.lengths, y, expert_idx, gate, frames=shape.frames,
-            eps=config.norm_eps, tile=tile.router, scale=block.router_scale, pdl=self.pdl,
+            eps=config.norm_eps, tile=self._tiles(shape, width, hidden).router, scale=block.router_scale, pdl=self.pdl,
         )  # fmt: skip
         if self.trace is not None:
             self.trace("routes", block, expert_idx)
         gate = None if config.moe.keep_expert_output else gate
         up = {"activation": config.activation_type, "tile": tile.expert_up, "weight_scale": block.up.scale}
-        down = {
-            "residual_scale": scale, "gate": gate, "tile": tile.expert_down, "weight_scale": block.down.scale,
-        }  # fmt: skip
+        down = {"residual_scale": scale, "gate": gate, "tile": tile.expert_down, "weight_scale": block.down.scale}
         both = {"dot": self.dot, "pdl": self.pdl}
-        if self._fuses("experts", shape):
-            summands = self._new((tile.experts_whole.parts, *x.shape), torch.float32)
-            experts_whole(
-                y, block.up.weight, block.up.bias, block.down.weight, block.down.bias, expert_idx, summands, gate=gate,
-                scale=scale, activation=config.activation_type, tile=tile.experts_whole, up_scale=block.up.scale,
-                down_scale=block.down.scale, early=self.pdl and tile.experts_whole.k > 0, **both,
-            )  # fmt: skip
-            return summands, expert_idx
-        if self._few(shape):
+        if few:
             h = self._new((tokens, hidden))
-            both["early"] = tile.experts_early
             experts_few(y, block.up.weight, block.up.bias, expert_idx, h, **up, **both)
             experts_few(h, block.down.weight, block.down.bias, expert_idx, x, **down, **both)
-            return None
+            return
         rows = tile.expert_up.m
         slot_token, tile_expert = slots(tokens, experts, rows, x.device)
         sort_tokens(expert_idx, slot_token, tile_expert, experts=experts, rows=rows, tile=tile.sort, pdl=self.pdl)
         h = self._new((slot_token.numel(), hidden))
         experts_many(y, block.up.weight, block.up.bias, slot_token, tile_expert, h, **up, **both)
         experts_many(h, block.down.weight, block.down.bias, slot_token, tile_expert, x, **down, **both)
-        return None
-
-
-def settled(x: Tensor, shares: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The residual stream (N, D) with the shares of the experts added: what the next kernel makes of both."""
-    if shares is None:
-        return x
-    summands, expert_idx = shares
-    return x + torch.where((expert_idx >= 0).unsqueeze(-1), summands, 0.0).sum(0)

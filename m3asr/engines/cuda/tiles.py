@@ -8,6 +8,7 @@ so products loop over the inner dimension, norms are kernels of their own and to
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -16,15 +17,8 @@ from m3asr.kernels.pieces import Tile, at_least_16
 
 # The largest number of tokens that is treated as few.
 FEW_TOKENS = 128
-# Up to so many tokens both layers of the experts are one launch, whatever else is treated as few or many; each expert's
-# weights are read once for every 32 of its tokens.
-WHOLE_TOKENS = 512
-# Up to so many frames attention is one launch with its projection, for few tokens: every tile of the projection's
-# columns reads all keys and values.
-ATTENTION_OUT_FRAMES = 64
-# Expert weights that the small kernels of a block fetch ahead into the L2 cache: on an H200 none is best (0 to 32 MB
-# within 1 %, more is worse).
-AHEAD_BYTES = 0
+# Up to so many tokens no expert's tokens are sorted, whatever else is treated as few or many.
+EXPERTS_FEW_TOKENS = 256
 # Programs that fill a card: a tile is made smaller until a product has as many.
 PROGRAMS = 120
 
@@ -51,17 +45,54 @@ class Tiles:
     heard: Tile
     head: Tile
     log_softmax: Tile
-    # Two launches in one, for few tokens: see forward.FUSED.
-    attention_out: Tile | None = None
-    depthwise_out: Tile | None = None
-    experts_whole: Tile | None = None  # parts: programs that share an expert; k 1: fetches weights before the wait
-    experts_early: bool = True
 
 
-# Measured best tiles: (regime, operation) -> {tokens: tile}, for a width of 512 and 2 bytes a number. Empty until
-# `benchmarks.kernels` has been run; `read_measured` fills it from that run's file.
-MEASURED: dict[tuple[str, str], dict[int, Tile]] = {}
+# Best of those that `benchmarks.kernels` tried on an H200 (torch 2.11, triton 3.6), in bfloat16 at the seed's shapes:
+# (regime, operation) -> {tokens: tile}. Where another was within 2 % and serves more, that one.
+MEASURED: dict[tuple[str, str], dict[int, Tile]] = {
+    ("few", "up"): {64: Tile(16, 64, warps=8, stages=1)},
+    ("few", "qkv"): {64: Tile(16, 64, warps=8, stages=1)},
+    ("few", "gated"): {64: Tile(16, 64, warps=8, stages=1)},
+    ("few", "out"): {64: Tile(16, 32, k=512, warps=8, stages=1)},
+    ("few", "down"): {64: Tile(16, 16, k=1024, warps=4, stages=1, parts=4)},
+    ("few", "attention"): {64: Tile(16, 64, warps=4, stages=2)},
+    ("few", "depthwise"): {64: Tile(1, 1, warps=4, stages=1)},
+    ("few", "router"): {64: Tile(1, 1, warps=4, stages=1)},
+    ("few", "expert_up"): {64: Tile(16, 32, k=512, warps=2, stages=1)},
+    ("few", "expert_down"): {64: Tile(16, 64, k=1024, warps=8, stages=1)},
+    ("few", "first_convolution"): {64: Tile(128, 64, warps=4, stages=1)},
+    ("few", "next_convolution"): {64: Tile(64, 128, k=128, warps=4, stages=3)},
+    ("few", "subsampling_out"): {64: Tile(16, 64, k=512, warps=4, stages=3)},
+    ("few", "head"): {64: Tile(16, 64, k=256, warps=4, stages=3)},
+    ("few", "log_softmax"): {64: Tile(1, 2048, warps=16, stages=1)},
+    ("many", "up"): {4096: Tile(128, 256, warps=8), 16384: Tile(128, 64, warps=8)},
+    ("many", "qkv"): {4096: LIBRARY, 16384: LIBRARY},
+    ("many", "gated"): {4096: Tile(128, 256, warps=8), 16384: Tile(128, 256, warps=8)},
+    ("many", "out"): {4096: Tile(64, 128, warps=8), 16384: Tile(64, 64, warps=4)},
+    ("many", "down"): {4096: Tile(128, 64, warps=8), 16384: LIBRARY},
+    ("many", "attention"): {4096: Tile(64, 64, warps=4, stages=2), 16384: Tile(64, 64, warps=4)},
+    ("many", "depthwise"): {4096: Tile(8, 1, warps=2, stages=1), 16384: Tile(4, 1, warps=2, stages=1)},
+    ("many", "norm"): {4096: Tile(4, 1, warps=8, stages=1), 16384: Tile(4, 1, warps=4, stages=1)},
+    ("many", "router"): {
+        4096: Tile(16, 1, k=128, warps=8),
+        16384: Tile(64, 1, k=128, warps=4, stages=2),
+    },
+    # One sort serves both products, so their tiles have one height.
+    ("many", "expert_up"): {4096: Tile(64, 128, warps=8), 16384: Tile(64, 128, warps=8)},
+    ("many", "expert_down"): {4096: Tile(64, 128, warps=8, stages=4), 16384: Tile(64, 128, warps=8, stages=4)},
+    ("many", "first_convolution"): {
+        4096: Tile(128, 64, warps=4, stages=1),
+        16384: Tile(128, 64, warps=4, stages=1),
+    },
+    ("many", "next_convolution"): {4096: Tile(128, 256, warps=8), 16384: Tile(128, 256, warps=8)},
+    ("many", "subsampling_out"): {4096: Tile(128, 256, warps=8, stages=4), 16384: Tile(128, 256, warps=8)},
+    ("many", "head"): {4096: Tile(128, 64, warps=8), 16384: Tile(128, 256, warps=8)},
+    ("many", "log_softmax"): {4096: Tile(1, 2048, warps=4, stages=1), 16384: Tile(1, 2048, warps=4, stages=1)},
+}
 MEASURED_WIDTH = 512
+# Tiles for many tokens serve down to so many times fewer than they were measured with. Farther off the rule is better:
+# at 256 tokens those of 4096 gave a product 8 programs, where the card has room for 132.
+REACH = 2
 
 
 def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
@@ -73,20 +104,19 @@ def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> 
     for field in fields(Tiles):
         measured = MEASURED.get((regime, field.name))
         if measured:
-            near = min(
-                measured, key=lambda n: abs(n.bit_length() - tokens.bit_length()) + abs(n - tokens) / (n + tokens)
-            )
+            near = min(measured, key=lambda n: abs(math.log(n / tokens)))
+            if regime == "many" and tokens * REACH < near:
+                continue
             tile = measured[near]
-            # A tile that holds the whole inner dimension must hold this one too.
-            if regime == "few" and field.name in ("down", "expert_down") and tile.k >= 512:
-                tile = replace(tile, k=at_least_16(hidden))
+            # A tile that holds the whole inner dimension must hold this one too, in as many registers.
+            if regime == "few" and field.name in ("down", "expert_down"):
+                inner = at_least_16(hidden)
+                larger = max(1, inner // tile.k)
+                tile = replace(tile, k=inner, n=max(16, tile.n // larger), warps=min(8, tile.warps * larger))
             known[field.name] = tile
-    if regime == "many" and "expert_up" in known and "expert_down" in known:
+    if "expert_up" in known and "expert_down" in known:
         # One sort serves both.
         known["expert_down"] = replace(known["expert_down"], m=known["expert_up"].m)
-    if regime == "few" and "expert_up" in known:
-        # A kernel without a loop has no stages: the measurement says with them whether weights are loaded early.
-        known["experts_early"] = known["expert_up"].stages == 1
     return replace(rule, **known)
 
 
@@ -103,7 +133,7 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
     rows = 16 if tokens <= 80 else 32
     columns = 16 if wide else 32
     whole, inner = at_least_16(width), at_least_16(hidden)
-    warps = 4 if rows == 16 else 8
+    warps = 4 if rows == 16 and inner <= 1024 else 8
     columns = 64 if tokens > 128 and not wide else columns
     norm_linear = Tile(rows, columns, warps=8, parts=parts_of(whole, 8, wide))
     return Tiles(
@@ -120,23 +150,12 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         depthwise=Tile(1, 1, warps=4),
         router=Tile(1, 1, warps=8) if tokens <= 128 else Tile(16, 1, k=64, warps=4, stages=2),
         expert_up=Tile(16, 16 if wide else 64, k=whole, warps=4, stages=1),
-        expert_down=Tile(16, 16 if wide else 32, k=inner, warps=4, stages=1),
+        expert_down=Tile(16, 16 if wide or inner > 1024 else 32, k=inner, warps=4, stages=1),
         sort=Tile(1, 1024),
         heard=Tile(16, 32, k=64, warps=4),
         head=Tile(rows, 32, k=whole, warps=warps, parts=parts_of(whole, warps, wide)),
         log_softmax=Tile(1, 2048, warps=8),
-        attention_out=Tile(16, 16, k=16 if wide else 64, warps=8, stages=1),
-        depthwise_out=Tile(
-            16, 16 if tokens <= 80 or wide else 32 if tokens <= 128 else 64, warps=8, parts=parts_of(whole, 8, wide)
-        ),
-        experts_whole=experts_whole(tokens, wide),
-        experts_early=tokens > 80,
     )
-
-
-def experts_whole(tokens: int, wide: bool) -> Tile:
-    """The rule for both layers of the experts in one launch."""
-    return Tile(16 if tokens <= 128 or wide else 32, 16 if wide else 32, k=1, warps=8, stages=2, parts=4)
 
 
 def parts_of(inner: int, warps: int, wide: bool) -> int:
@@ -187,8 +206,7 @@ def many(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         if wide
         else Tile(32 if tokens <= 1024 else 128, 64, warps=4 if tokens <= 1024 else 8, stages=2),
         depthwise=Tile(1 if tokens <= 1024 else 8, 1, warps=4 if tokens <= 1024 else 8),
-        router=Tile(16, 1, k=64, warps=4, stages=2),
-        experts_whole=experts_whole(tokens, wide),
+        router=Tile(1, 1, warps=4) if tokens <= 256 else Tile(16, 1, k=64, warps=4, stages=2),
         expert_up=product(tokens, hidden, wide, height),
         expert_down=product(tokens, width, wide, height, reads=True),
         sort=Tile(1, max(128, min(4096, 1 << (tokens - 1).bit_length())), warps=16 if tokens > 1024 else 4),
@@ -196,12 +214,3 @@ def many(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         head=product(tokens, 8 * width, wide),
         log_softmax=Tile(1, 2048, warps=8),
     )
-
-
-# Products that the card's own library could compute instead, as one choice of `benchmarks.encoder --variants`.
-LIBRARY_OPERATIONS = ("subsampling_out", "up", "qkv", "gated", "down", "out", "head")
-
-
-def by_library(tiles: Tiles, operations=LIBRARY_OPERATIONS) -> Tiles:
-    """The same tiles with these products computed by the library (cuBLAS)."""
-    return replace(tiles, **dict.fromkeys(operations, LIBRARY))

@@ -1,0 +1,38 @@
+"""Tile sizes: what was measured where it was measured, elsewhere a rule; no kernel runs here."""
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from m3asr.engines.cuda import tiles  # noqa: E402
+from m3asr.kernels.linear import LIBRARY  # noqa: E402
+
+
+@pytest.mark.parametrize("hidden", [256, 1024, 2048])
+@pytest.mark.parametrize("width", [144, 256, 512])
+@pytest.mark.parametrize("tokens", [16, 48, 64, 128, 192, 256, 512, 1024, 2048, 4096, 6144, 16384, 50000])
+def test_tiles_hold_what_they_must(tokens, width, hidden):
+    """Whole inner dimensions, in the registers that there are; enough programs; one height for one sort."""
+    few, many = (tiles.tiles_for(regime, tokens, width, hidden, False) for regime in ("few", "many"))
+    for tile, inner in ((few.down, hidden), (few.expert_down, hidden), (few.out, width), (few.expert_up, width)):
+        assert tile.k >= inner
+        if tokens <= tiles.EXPERTS_FEW_TOKENS:
+            # Bytes of weights a thread: 128 of its 255 registers.
+            assert tile.n * tile.k * 2 <= 512 * 32 * tile.warps, tile
+    assert many.expert_up.m == many.expert_down.m
+    if tokens <= 1024:
+        for tile, columns in ((many.up, hidden), (many.qkv, 3 * width), (many.out, width), (many.down, width)):
+            smallest = (tile.m, tile.n) == (16, 32)
+            assert smallest or -(-tokens // tile.m) * -(-columns // tile.n) >= tiles.PROGRAMS
+
+
+def test_what_was_measured_serves_near_its_size_and_width():
+    measured = tiles.MEASURED["many", "up"]
+    assert tiles.tiles_for("many", 4096, 512, 1024, False).up == measured[4096]
+    assert tiles.tiles_for("many", 60000, 512, 1024, False).up == measured[16384]
+    for tokens, width, wide in ((256, 512, False), (1024, 512, False), (4096, 256, False), (4096, 512, True)):
+        chosen = tiles.tiles_for("many", tokens, width, 1024, wide)
+        assert chosen == tiles.many(tokens, width, 1024, wide)
+        assert LIBRARY not in (chosen.up, chosen.qkv, chosen.down, chosen.out, chosen.gated, chosen.head)
+    assert tiles.tiles_for("few", 16, 512, 1024, False).up == tiles.MEASURED["few", "up"][64]
