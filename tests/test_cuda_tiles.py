@@ -1,5 +1,8 @@
 """Tile sizes: what was measured where it was measured, elsewhere a rule; no kernel runs here."""
 
+import copy
+import json
+
 import pytest
 
 pytest.importorskip("torch")
@@ -36,3 +39,14 @@ def test_what_was_measured_serves_near_its_size_and_width():
         assert chosen == tiles.many(tokens, width, 1024, wide)
         assert LIBRARY not in (chosen.up, chosen.qkv, chosen.down, chosen.out, chosen.gated, chosen.head)
     assert tiles.tiles_for("few", 16, 512, 1024, False).up == tiles.MEASURED["few", "up"][64]
+
+
+def test_a_file_of_measured_tiles_replaces_what_it_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiles, "MEASURED", copy.deepcopy(tiles.MEASURED))
+    before = tiles.tiles_for("many", 4096, 512, 1024, False)
+    tile = {"m": 32, "n": 64, "k": 64, "warps": 4, "stages": 3, "parts": 1}
+    (tmp_path / "tiles.json").write_text(json.dumps({"many up": {"4096": tile}, "many heard": {"512": tile}}))
+    tiles.read_measured(tmp_path / "tiles.json")
+    after = tiles.tiles_for("many", 4096, 512, 1024, False)
+    assert (after.up.m, after.up.n) == (32, 64) and after.qkv == before.qkv and after.heard == after.up
+    assert tiles.tiles_for("many", 16384, 512, 1024, False).up == tiles.MEASURED["many", "up"][16384]

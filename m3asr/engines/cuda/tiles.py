@@ -121,11 +121,11 @@ def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> 
 
 
 def read_measured(path: Path) -> None:
-    """Fill MEASURED from the `tiles.json` that `benchmarks.kernels` writes."""
-    MEASURED.clear()
+    """Put what the `tiles.json` of `benchmarks.kernels` says over what MEASURED holds."""
     for key, rows in json.loads(Path(path).read_text(encoding="utf-8")).items():
         regime, operation = key.split()
-        MEASURED[regime, operation] = {int(tokens): Tile(**tile) for tokens, tile in rows.items()}
+        known = MEASURED.setdefault((regime, operation), {})
+        known.update({int(tokens): Tile(**tile) for tokens, tile in rows.items()})
 
 
 def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
