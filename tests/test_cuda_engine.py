@@ -144,8 +144,8 @@ def test_half_precision(device, precision, regime):
 
 
 @pytest.mark.parametrize("regime", ["few", "many"])
-def test_experts_in_eight_bits(device, regime):
-    """Exactly the model whose experts have the rounded weights, but for bfloat16 elsewhere."""
+def test_experts_in_eight_bits(device, monkeypatch, regime):
+    """The model whose experts have the rounded weights, but for float16 in front of them and bfloat16 elsewhere."""
     built = model(CONFIGS["experts"])
     with torch.no_grad():
         for block in built.encoder.blocks:
@@ -159,7 +159,11 @@ def test_experts_in_eight_bits(device, regime):
                 layer.weight.copy_(rounded)
     engine = CudaEngine(built, "fp8", device, regime=regime)
     assert engine.forward.weights.main.blocks[0].up.weight.element_size() == 1
+    inputs = []
+    routed = forward_module.route
+    monkeypatch.setattr(forward_module, "route", lambda *a, **k: (inputs.append(a[5].dtype), routed(*a, **k)))
     assert_same(engine, built, *batch(), TOLERANCE["bf16"])
+    assert inputs and set(inputs) == {torch.float16}
 
 
 @pytest.mark.parametrize("regime", ["few", "many"])

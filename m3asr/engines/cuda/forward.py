@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m3asr.config import ModelConfig
 from m3asr.engines.cuda import tiles
-from m3asr.engines.cuda.packing import TYPES, Block, Stack, Subsampling, Weights
+from m3asr.engines.cuda.packing import EXPERTS_TYPES, TYPES, Block, Stack, Subsampling, Weights
 from m3asr.kernels.attention import attention
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.experts_few import experts_few
@@ -50,7 +50,7 @@ class Forward:
 
     def __init__(self, config: ModelConfig, weights: Weights, precision: str, pdl: bool, regime: str = "auto"):
         self.config, self.weights, self.pdl, self.regime = config, weights, pdl, regime
-        self.dtype = TYPES[precision]
+        self.dtype, self.experts_dtype = TYPES[precision], EXPERTS_TYPES[precision]
         self.wide = precision == "fp32"
         # Three tf32 products keep float32's accuracy; plain tf32 would not.
         self.dot = "tf32x3"
@@ -228,7 +228,7 @@ class Forward:
         experts, hidden, _ = block.up.weight.shape
         few = self._at_most(tiles.EXPERTS_FEW_TOKENS, shape)
         tile = tiles.tiles_for("few" if few else "many", tokens, width, hidden, self.wide)
-        y, gate = self._new(x.shape), self._new((tokens,), torch.float32)
+        y, gate = self._new(x.shape, self.experts_dtype), self._new((tokens,), torch.float32)
         expert_idx = self._new((tokens,), torch.int32)
         route(
             x, block.router.weight, block.router.bias, heard, shape.lengths, y, expert_idx, gate, frames=shape.frames,
@@ -241,13 +241,13 @@ class Forward:
         down = {"residual_scale": scale, "gate": gate, "tile": tile.expert_down, "weight_scale": block.down.scale}
         both = {"dot": self.dot, "pdl": self.pdl}
         if few:
-            h = self._new((tokens, hidden))
+            h = self._new((tokens, hidden), self.experts_dtype)
             experts_few(y, block.up.weight, block.up.bias, expert_idx, h, **up, **both)
             experts_few(h, block.down.weight, block.down.bias, expert_idx, x, **down, **both)
             return
         rows = tile.expert_up.m
         slot_token, tile_expert = slots(tokens, experts, rows, x.device)
         sort_tokens(expert_idx, slot_token, tile_expert, experts=experts, rows=rows, tile=tile.sort, pdl=self.pdl)
-        h = self._new((slot_token.numel(), hidden))
+        h = self._new((slot_token.numel(), hidden), self.experts_dtype)
         experts_many(y, block.up.weight, block.up.bias, slot_token, tile_expert, h, **up, **both)
         experts_many(h, block.down.weight, block.down.bias, slot_token, tile_expert, x, **down, **both)

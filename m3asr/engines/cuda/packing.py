@@ -17,8 +17,10 @@ from m3asr import ops
 from m3asr.config import EncoderConfig, ModelConfig
 from m3asr.errors import ModelError
 
-# What is computed with; "fp8" has the experts' weights in 8 bits besides.
+# What is computed with; "fp8" has the experts' weights in 8 bits besides, and then their inputs in float16: the card
+# makes a pair of float8 numbers float16 in one instruction, and bfloat16 by way of that in three more.
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+EXPERTS_TYPES = {**TYPES, "fp8": torch.float16}
 FLOAT8 = torch.float8_e4m3fn
 
 
