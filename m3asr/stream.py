@@ -98,7 +98,7 @@ class Stream:
         self.transcriber = transcriber
         self.options = options = options or StreamOptions()
         config = transcriber.folder.config
-        self._rescore = transcriber.decoder_of(options.decode) == "rescoring"
+        self._rescore = transcriber.decoder_of(options.decode, live=True) == "rescoring"
         self._scorers = transcriber.scorers(options.decode)
         self._fbank = OnlineFbank(config.fbank)
         self._encoding = _encoding(transcriber, options)

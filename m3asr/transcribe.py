@@ -238,10 +238,14 @@ class Transcriber:
             config.reverse_weight if options.reverse_weight is None else options.reverse_weight,
         )
 
-    def decoder_of(self, options: DecodeOptions) -> str:
-        """The decoder that these options mean for this model. Raises ModelError for one that it does not have."""
+    def decoder_of(self, options: DecodeOptions, live: bool = False) -> str:
+        """The decoder that these options mean for this model. Raises ModelError for one that it does not have.
+
+        live: of a stream, whose text cannot wait for the end of the joint search.
+        """
         has_attention = self.folder.config.decoder is not None
-        decoder = options.decoder or ("rescoring" if has_attention else "beam")
+        best = "rescoring" if live else "joint"
+        decoder = options.decoder or (best if has_attention else "beam")
         if decoder in ("rescoring", "joint", "attention") and not has_attention:
             raise ModelError("the model has no attention decoder: choose the decoder greedy or beam")
         return decoder

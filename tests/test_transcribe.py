@@ -47,7 +47,7 @@ def long_recording(speech):
 def test_what_made_it_is_said(transcriber, speech, decoder):
     transcript = transcriber.transcribe(speech, options=DecodeOptions(decoder))
     assert (transcript.model, transcript.engine, transcript.device) == ("3m-moe-80", "onnx", transcriber.engine.device)
-    assert transcript.decoder == (decoder or "rescoring")
+    assert transcript.decoder == (decoder or "joint")
     assert transcript.duration == len(speech) / SAMPLE_RATE
     if decoder != "attention":
         (segment,) = transcript.segments

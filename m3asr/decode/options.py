@@ -17,7 +17,7 @@ class DecodeOptions:
     decoder: "greedy", "beam" (CTC prefix beam search), "rescoring" (its n-best list ranked again by the attention
     decoder), "joint" (a search with CTC and the attention decoder together, which begins where rescoring ends: fewer
     errors, several times the work), "attention" (beam search with the attention decoder alone, without times of words),
-    or None for rescoring where the model has an attention decoder, else beam.
+    or None for joint where the model has an attention decoder (rescoring in a stream), else beam.
     beam_size: hypotheses kept; nbest: how many of them a transcript shows, 1 none but the best.
     ctc_weight, reverse_weight: of CTC and of the right-to-left decoder in rescoring and joint; None takes the model's
     own.
