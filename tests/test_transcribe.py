@@ -279,5 +279,5 @@ def test_a_transcript_is_plain_json(transcriber, speech):
 
     transcript = transcriber.transcribe(speech, options=DecodeOptions(nbest=2))
     document = json.loads("".join(formatted(transcript, "json")))
-    assert document["engine"] == "onnx" and document["decoder"] == "rescoring" and document["model"] == "3m-moe-80"
+    assert document["engine"] == "onnx" and document["decoder"] == "joint" and document["model"] == "3m-moe-80"
     assert len(document["segments"][0]["nbest"]) == 2
