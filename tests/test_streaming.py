@@ -273,7 +273,7 @@ def test_a_stream_says_what_the_chunk_masked_whole_says(transcriber, left):
     options = StreamOptions(chunk=4, left_chunks=left, endpoints=())
     features = fbank(samples, transcriber.folder.config.fbank)
     outputs = transcriber.engine(features[None], np.array([len(features)]), chunk_size=4, left_chunks=left)
-    (expected,) = transcriber.decode(*outputs, options.decode)
+    (expected,) = transcriber.decode(*outputs, DecodeOptions("rescoring"))
     stream = Stream(transcriber, options)
     assert stream.mode == "chunks"
     final = in_packets(stream, samples, [777] * 20)[-1]
@@ -286,7 +286,7 @@ def test_windows_that_see_everything_say_what_the_whole_says(folder_of, engine_o
     transcriber = Transcriber(folder_of("moe"), engine_of("moe", "eager"))
     samples = noise(2, seed=2)
     features = fbank(samples, transcriber.folder.config.fbank)
-    (expected,) = transcriber.recognise([features], DecodeOptions())
+    (expected,) = transcriber.recognise([features], DecodeOptions("rescoring"))
     stream = Stream(transcriber, StreamOptions(chunk=5, left=100, right=100, endpoints=()))
     assert stream.mode == "windows"
     final = in_packets(stream, samples, [4000] * 3)[-1]
@@ -440,7 +440,7 @@ def test_a_model_with_one_chunk_size_takes_no_other(folder_of, engine_of):
         Stream(transcriber, StreamOptions(chunk=4))
     samples = noise(2, seed=6)
     features = fbank(samples, transcriber.folder.config.fbank)
-    (expected,) = transcriber.recognise([features], DecodeOptions())
+    (expected,) = transcriber.recognise([features], DecodeOptions("rescoring"))
     final = in_packets(Stream(transcriber, StreamOptions(endpoints=())), samples, [])[-1]
     assert final.segment.tokens == expected.tokens
 
