@@ -137,6 +137,26 @@ def test_augmentation_is_finite_and_stays_inside(seconds):
     assert (out[:3] - waveform[:3]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("frames", [1, 2, 37, 400])
+def test_warped_time_keeps_ends_order_and_padding(frames):
+    lengths = torch.tensor([frames, max(1, frames // 2), 1])
+    time = torch.arange(frames, dtype=torch.float32)
+    features = time.expand(3, -1).unsqueeze(-1).repeat(1, 1, 4).contiguous()
+    same = Augment(AugmentConfig(), CPU, 0).warp_time(features, lengths)
+    assert torch.equal(same, features)
+    out = Augment(AugmentConfig(tempo=0.6), CPU, 0).warp_time(features, lengths)
+    torch.testing.assert_close(out[..., 0], out[..., 3])
+    for row, length in zip(out[..., 0], lengths.tolist(), strict=True):
+        assert (
+            (row[:length].diff() >= 0).all() and row[0] == 0 and row[length - 1] == pytest.approx(length - 1, abs=1e-3)
+        )
+        assert torch.equal(row[length + 1 :], time[length + 1 :])
+    if frames == 400:
+        assert (out[0, :, 0] - time).abs().max() > 3
+        steps = out[0, :, 0].diff()
+        assert steps.max() < 1.9 and steps.min() > 0.5
+
+
 def test_fast_size():
     for size in (1, 24000, 352001):
         n = fast_size(size, multiple=2)

@@ -34,6 +34,7 @@ class AugmentConfig:
     level: tuple[float, float] = (-32.0, -1.0)  # dBFS of the peak
     warp: float = 0.5  # rows whose mel filterbank is warped
     max_warp: float = 0.12
+    tempo: float = 0.0  # features: the largest natural logarithm of a passing change of tempo
 
 
 class Augment:
@@ -175,6 +176,27 @@ class Augment:
         index = self.some(rows, self.config.warp)
         pick[index] = torch.randint(len(bank), (len(index),), generator=self.generator, device=self.device)
         return bank[pick]
+
+    def warp_time(self, features: Tensor, lengths: Tensor, knot: int = 40) -> Tensor:
+        """Speech that hurries and drags: each row is read at a speed that wanders, a new one every `knot` frames.
+
+        First and last frame stay where they are, so lengths stay too; rows differ in how far their speed wanders.
+        """
+        rows, frames, bins = features.shape
+        if not self.config.tempo or frames < 2:
+            return features
+        spread = self.uniform(rows, 1, 1) * self.config.tempo
+        speed = self.uniform(rows, 1, frames // knot + 2, low=-1.0, high=1.0) * spread
+        speed = torch.nn.functional.interpolate(speed, size=frames, mode="linear", align_corners=True)[:, 0].exp()
+        place = speed.cumsum(dim=1) - speed[:, :1]  # (B, T), 0 at the first frame
+        last = (lengths - 1).clamp(min=1).unsqueeze(-1)
+        place = place * (last / place.gather(1, last.long().clamp(max=frames - 1)))
+        # Past its length a row is read straight on: there is only padding.
+        place = torch.where(torch.arange(frames, device=self.device) <= last, place, torch.arange(frames).to(place))
+        left = place.long().clamp(max=frames - 2)
+        share = (place - left).clamp(0.0, 1.0).unsqueeze(-1)
+        index = left.unsqueeze(-1).expand(-1, -1, bins)
+        return torch.lerp(features.gather(1, index), features.gather(1, index + 1), share)
 
     def mask(self, features: Tensor, lengths: Tensor, max_bins=22, max_frames=30, part=0.08) -> Tensor:
         """SpecAugment (Park et al. 2019): two bands of bins and some stretches of frames become 0, the mean.

@@ -36,7 +36,7 @@ class FrontEnd:
         features = (fbank(waveform * 32768.0, filters, self.config) - self.mean) * self.istd
         lengths = frame_count(batch.lengths, self.config)
         if augment is not None:
-            features = augment.mask(features, lengths)
+            features = augment.mask(augment.warp_time(features, lengths), lengths)
         return features, lengths.int()
 
     def measure(self, batches: Iterator[Batch], count: int, speech: Speech, augment: Augment | None) -> None:

@@ -58,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--embedding-ctc", type=float, default=losses.LossWeights.embedding_ctc)
     parser.add_argument("--speeds", type=float, nargs="+", default=[0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15])
     parser.add_argument("--joined", type=float, default=0.4, help="chance that an utterance is joined to the next")
+    parser.add_argument("--tempo", type=float, default=0.0, help="passing changes of tempo, natural log (untried: 0.5)")
     parser.add_argument("--rooms", type=Path, help="folder of measured impulse responses, 16 kHz wav")
     parser.add_argument("--no-augment", action="store_true", help="speech as it is, for trying things out")
     parser.add_argument("--dev", type=int, default=300, help="utterances kept out of training")
@@ -100,7 +101,10 @@ class Run:
         self.say(f"{self.speech.samples.numel() * 2 / 1e9:.1f} GB of samples at {len(args.speeds)} speeds")
 
         rooms = read_rooms(args.rooms, self.device) if args.rooms else None
-        self.make_augment = lambda seed: None if args.no_augment else Augment(AugmentConfig(), self.device, seed, rooms)
+        self.augment_config = AugmentConfig(tempo=args.tempo)
+        self.make_augment = lambda seed: (
+            None if args.no_augment else Augment(self.augment_config, self.device, seed, rooms)
+        )
         self.front_end = FrontEnd(FbankConfig(), self.device)
         if saved is not None:
             config = ModelConfig.from_dict(json.loads(saved["config"]))
@@ -268,7 +272,7 @@ def main() -> None:
     run.say(f"{parameters / 1e6:.2f} million parameters; {len(run.training)} training, {len(run.development)} dev")
     (args.out / "run.json").write_text(
         json.dumps(
-            {**vars(args), "weights": asdict(weights), "augment": asdict(AugmentConfig())}, default=str, indent=1
+            {**vars(args), "weights": asdict(weights), "augment": asdict(run.augment_config)}, default=str, indent=1
         )
     )
     log = (args.out / "log.jsonl").open("a", encoding="utf-8")
