@@ -180,17 +180,12 @@ class Run:
         for batch in Planner(*sources, args.batch_seconds, seed, args.joined).prefetched(16, pin):
             yield batch, augment
 
-    def gradient(self, batch: Batch, augment: Augment | None, weights) -> tuple[Tensor, Tensor]:
-        """-> parts of the loss, entropies; the gradients are in the parameters."""
+    def train_step(self, batch: Batch, augment: Augment | None, weights, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+        """-> parts of the loss, entropies, gradient norm; nothing of it is waited for."""
         features, lengths = self.front_end(batch, self.speech, augment)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss, parts, entropies = losses.batch_loss(self.model, self.routings[0], features, lengths, batch, weights)
         loss.backward()
-        return parts, entropies
-
-    def train_step(self, batch: Batch, augment: Augment | None, weights, lr: float) -> tuple[Tensor, Tensor, Tensor]:
-        """-> parts of the loss, entropies, gradient norm; nothing of it is waited for."""
-        parts, entropies = self.gradient(batch, augment, weights)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
         # A batch with a broken gradient is left out, on the device.
         self.optimizer.step(lr, torch.isfinite(norm))
