@@ -175,9 +175,7 @@ def test_trained_experts_equal_the_reference(keep):
     routing = moe.install(trained)
     features, lengths = torch.randn(3, 61, 80), torch.tensor([61, 40, 23], dtype=torch.int32)
     torch.testing.assert_close(trained(features, lengths)[0], reference(features, lengths)[0], rtol=1e-5, atol=1e-5)
-    probs = routing.probs()
-    assert len(probs) == 2 and len({int(i) for p in probs for i in p.argmax(-1).flatten()}) > 1
-    assert routing.probs() == []
+    assert len(routing.probs) == 2 and len({int(i) for p in routing.probs for i in p.argmax(-1).flatten()}) > 1
 
     x, embedding = torch.randn(2, 9, 64), torch.randn(2, 9, 32)
     gradients = []
@@ -215,14 +213,14 @@ def test_optimizer_learns_skips_broken_gradients_and_resumes(muon):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return loss.item()
 
-    optimizer, yes = Optimizer(model, 1e-3, 0.01, muon), torch.tensor(True)
+    optimizer, yes = Optimizer(model, 0.01, muon), torch.tensor(True)
     seen = []
     for _ in range(12):
         optimizer.zero_grad()
         seen.append(fill())
         optimizer.step(3e-3, yes)
     assert seen[-1] < 0.7 * seen[0]
-    saved, other = optimizer.state_dict(), Optimizer(model, 1e-3, 0.01, muon)
+    saved, other = optimizer.state_dict(), Optimizer(model, 0.01, muon)
     other.load_state_dict(saved)
     expert = moe.expert_parameters(model)[0]
     ours, theirs = optimizer.moments(expert), other.moments(expert)
@@ -243,7 +241,7 @@ def test_router_stays_float32_under_autocast():
     expected = torch.softmax(layer.router_logits(x, embedding), dim=-1)
     with torch.autocast("cpu", torch.bfloat16):
         layer(x, embedding)
-    assert torch.equal(routing.probs()[0], expected)
+    assert torch.equal(routing.probs[0], expected)
 
 
 def test_dense_start_goes_on_as_copies():
@@ -252,12 +250,12 @@ def test_dense_start_goes_on_as_copies():
     moe.start_routers(model)
     routing = moe.install(model)
     features, lengths = torch.randn(2, 41, 80), torch.tensor([41, 30], dtype=torch.int32)
-    routing.set(dense=True, blend=1.0)
+    routing.dense = True
     before = model(features, lengths)[0]
     moe.copy_first_expert(model)
-    routing.set(dense=False, blend=0.0)  # gates have not faded in yet: nothing may change
+    routing.dense, routing.blend = False, 0.0  # gates have not faded in yet: nothing may change
     torch.testing.assert_close(model(features, lengths)[0], before, rtol=1e-5, atol=1e-5)
-    routing.set(dense=False, blend=1.0)
+    routing.blend = 1.0
     assert (model(features, lengths)[0] - before).abs().max() > 1e-3
 
 

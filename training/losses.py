@@ -74,7 +74,7 @@ def batch_loss(
     model: Model, routing: moe.Routing, features: Tensor, lengths: Tensor, batch: Batch, weights: LossWeights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss, its parts in the order of NAMES (detached), entropy of each layer's expert load (layers,)."""
-    config = model.config
+    config, routing.probs = model.config, []
     embedding = []
     hook = model.encoder.embed.register_forward_hook(lambda module, inputs, output: embedding.append(output))
     chunk = 0
@@ -93,10 +93,12 @@ def batch_loss(
     log_probs, _ = model.decode(hidden, out_lengths, inputs)
     attention_loss = attention(log_probs.float(), outputs, valid, weights.label_smoothing)
     frames = ops.frame_mask(out_lengths, hidden.shape[1])
-    probs = torch.stack(routing.probs())  # (layers, B, S, E)
-    # A dense model has no routing to be judged, but its routers are there and computed.
-    judged = 0.0 if routing.dense else 1.0
-    sparsity_loss, importance_loss = judged * sparsity(probs, frames), judged * importance(probs, frames)  # (layers,)
+    if routing.probs:
+        probs = torch.stack(routing.probs)  # (layers, B, S, E)
+        sparsity_loss, importance_loss = sparsity(probs, frames), importance(probs, frames)  # (layers,)
+        entropies = moe.load_entropy(probs.detach(), frames)
+    else:  # dense: nothing was routed
+        sparsity_loss = importance_loss = entropies = torch.zeros(len(moe.moe_layers(model)), device=hidden.device)
     total = (
         weights.ctc * ctc_loss
         + weights.attention * attention_loss
@@ -105,6 +107,4 @@ def batch_loss(
         + weights.importance * importance_loss.sum()
     )
     parts = (total, ctc_loss, attention_loss, embedding_loss, sparsity_loss.mean(), importance_loss.mean())
-    with torch.no_grad():
-        entropies = moe.load_entropy(probs, frames)
     return total, torch.stack(parts).detach(), entropies

@@ -1,13 +1,15 @@
 """The experts as they are trained: every expert on every token and a mask, so that the host never waits.
 
-Eight small experts cost the device little, shapes stay fixed, and the gradient is exact: a token that is not an
-expert's contributes nothing to it. `install` gives a model's MoEFeedForward modules another class; parameters and
+A few small experts cost the device little, shapes stay fixed, and the gradient is exact: a token that is not an
+expert's contributes nothing to it. `install` replaces the forward of a model's MoEFeedForward modules; parameters and
 their names stay, and what is trained equals `ops.moe` (a test compares them).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,52 +19,13 @@ from m3asr.model import Model, MoEFeedForward
 from m3asr.ops import ACTIVATIONS
 
 
-class TrainedMoE(MoEFeedForward):
-    """MoEFeedForward while it is trained; `install` makes them."""
-
-    single: Tensor  # (), 1: every token through expert 0
-    blend: Tensor  # (), the output is scaled by 1 + blend * (gate - 1)
-    probs: Tensor | None  # (B, S, E) of the last forward that wanted gradients
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        experts = self.experts
-        w_1, b_1, w_2, b_2 = experts.w_1.weight, experts.w_1.bias, experts.w_2.weight, experts.w_2.bias
-        with torch.autocast(x.device.type, enabled=False):  # the router is float32, always
-            probs = torch.softmax(self.router_logits(x, embedding), dim=-1)  # (B, S, E)
-        if torch.is_grad_enabled():  # evaluation does not ask for them, and would pile them up
-            self.probs = probs
-        gate, expert_idx = probs.max(dim=-1)
-        hidden = ACTIVATIONS[experts.activation](F.linear(x, w_1.flatten(0, 1), b_1.flatten()))  # (B, S, E*F)
-        number = torch.arange(w_1.shape[0], device=x.device)
-        chosen = torch.lerp((number == expert_idx.unsqueeze(-1)).float(), (number == 0).float(), self.single)
-        chosen = chosen.to(hidden.dtype)  # (B, S, E)
-        hidden = (hidden.unflatten(-1, (w_1.shape[0], -1)) * chosen.unsqueeze(-1)).flatten(-2)
-        y = F.linear(hidden, w_2.transpose(0, 1).flatten(1)) + torch.matmul(chosen, b_2)  # (B, S, D)
-        if self.keep_expert_output:
-            return y
-        return y * (1.0 + self.blend * (gate - 1.0)).unsqueeze(-1).to(y.dtype)
-
-
+@dataclass
 class Routing:
-    """How the experts of a model are used now, and what its routers said."""
+    """How the experts of a model are used now, and what the routers said (the user empties `probs`)."""
 
-    def __init__(self, layers: list[TrainedMoE]):
-        self.layers, self.dense, self.blend = layers, False, 1.0
-
-    def set(self, dense: bool, blend: float) -> None:
-        """dense: every token through expert 0, unscaled, an ordinary Conformer. blend: how much of the gate counts."""
-        if (dense, blend) != (self.dense, self.blend):
-            for layer in self.layers:
-                layer.single.fill_(float(dense))
-                layer.blend.fill_(0.0 if dense else blend)
-            self.dense, self.blend = dense, blend
-
-    def probs(self) -> list[Tensor]:
-        """(B, S, E) of each layer, of the last forward with gradients; nothing is kept after the call."""
-        found = [layer.probs for layer in self.layers if layer.probs is not None]
-        for layer in self.layers:
-            layer.probs = None
-        return found
+    dense: bool = False  # every token through expert 0, unscaled: an ordinary Conformer
+    blend: float = 1.0  # the output is scaled by 1 + blend * (gate - 1)
+    probs: list[Tensor] = field(default_factory=list)  # one (B, S, E) a layer
 
 
 def moe_layers(model: Model) -> list[MoEFeedForward]:
@@ -70,14 +33,30 @@ def moe_layers(model: Model) -> list[MoEFeedForward]:
 
 
 def install(model: Model) -> Routing:
-    layers = moe_layers(model)
-    for module in layers:
-        module.__class__ = TrainedMoE
-        device = module.router_weights.device
-        module.register_buffer("single", torch.zeros((), device=device), persistent=False)
-        module.register_buffer("blend", torch.ones((), device=device), persistent=False)
-        module.probs = None
-    return Routing(layers)
+    routing = Routing()
+    for module in moe_layers(model):
+        module.forward = partial(_forward, module, routing)
+    return routing
+
+
+def _forward(module: MoEFeedForward, routing: Routing, x: Tensor, embedding: Tensor) -> Tensor:
+    experts = module.experts
+    activation = ACTIVATIONS[experts.activation]
+    w_1, b_1, w_2, b_2 = experts.w_1.weight, experts.w_1.bias, experts.w_2.weight, experts.w_2.bias
+    if routing.dense:
+        return F.linear(activation(F.linear(x, w_1[0], b_1[0])), w_2[0], b_2[0])
+    with torch.autocast(x.device.type, enabled=False):  # the router is float32, always
+        probs = torch.softmax(module.router_logits(x, embedding), dim=-1)  # (B, S, E)
+    if torch.is_grad_enabled():  # evaluation does not ask for them, and would pile them up
+        routing.probs.append(probs)
+    gate, expert_idx = probs.max(dim=-1)
+    hidden = activation(F.linear(x, w_1.flatten(0, 1), b_1.flatten()))  # (B, S, E*F)
+    chosen = F.one_hot(expert_idx, w_1.shape[0]).to(hidden.dtype)  # (B, S, E)
+    hidden = (hidden.unflatten(-1, (w_1.shape[0], -1)) * chosen.unsqueeze(-1)).flatten(-2)
+    y = F.linear(hidden, w_2.transpose(0, 1).flatten(1)) + torch.matmul(chosen, b_2)  # (B, S, D)
+    if module.keep_expert_output:
+        return y
+    return y * (1.0 + routing.blend * (gate - 1.0)).unsqueeze(-1).to(y.dtype)
 
 
 def start_routers(model: Model) -> None:

@@ -30,7 +30,7 @@ def orthogonalized(x: Tensor) -> Tensor:
 
 def is_matrix(name: str, parameter: Tensor, vocab_size: int) -> bool:
     """Weights that map one hidden space to another: not norms, biases, depthwise filters, routers, token tables."""
-    if parameter.ndim < 2 or vocab_size in parameter.shape or parameter.flatten(1).shape[0] == 1:
+    if parameter.ndim < 2 or vocab_size in parameter.shape:
         return False
     return not any(part in name for part in ("router", "bias", "depthwise")) and min(parameter.shape[:2]) > 1
 
@@ -38,7 +38,7 @@ def is_matrix(name: str, parameter: Tensor, vocab_size: int) -> bool:
 class Optimizer:
     """One step for all parameters of a model. `muon` False: AdamW for everything."""
 
-    def __init__(self, model: Model, lr: float, weight_decay: float, muon: bool):
+    def __init__(self, model: Model, weight_decay: float, muon: bool):
         named = list(model.named_parameters())
         self.weight_decay = weight_decay
         matrices = [p for n, p in named if muon and is_matrix(n, p, model.config.vocab_size)]
@@ -48,7 +48,6 @@ class Optimizer:
         plain = [p for n, p in rest if p.ndim < 2 or n.endswith("bias")]
         self.adamw = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=lr,
             betas=(0.9, 0.98),
             fused=True,
         )

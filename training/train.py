@@ -128,7 +128,7 @@ class Run:
             model.to(self.device).to(memory_format=torch.channels_last)
         self.average.requires_grad_(False)
         self.routings = [moe.install(self.model), moe.install(self.average)]
-        self.optimizer = Optimizer(self.model, args.lr, args.weight_decay, args.optimizer == "muon")
+        self.optimizer = Optimizer(self.model, args.weight_decay, args.optimizer == "muon")
         if saved is not None:
             self.model.load_state_dict(saved["model"])
             self.average.load_state_dict(saved["average"])
@@ -160,7 +160,8 @@ class Run:
             self.routed = True
         fade = args.blend_fraction if args.dense_fraction > 0 and not args.init else 0.0
         for routing in self.routings:
-            routing.set(not self.routed, min(1.0, (progress - args.dense_fraction) / fade) if fade > 0 else 1.0)
+            routing.dense = not self.routed
+            routing.blend = min(1.0, (progress - args.dense_fraction) / fade) if fade > 0 else 1.0
         return lr
 
     def batches(self, pin: bool) -> Iterator[tuple[Batch, Augment | None]]:
