@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import sys
@@ -9,6 +10,13 @@ from pathlib import Path
 
 # Before torch is imported: the tests' arrays are small, and other processes test beside this one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Before triton is imported, by whichever test comes first: without a GPU, kernels run in its interpreter.
+if importlib.util.find_spec("torch") is not None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
 from golden import GOLDEN  # noqa: E402

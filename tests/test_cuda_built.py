@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from interpreter_tiles import few_programs  # noqa: E402, F401

@@ -1,15 +1,12 @@
 """The CUDA engine against the PyTorch model: in Triton's interpreter without a GPU, for real with one (`-m gpu`)."""
 
 import dataclasses
-import os
 import weakref
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from interpreter_tiles import few_programs  # noqa: E402, F401

@@ -1,14 +1,11 @@
 """Waveforms to the best path on the cuda engine: the features of the CPU, the path of the log-probabilities."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from interpreter_tiles import few_programs  # noqa: E402, F401

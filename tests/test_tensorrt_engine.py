@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 
 import numpy as np
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 from golden import GOLDEN, GOLDEN_NAMES, relative_error  # noqa: E402
 from interpreter_tiles import few_programs  # noqa: E402, F401
 
