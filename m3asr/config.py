@@ -131,6 +131,11 @@ class ModelConfig:
     reverse_weight: float = 0.0  # of the right-to-left decoder in attention rescoring
     compat: bool = False  # True: lengths and padding exactly as the original code (specification 2.2, 2.6)
 
+    @property
+    def frame_seconds(self) -> float:
+        """From one frame of the encoder to the next."""
+        return self.fbank.frame_shift / 1000 * self.encoder.subsampling_rate
+
     def to_json(self) -> str:
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
 

@@ -124,11 +124,6 @@ def layers_of(config) -> list[str]:
     return [f"encoder.blocks.{i}.feed_forward" for i in range(config.encoder.num_blocks)]
 
 
-def frame_seconds(config) -> float:
-    """From one encoder frame to the next."""
-    return config.fbank.frame_shift / 1000 * config.encoder.subsampling_rate
-
-
 def route_recording(
     transcriber: Transcriber,
     audio: AudioSource,
@@ -143,7 +138,7 @@ def route_recording(
     """
     folder, options = transcriber.folder, options or DecodeOptions()
     need_experts(folder.config)
-    paths, stride = layers_of(folder.config), frame_seconds(folder.config)
+    paths, stride = layers_of(folder.config), folder.config.frame_seconds
     samples, stretches = 0, []
 
     def counted():

@@ -17,7 +17,7 @@ from m3asr.config import ModelConfig
 from m3asr.decode import Word
 from m3asr.errors import MissingExtra, ModelError
 from m3asr.files import whole_file
-from m3asr.routing import LayerLoad, RoutedRecording, Stretch, frame_seconds
+from m3asr.routing import LayerLoad, RoutedRecording, Stretch
 
 # Seconds in a line of the picture, and lines; a recording that is longer shows its beginning.
 LINE_SECONDS = 12.0
@@ -50,7 +50,7 @@ def plot(
         raise ModelError(f"there is nothing to plot: no speech is found in {recording.name}")
     known = {font.name for font in font_manager.fontManager.ttflist}
     fonts = ["DejaVu Sans", *(name for name in _CJK if name in known)]
-    experts, stride = config.encoder.moe.num_experts, frame_seconds(config)
+    experts, stride = config.encoder.moe.num_experts, config.frame_seconds
     colours = palette(experts)
     lines = _lines(recording)
     load_height = LOAD_ROW * len(layers)

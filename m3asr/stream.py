@@ -102,7 +102,7 @@ class Stream:
         self._scorers = transcriber.scorers(options.decode)
         self._fbank = OnlineFbank(config.fbank)
         self._encoding = _encoding(transcriber, options)
-        self._shift = config.fbank.frame_shift / 1000 * config.encoder.subsampling_rate  # seconds an encoder frame
+        self._shift = config.frame_seconds
         self._first = 0  # encoder frame of the stream that the segment starts with
         self._closed = self._finished = False
         self._begin_segment()

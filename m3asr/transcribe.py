@@ -297,8 +297,7 @@ class Transcriber:
 
     def segment(self, start: float, seconds: float, result: DecodeResult, options: DecodeOptions) -> Segment:
         """The text and times of a stretch of sound, from its result. start: of the recording; both in seconds."""
-        tokenizer, config = self.folder.tokenizer, self.folder.config
-        shift = config.fbank.frame_shift / 1000 * config.encoder.subsampling_rate  # seconds per encoder frame
+        tokenizer, shift = self.folder.tokenizer, self.folder.config.frame_seconds
         spans = [(start + a, start + b) for a, b in token_times(result.times or [], shift, seconds)]
         words = word_times(tokenizer.word_spans(result.tokens), spans, result.tokens_confidence) if spans else []
         nbest = []

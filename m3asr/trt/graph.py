@@ -5,7 +5,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import sizes
 from .errors import TraceError
-from .package import _CARRIED
 
 LARGE = 1 << 18  # elements
 
@@ -262,9 +261,3 @@ class Graph:
         if key not in self._sizes:
             self._sizes[key] = layers.concat(parts, 0)
         return self._sizes[key]
-
-
-def carried(dtype):
-    """The torch dtype that a torch dtype travels as: int64 itself, uint8 as int32, float64 as float32."""
-    name = _CARRIED[dtype]
-    return getattr(torch, {"fp8": "float8_e4m3fn"}.get(name, name))

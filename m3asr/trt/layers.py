@@ -3,7 +3,6 @@
 import torch
 
 from .errors import TraceError
-from .graph import Node
 from .sizes import is_fixed, same
 
 INT_TYPES = ("INT32", "INT64")
@@ -215,12 +214,6 @@ def gather_elements(x, index, axis):
     return _gather(x, index, "ELEMENT", axis, index.shape)
 
 
-def gather_nd(x, index):
-    """index (..., k) picks x[i1, ..., ik]."""
-    depth = int(index.shape[-1])
-    return _gather(x, index, "ND", 0, [*index.shape[:-1], *x.shape[depth:]])
-
-
 def scatter(x, index, update, axis=None):
     """Elements along `axis`, or with axis None slices addressed by index (..., k)."""
     graph = x.graph
@@ -275,11 +268,3 @@ def cumulative_sum(x, axis):
     index = graph.constant(torch.tensor(axis, dtype=torch.int32))
     layer = graph.layer("cumulative", x.tensor, index.tensor, graph.trt.CumulativeOperation.SUM, False, False)
     return graph.output(layer, x.shape)
-
-
-def as_node(graph, value, dtype=None):
-    if isinstance(value, Node):
-        return value if dtype is None else cast(value, dtype)
-    if isinstance(value, torch.Tensor):
-        return graph.constant(value, None if dtype is None else graph.type(dtype))
-    return graph.scalar(value, graph.type(dtype))

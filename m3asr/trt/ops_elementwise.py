@@ -92,13 +92,6 @@ def square(net, x):
     return node * node
 
 
-def _binary(operation):
-    def convert(net, a, b):
-        return L.binary(operation, *net.operands(a, b))
-
-    return convert
-
-
 for function, operation in {aten.mul: "PROD", aten.maximum: "MAX", aten.minimum: "MIN"}.items():
 
     @converter(function)
