@@ -74,7 +74,23 @@ def products(tokens: int) -> list[Tile]:
     if tokens <= 1024:
         tiles = grid((16, 32), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
         return [LIBRARY, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4))]
-    return [LIBRARY, *grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3, 4))]
+    return [LIBRARY, *grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3, 4)), *persistent()]
+
+
+def persistent() -> list[Tile]:
+    """Candidates whose programs stay."""
+    tiles = [
+        *(Tile(128, 256, warps=8, stages=s, persistent=1) for s in (2, 3)),
+        *(Tile(128, 128, warps=8, stages=s, persistent=1) for s in (3, 4)),
+        *(Tile(128, 128, warps=w, stages=2, persistent=2) for w in (4, 8)),
+        *(Tile(128, 64, warps=4, stages=s, persistent=2) for s in (3, 4)),
+        *(Tile(64, 128, warps=4, stages=s, persistent=2) for s in (3, 4)),
+        Tile(64, 256, warps=8, stages=3, persistent=1),
+        Tile(64, 256, warps=4, stages=2, persistent=2),
+        Tile(128, 128, warps=4, stages=3, persistent=1, specialised=True),
+        Tile(64, 256, warps=4, stages=3, persistent=1, specialised=True),
+    ]
+    return tiles
 
 
 def make_up(batch, frames, valid, hidden, kind, few):
@@ -174,7 +190,7 @@ def make_depthwise(batch, frames, valid, few):
         lambda i, tile: depthwise(
             x, weight, bias, out, frames=frames, left=7, activation="swish", tile=tile, norm=(w, b, 1e-5), pdl=True
         ),
-        lambda: out, reference, grid((1, 2, 4, 8, 16, 32), (1,), (2, 4, 8)),
+        lambda: out, reference, grid((1, 2, 4, 8, 16), (1,), (2, 4, 8)),
         tokens * WIDTH * 4, tokens * WIDTH * 2 * TAPS, poison=out,
     )  # fmt: skip
 
@@ -282,7 +298,10 @@ def make_experts(batch, frames, valid, hidden, down, few):
     candidates = (
         grid((16,), (16, 32, 64), (2, 4, 8), k=(width,))
         if few
-        else grid((64, 128), (128, 256), (4, 8), stages=(3, 4))
+        else [
+            *grid((64, 128), (128, 256), (4, 8), stages=(3, 4)),
+            *(tile for tile in persistent() if down or not tile.specialised),
+        ]
         if tokens > 1024
         else grid((16, 32, 64), (64, 128), (4,), k=(64, 128), stages=(3, 4))
     )
@@ -308,7 +327,7 @@ def make_convolution(batch, frames, valid, few, first):
             lambda: torch.stack(
                 [F.relu(F.conv2d(x[:2, None], weight[g].t().reshape(WIDTH, 1, 3, 3), bias[g], 2)) for g in range(2)]
             ).permute(0, 1, 3, 4, 2),
-            grid((16, 32, 64, 128), (64, 128, 256), (4, 8)), out.numel() * 2, out.numel() * 18,
+            grid((1, 2, 4), (256, 512), (2, 4, 8), k=(1,)), out.numel() * 2, out.numel() * 18,
             poison=out,
         )  # fmt: skip
     x = tensor(2, batch, t1, f1, WIDTH)

@@ -18,8 +18,8 @@ def few_programs(monkeypatch):
 
     def larger(*args):
         rule = chosen(*args)
-        rows = {name: Tile(8, 1) for name in ("norm", "depthwise")}
-        rows |= {"first_convolution": Tile(256, 64), "log_softmax": Tile(1, 64), "router": Tile(16, 1, k=64)}
+        rows = {"norm": Tile(8, 1), "depthwise": Tile(2, 32)}
+        rows |= {"first_convolution": Tile(32, 64, k=32), "log_softmax": Tile(1, 64), "router": Tile(16, 1, k=64)}
         wide = {
             name: dataclasses.replace(getattr(rule, name), n=64)
             for name in ("up", "qkv", "gated", "down", "out", "expert_up", "expert_down")

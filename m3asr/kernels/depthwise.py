@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -23,6 +25,7 @@ def _depthwise_kernel(
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
     LEFT: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BEFORE: tl.constexpr,
@@ -31,31 +34,47 @@ def _depthwise_kernel(
     PDL: tl.constexpr,
 ):
     release(PDL)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Runs of neighbouring rows of one utterance, walked through in time: each input is read, and made float32, once for
+    # all rows of a run, and each tap's weights once.
+    first = (tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)) * BLOCK_M  # of each run
     d = tl.arange(0, BLOCK_D)
-    d_in = d < WIDTH
-    wait(PDL)
-    position = rows % frames
-    # One row for all, in the shape of all: else the compiler moves every tap from its threads to those of x.
-    d_of_all = tl.broadcast_to(d[None, :], (BLOCK_M, BLOCK_D))
-    all_in = tl.broadcast_to(d_in[None, :], (BLOCK_M, BLOCK_D))
-    acc = tl.load(b_ptr + d_of_all, mask=all_in, other=0.0)
+    d_in = (d < WIDTH)[None, :]
+    run_in = first < tokens
+    weights = ()
     for tap in tl.static_range(TAPS):
-        source = position + tap - LEFT
-        inside = (source >= 0) & (source < frames) & (rows < tokens)
-        at = (rows + tap - LEFT).to(tl.int64)[:, None] * WIDTH + d[None, :]
-        x = tl.load(x_ptr + at, mask=inside[:, None] & d_in[None, :], other=0.0).to(tl.float32)
+        weights = weights + (tl.load(w_ptr + tap * WIDTH + d[None, :], mask=d_in, other=0.0),)
+    bias = tl.broadcast_to(tl.load(b_ptr + d[None, :], mask=d_in, other=0.0), (BLOCK_G, BLOCK_D))
+    sums = ()
+    for _ in tl.static_range(BLOCK_M):
+        sums = sums + (bias,)
+    if BEFORE:
+        before = tl.load(before_ptr + d[None, :], mask=d_in, other=0.0)
+    wait(PDL)
+    position = first % frames
+    at = x_ptr + (first - LEFT).to(tl.int64)[:, None] * WIDTH + d[None, :]
+    for step in tl.static_range(BLOCK_M + TAPS - 1):
+        source = position + step - LEFT
+        inside = run_in & (source >= 0) & (source < frames)
+        x = tl.load(at + step * WIDTH, mask=inside[:, None] & d_in, other=0.0).to(tl.float32)
         if BEFORE:
-            before = tl.load(before_ptr + d, mask=d_in, other=0.0)
-            x = tl.where((source < 0)[:, None], before[None, :], x)
-        acc += x * tl.load(w_ptr + tap * WIDTH + d_of_all, mask=all_in, other=0.0)
+            x = tl.where((source < 0)[:, None], before, x)
+        added = ()
+        for m in tl.static_range(BLOCK_M):
+            if step - m >= 0 and step - m < TAPS:
+                added = added + (sums[m] + x * weights[step - m],)
+            else:
+                added = added + (sums[m],)
+        sums = added
     if NORM:
-        norm_w = tl.load(norm_w_ptr + d_of_all, mask=all_in, other=0.0)
-        norm_b = tl.load(norm_b_ptr + d_of_all, mask=all_in, other=0.0)
-        acc = normalise(acc, d_in[None, :], WIDTH, eps) * norm_w + norm_b
-    y = activate(acc, ACTIVATION)
-    out_at = out_ptr + rows.to(tl.int64)[:, None] * WIDTH + d[None, :]
-    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & d_in[None, :])
+        norm_w = tl.load(norm_w_ptr + d[None, :], mask=d_in, other=0.0)
+        norm_b = tl.load(norm_b_ptr + d[None, :], mask=d_in, other=0.0)
+    out_at = out_ptr + first.to(tl.int64)[:, None] * WIDTH + d[None, :]
+    for m in tl.static_range(BLOCK_M):
+        y = sums[m]
+        if NORM:
+            y = normalise(y, d_in, WIDTH, eps) * norm_w + norm_b
+        y = activate(y, ACTIVATION).to(out_ptr.dtype.element_ty)
+        tl.store(out_at + m * WIDTH, y, mask=run_in[:, None] & d_in)
 
 
 def depthwise(x, weight, bias, out, *, frames, left, activation, tile: Tile, before=None, norm=None, pdl=False):
@@ -64,10 +83,12 @@ def depthwise(x, weight, bias, out, *, frames, left, activation, tile: Tile, bef
     x (N, D), N = B * frames, in the compute type; weight float32 (taps, D), bias float32 (D,); out (N, D).
     before float32 (D,): what stands before the first frame instead of zeros.
     norm = (weight, bias, eps): a layer norm over D; a batch norm is folded into weight and bias by the caller.
+    A program takes tile.n runs of tile.m rows, or of as many below that divide S.
     """
     tokens, width = x.shape
     norm_w, norm_b, eps = norm if norm else (bias, bias, 0.0)
-    _depthwise_kernel[(triton.cdiv(tokens, tile.m),)](
+    rows = math.gcd(tile.m, frames)
+    _depthwise_kernel[(triton.cdiv(tokens, rows * tile.n),)](
         x,
         weight,
         bias,
@@ -81,7 +102,8 @@ def depthwise(x, weight, bias, out, *, frames, left, activation, tile: Tile, bef
         WIDTH=width,
         TAPS=weight.shape[0],
         LEFT=left,
-        BLOCK_M=tile.m,
+        BLOCK_G=tile.n,
+        BLOCK_M=rows,
         BLOCK_D=at_least_16(width),
         BEFORE=before is not None,
         NORM=norm is not None,

@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, activate, dot, release, wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from m3asr.kernels.pieces import Tile, activate, copyable, dot, multiprocessors, release, wait
 
 
 @triton.jit
@@ -140,6 +142,67 @@ def _experts_many_kernel(
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
+@triton.jit
+def _experts_persistent_kernel(
+    a_ptr,
+    a,
+    w,
+    b_ptr,
+    slot_token_ptr,
+    tile_expert_ptr,
+    gate_ptr,
+    out_ptr,
+    tiles,
+    columns,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATHER: tl.constexpr,
+    GATE: tl.constexpr,
+    SPECIALISED: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    wait(PDL)
+    t = tl.arange(0, BLOCK_T)
+    used_tiles = tl.sum((tl.load(tile_expert_ptr + t, mask=t < tiles, other=-1) >= 0).to(tl.int32), axis=0)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    for tile in tl.range(
+        tl.program_id(0), used_tiles * tiles_n, tl.num_programs(0), flatten=not SPECIALISED,
+        warp_specialize=SPECIALISED,
+    ):  # fmt: skip
+        row, col = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
+        expert = tl.load(tile_expert_ptr + tile // tiles_n)
+        slots = row + tl.arange(0, BLOCK_M)
+        token = tl.load(slot_token_ptr + slots)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if GATHER:
+            a_at = a_ptr + tl.where(token >= 0, token, 0)[:, None] * WIDTH + tl.arange(0, BLOCK_K)[None, :]
+        for start in range(0, WIDTH, BLOCK_K):
+            if GATHER:
+                rows_of_a = tl.load(a_at + start)
+            else:
+                rows_of_a = a.load([row, start])
+            acc = dot(rows_of_a, tl.trans(w.load([expert * columns + col, start])), acc, DOT)
+        cols = col + tl.arange(0, BLOCK_N)
+        acc += tl.load(b_ptr + expert * columns + cols, mask=cols < columns, other=0.0)[None, :]
+        acc = activate(acc, ACTIVATION)
+        out_mask = (token >= 0)[:, None] & (cols < columns)[None, :]
+        if GATHER:
+            out_at = out_ptr + slots.to(tl.int64)[:, None] * columns + cols[None, :]
+        else:
+            out_at = out_ptr + token.to(tl.int64)[:, None] * columns + cols[None, :]
+            if GATE:
+                acc *= tl.load(gate_ptr + token, mask=token >= 0, other=0.0)[:, None]
+            acc = tl.load(out_at, mask=out_mask, other=0.0) + scale * acc
+        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
 def experts_many(
     a, weight, bias, slot_token, tile_expert, out, *, tile: Tile, activation="none", residual_scale=None, gate=None,
     weight_scale=None, dot="ieee", pdl=False,
@@ -153,6 +216,35 @@ def experts_many(
     """
     experts, columns, width = weight.shape
     assert slot_token.numel() == tile_expert.numel() * tile.m, "the tokens were sorted for another tile height"
+    flat = weight.view(experts * columns, width)
+    if tile.persistent and copyable(a) and copyable(flat):
+        most = triton.cdiv(columns, tile.n) * tile_expert.numel()
+        _experts_persistent_kernel[(min(most, tile.persistent * multiprocessors(a.device)),)](
+            a,
+            TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
+            TensorDescriptor.from_tensor(flat, [tile.n, tile.k]),
+            bias,
+            slot_token,
+            tile_expert,
+            gate if gate is not None else bias,
+            out,
+            tile_expert.numel(),
+            columns,
+            1.0 if residual_scale is None else residual_scale,
+            WIDTH=width,
+            BLOCK_T=triton.next_power_of_2(tile_expert.numel()),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_K=tile.k,
+            ACTIVATION=activation,
+            GATHER=residual_scale is None,
+            GATE=gate is not None,
+            SPECIALISED=tile.specialised,
+            DOT=dot,
+            PDL=pdl,
+            **tile.options(pdl),
+        )
+        return
     _experts_many_kernel[(triton.cdiv(columns, tile.n), tile_expert.numel())](
         a,
         weight,

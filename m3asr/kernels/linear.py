@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, dot, dot_parts, finished, release, wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from m3asr.kernels.pieces import Tile, copyable, dot, dot_parts, finished, multiprocessors, release, wait
 
 # In place of a tile: the product is the device library's (cuBLAS), and what follows it a kernel of its own.
 LIBRARY = Tile(0, 0)
@@ -79,9 +81,54 @@ def _linear_kernel(
                 w = tl.load(w_at + start, mask=col_in & inside, other=0.0)
             acc = dot(a, tl.trans(w), acc, DOT)
     finished(
-        acc + bias[None, :], rows, cols, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, scale, BLOCK_M,
-        BLOCK_N, ACTIVATION, GLU, TABLE, RESIDUAL, MASK,
+        acc + bias[None, :], rows, tl.program_id(0) * BLOCK_N, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr,
+        scale, BLOCK_M, BLOCK_N, ACTIVATION, GLU, TABLE, RESIDUAL, MASK,
     )  # fmt: skip
+
+
+@triton.jit
+def _persistent_kernel(
+    a,
+    w,
+    b_ptr,
+    table_ptr,
+    lengths_ptr,
+    out_ptr,
+    tokens,
+    frames,
+    columns,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr,
+    TABLE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    MASK: tl.constexpr,
+    SPECIALISED: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    wait(PDL)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    tiles = tl.cdiv(tokens, BLOCK_M) * tiles_n
+    # One loop over all steps of all tiles: the copies of a tile's first steps begin before the last one is finished.
+    for tile in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=not SPECIALISED, warp_specialize=SPECIALISED
+    ):
+        row, col = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, WIDTH, BLOCK_K):
+            acc = dot(a.load([row, start]), tl.trans(w.load([col, start])), acc, DOT)
+        cols = col + tl.arange(0, BLOCK_N)
+        acc += tl.load(b_ptr + cols, mask=cols < columns, other=0.0)[None, :]
+        finished(
+            acc, row + tl.arange(0, BLOCK_M), col, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, scale,
+            BLOCK_M, BLOCK_N, ACTIVATION, GLU, TABLE, RESIDUAL, MASK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -114,8 +161,8 @@ def _finish_kernel(
     at = product_ptr + (group * tokens + rows)[:, None] * columns + cols[None, :]
     acc = tl.load(at, mask=(rows < tokens)[:, None] & (cols < columns)[None, :], other=0.0).to(tl.float32)
     finished(
-        acc + bias[None, :], rows, cols, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr + group * out_group,
-        scale, BLOCK_M, BLOCK_N, ACTIVATION, GLU, TABLE, RESIDUAL, MASK,
+        acc + bias[None, :], rows, tl.program_id(0) * BLOCK_N, tokens, frames, columns, table_ptr, lengths_ptr,
+        out_ptr + group * out_group, scale, BLOCK_M, BLOCK_N, ACTIVATION, GLU, TABLE, RESIDUAL, MASK,
     )  # fmt: skip
 
 
@@ -139,7 +186,8 @@ def linear(
     a (N, K) and weight (C, K) in the compute type, bias float32 (C,), out (N, C) of any type; with a leading group
     dimension on all four, one independent product a group. activation, table, glu: as in `norm_linear`.
     mask = (lengths int32 (B,), S): the result counts as zero past the length.
-    tile = LIBRARY rounds the product to the compute type once more, and ignores `dot`.
+    tile = LIBRARY rounds the product to the compute type once more, and ignores `dot`. A persistent tile is one
+    only for operands that the copy engine takes (`pieces.copyable`).
     """
     groups = a.shape[0] if a.dim() == 3 else 1
     tokens, width = a.shape[-2:]
@@ -172,6 +220,30 @@ def linear(
             PDL=False,
             num_warps=4,
             **epilogue,
+        )
+        return
+    if tile.persistent and copyable(a) and copyable(weight):
+        tiles = triton.cdiv(columns, tile.n) * triton.cdiv(tokens, tile.m)
+        _persistent_kernel[(min(tiles, tile.persistent * multiprocessors(a.device)),)](
+            TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
+            TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
+            bias,
+            table[0] if table else bias,
+            lengths,
+            out,
+            tokens,
+            frames,
+            columns,
+            scale,
+            WIDTH=width,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_K=tile.k,
+            SPECIALISED=tile.specialised,
+            DOT=dot,
+            PDL=pdl,
+            **epilogue,
+            **tile.options(pdl),
         )
         return
     grid = (triton.cdiv(columns, tile.n), triton.cdiv(tokens, tile.m), groups)

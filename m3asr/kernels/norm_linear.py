@@ -66,8 +66,8 @@ def _norm_linear_kernel(
     y = normalise_parts(x, inside, WIDTH, eps).to(w.dtype)
     acc = dot_parts(y, w, PARTS, DOT) + bias[None, :]  # (BLOCK_M, BLOCK_N)
     finished(
-        acc, rows, cols, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, 1.0, BLOCK_M, BLOCK_N, ACTIVATION,
-        GLU, TABLE, False, False,
+        acc, rows, tl.program_id(0) * BLOCK_N, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, 1.0, BLOCK_M,
+        BLOCK_N, ACTIVATION, GLU, TABLE, False, False,
     )  # fmt: skip
 
 

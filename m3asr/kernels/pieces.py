@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
@@ -15,6 +17,9 @@ class Tile:
 
     parts: where a program holds the whole inner dimension, it may be cut into so many parts, summed apart by different
     warps: a shorter chain of dependent matrix instructions, and rows whose norm is summed by few threads each.
+    persistent: so many programs a multiprocessor take one tile of the output after another, and load the next one's
+    operands, by the card's copy engine, while they finish the last; 0: a program a tile. specialised: a warp of their
+    own does those copies.
     """
 
     m: int
@@ -23,6 +28,8 @@ class Tile:
     warps: int = 4
     stages: int = 3
     parts: int = 1
+    persistent: int = 0
+    specialised: bool = False
 
     def options(self, pdl: bool) -> dict:
         """Launch options of Triton."""
@@ -34,6 +41,17 @@ class Tile:
 def at_least_16(size: int) -> int:
     """The next power of two, and no smaller than a tensor-core operand may be."""
     return max(16, triton.next_power_of_2(size))
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; 3 stand for Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def copyable(tensor: torch.Tensor) -> bool:
+    """Whether the copy engine takes tiles of this matrix: numbers of 16 bits, rows of whole 16 bytes."""
+    return tensor.dim() == 2 and tensor.element_size() == 2 and tensor.stride(0) % 8 == 0 and tensor.stride(1) == 1
 
 
 @triton.jit
@@ -147,13 +165,13 @@ def mean_of(total, width):
 
 @triton.jit
 def finished(
-    acc, rows, cols, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, scale, BLOCK_M: tl.constexpr,
+    acc, rows, col, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, scale, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, TABLE: tl.constexpr, RESIDUAL: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
     """What follows a product with its bias, acc (BLOCK_M, BLOCK_N), up to the store into `out`: see `linear`.
 
-    cols are the product's columns, of which GLU joins neighbours; `columns` counts those of the product too.
+    col is the first of the product's columns, of which GLU joins neighbours; `columns` counts those of the product too.
     """
     row_in = (rows < tokens)[:, None]
     if GLU or MASK:
@@ -162,7 +180,9 @@ def finished(
         acc = gated(acc, BLOCK_M, BLOCK_N)
         acc = tl.where(valid[:, None], acc, 0.0)
         columns = columns // 2
-        cols = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        cols = col // 2 + tl.arange(0, BLOCK_N // 2)
+    else:
+        cols = col + tl.arange(0, BLOCK_N)
     out_mask = row_in & (cols < columns)[None, :]
     if TABLE:
         # One summand a position, for the columns of the keys: the second third.

@@ -20,7 +20,6 @@ def _first_kernel(
     out_lengths_ptr,
     frames_in,
     frames,
-    rows_all,
     batch,
     receptive_field,
     rate,
@@ -31,42 +30,49 @@ def _first_kernel(
     STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     CMVN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    # A program makes all bins of a frame, a few at a time: its weights stay in registers.
     group = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    steps = tl.cdiv(frames, BLOCK_T)
+    b, t_first = tl.program_id(0) // steps, tl.program_id(0) % steps * BLOCK_T
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_in = rows < rows_all
     col_in = cols < WIDTH
     if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
         # A frame comes out for each whole receptive field; nested floors are one floor.
-        for start in range(0, batch, BLOCK_M):
-            utterance = start + tl.arange(0, BLOCK_M)
+        for start in range(0, batch, BLOCK_L):
+            utterance = start + tl.arange(0, BLOCK_L)
             length = tl.load(lengths_ptr + utterance, mask=utterance < batch, other=0)
             length = tl.where(length >= receptive_field, (length - receptive_field) // rate + 1, 0)
             tl.store(out_lengths_ptr + utterance, length, mask=utterance < batch)
-    f = rows % BINS * STRIDE
-    t = rows // BINS % frames * STRIDE
-    b = rows // (BINS * frames)
-    length = tl.load(lengths_ptr + b, mask=row_in, other=0)
+    length = tl.load(lengths_ptr + b)
     WHOLE: tl.constexpr = BINS_IN * CHANNELS
-    w_ptr += group * (CHANNELS * KERNEL * KERNEL * WIDTH)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc += tl.load(b_ptr + group * WIDTH + cols, mask=col_in, other=0.0)[None, :]
-    for tap in tl.static_range(CHANNELS * KERNEL * KERNEL):
-        bin_ = f + tap // (KERNEL * KERNEL) * BINS_IN + tap % KERNEL
-        frame = t + tap // KERNEL % KERNEL
-        # Frames past the length count as zeros, whatever stands there.
-        at = (b.to(tl.int64) * frames_in + frame) * WHOLE + bin_
-        x = tl.load(x_ptr + at, mask=row_in & (frame < length), other=0.0)
-        if CMVN:
-            x = (x - tl.load(mean_ptr + bin_, mask=row_in, other=0.0)) * tl.load(
-                istd_ptr + bin_, mask=row_in, other=0.0
-            )
-        acc += x[:, None] * tl.load(w_ptr + tap * WIDTH + cols, mask=col_in, other=0.0)[None, :]
-    out_at = out_ptr + (group * rows_all + rows)[:, None] * WIDTH + cols[None, :]
-    tl.store(out_at, tl.maximum(acc, 0.0).to(out_ptr.dtype.element_ty), mask=row_in[:, None] & col_in[None, :])
+    TAPS: tl.constexpr = CHANNELS * KERNEL * KERNEL
+    weights = ()
+    for tap in tl.static_range(TAPS):
+        weights = weights + (tl.load(w_ptr + (group * TAPS + tap) * WIDTH + cols, mask=col_in, other=0.0),)
+    bias = tl.load(b_ptr + group * WIDTH + cols, mask=col_in, other=0.0)
+    row = tl.arange(0, BLOCK_T * BLOCK_F)
+    t = t_first + row // BLOCK_F
+    x_at = x_ptr + (b.to(tl.int64) * frames_in + t * STRIDE) * WHOLE
+    out_at = out_ptr + ((group * batch + b) * frames + t)[:, None] * (BINS * WIDTH) + cols[None, :]
+    for first in range(0, BINS, BLOCK_F):
+        f = first + row % BLOCK_F
+        inside = (f < BINS) & (t < frames)
+        acc = tl.broadcast_to(bias[None, :], (BLOCK_T * BLOCK_F, BLOCK_N))
+        for tap in tl.static_range(TAPS):
+            bin_ = f * STRIDE + tap // (KERNEL * KERNEL) * BINS_IN + tap % KERNEL
+            frame = tap // KERNEL % KERNEL
+            # Frames past the length count as zeros, whatever stands there.
+            x = tl.load(x_at + frame * WHOLE + bin_, mask=inside & (t * STRIDE + frame < length), other=0.0)
+            if CMVN:
+                x = (x - tl.load(mean_ptr + bin_, mask=inside)) * tl.load(istd_ptr + bin_, mask=inside)
+            acc += x[:, None] * weights[tap][None, :]
+        y = tl.maximum(acc, 0.0).to(out_ptr.dtype.element_ty)
+        tl.store(out_at + f[:, None] * WIDTH, y, mask=inside[:, None] & col_in[None, :])
 
 
 def first_convolution(
@@ -78,12 +84,12 @@ def first_convolution(
     (channel, time, bin); bias float32 (G, D); out (G, B, T', bins', D). cmvn = (mean, istd), float32 (channels *
     bins,): applied first, to the zeros too. out_lengths int32 (B,): frames after all convolutions of the stack, of the
     given receptive field and rate. It is the first kernel of a chain and waits for nothing.
+    A program takes tile.k frames, tile.m bins of them at a time, and tile.n columns.
     """
     groups, batch, frames, bins, width = out.shape
     channels = weight.shape[1] // kernel**2
-    rows = batch * frames * bins
     mean, istd = cmvn if cmvn else (bias, bias)
-    _first_kernel[(triton.cdiv(rows, tile.m), triton.cdiv(width, tile.n), groups)](
+    _first_kernel[(batch * triton.cdiv(frames, tile.k), triton.cdiv(width, tile.n), groups)](
         features,
         lengths,
         mean,
@@ -94,7 +100,6 @@ def first_convolution(
         out_lengths,
         features.shape[1],
         frames,
-        rows,
         batch,
         receptive_field,
         rate,
@@ -105,7 +110,9 @@ def first_convolution(
         STRIDE=stride,
         WIDTH=width,
         CMVN=cmvn is not None,
-        BLOCK_M=tile.m,
+        BLOCK_L=16,
+        BLOCK_T=tile.k,
+        BLOCK_F=tile.m,
         BLOCK_N=tile.n,
         **tile.options(False),
     )

@@ -20,7 +20,7 @@ def cases():
 
 @pytest.mark.parametrize("dtype, rows, taps, causal, normed", list(cases()))
 def test_depthwise(device, options, check, poisoned, tile, dtype, rows, taps, causal, normed):
-    batch, frames, width = 3, 11, 40
+    batch, frames, width = 3, 12, 40
     x = torch.randn(batch, frames, width, device=device).to(dtype)
     taps_weight, bias = torch.randn(taps, width, device=device), torch.randn(width, device=device)
     before = torch.randn(width, device=device) if causal else None
@@ -35,7 +35,7 @@ def test_depthwise(device, options, check, poisoned, tile, dtype, rows, taps, ca
         reference = F.layer_norm(reference, (width,), norm_w.double(), norm_b.double(), 1e-5)
     out = poisoned(batch * frames, width, dtype=dtype)
     depthwise(
-        x.flatten(0, 1), taps_weight, bias, out, frames=frames, left=left, activation="swish", tile=tile(rows),
+        x.flatten(0, 1), taps_weight, bias, out, frames=frames, left=left, activation="swish", tile=tile(rows, n=4),
         before=before, norm=(norm_w, norm_b, 1e-5) if normed else None, pdl=options(dtype)["pdl"],
     )  # fmt: skip
     check(out, F.silu(reference), dtype)

@@ -7,6 +7,7 @@ from m3asr import ops
 from m3asr.engines.cuda.packing import _float8
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
+from m3asr.kernels.pieces import Tile
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXPERTS, WIDTH, HIDDEN = 5, 32, 48
@@ -64,6 +65,34 @@ def test_experts(device, options, check, poisoned, tile, dtype, tokens, kind, re
         h = poisoned(tokens, HIDDEN, dtype=dtype)
         experts_few(y, w_1, b_1, expert_idx, h, tile=tile(k=32, stages=1), activation="swish", **both)
         experts_few(h, w_2, b_2, expert_idx, x, tile=tile(k=64, stages=1), **down, **both)
+    check(x, reference, dtype)
+    assert torch.equal(x[~valid].double(), reference[~valid])
+
+
+@pytest.mark.parametrize("kind", ["mixed", "one expert", "an empty expert", "padding", "only padding"])
+def test_experts_by_programs_that_stay(device, options, check, poisoned, tile, kind):
+    """As above, more tiles than programs, and fewer; what no slot holds is not read: h starts as NaN."""
+    tokens, rows, dtype = 70, 64 if device.type == "cuda" else 16, torch.float16
+    w_1 = (torch.randn(EXPERTS, HIDDEN, WIDTH, device=device) / 6).to(dtype)
+    w_2 = (torch.randn(EXPERTS, WIDTH, HIDDEN, device=device) / 7).to(dtype)
+    b_1, b_2 = torch.randn(EXPERTS, HIDDEN, device=device), torch.randn(EXPERTS, WIDTH, device=device)
+    y, gate = torch.randn(tokens, WIDTH, device=device).to(dtype), torch.rand(tokens, device=device)
+    x = torch.randn(tokens, WIDTH, device=device)
+    expert_idx = routing(kind, tokens, device)
+    valid = expert_idx >= 0
+    reference = x.double()
+    if valid.any():
+        arguments = (t.double() for t in (w_1, b_1, w_2, b_2))
+        result = ops.moe(y[valid].double(), expert_idx[valid].long(), *arguments, "swish")
+        reference[valid] += 0.5 * gate[valid].unsqueeze(-1) * result
+    both, staying = options(dtype), Tile(rows, 16, 32, stages=2, persistent=1)
+    slot_token, tile_expert = slots(tokens, EXPERTS, rows, device)
+    sort_tokens(expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=tile(n=32), pdl=both["pdl"])
+    h = poisoned(slot_token.numel(), HIDDEN, dtype=dtype)
+    experts_many(y, w_1, b_1, slot_token, tile_expert, h, tile=staying, activation="swish", **both)
+    experts_many(
+        h, w_2, b_2, slot_token, tile_expert, x, tile=staying, residual_scale=0.5, gate=gate, **both
+    )  # fmt: skip
     check(x, reference, dtype)
     assert torch.equal(x[~valid].double(), reference[~valid])
 

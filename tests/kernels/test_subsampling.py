@@ -27,7 +27,7 @@ def test_first_convolution(device, check, poisoned, tile, dtype, channels, norma
     out, out_lengths = poisoned(*reference.shape, dtype=dtype), poisoned(batch, dtype=torch.int32)
     first_convolution(
         x, lengths, weight.flatten(2).transpose(1, 2).contiguous(), bias, out, out_lengths, kernel=3, stride=2,
-        receptive_field=7, rate=4, tile=tile(), cmvn=(mean, istd) if normalised else None,
+        receptive_field=7, rate=4, tile=tile(m=4, k=4), cmvn=(mean, istd) if normalised else None,
     )  # fmt: skip
     check(out, reference, dtype)
     assert torch.equal(out_lengths, ops.subsampled_lengths(lengths, SUBSAMPLINGS["conv2d"]).int())

@@ -60,7 +60,6 @@ MEASURED: dict[tuple[str, str], dict[int, Tile]] = {
     ("few", "router"): {64: Tile(1, 1, warps=4, stages=1)},
     ("few", "expert_up"): {64: Tile(16, 32, k=512, warps=2, stages=1)},
     ("few", "expert_down"): {64: Tile(16, 64, k=1024, warps=8, stages=1)},
-    ("few", "first_convolution"): {64: Tile(128, 64, warps=4, stages=1)},
     ("few", "next_convolution"): {64: Tile(64, 128, k=128, warps=4, stages=3)},
     ("few", "subsampling_out"): {64: Tile(16, 64, k=512, warps=4, stages=3)},
     ("few", "head"): {64: Tile(16, 64, k=256, warps=4, stages=3)},
@@ -80,10 +79,6 @@ MEASURED: dict[tuple[str, str], dict[int, Tile]] = {
     # One sort serves both products, so their tiles have one height.
     ("many", "expert_up"): {4096: Tile(64, 128, warps=8), 16384: Tile(64, 128, warps=8)},
     ("many", "expert_down"): {4096: Tile(64, 128, warps=8, stages=4), 16384: Tile(64, 128, warps=8, stages=4)},
-    ("many", "first_convolution"): {
-        4096: Tile(128, 64, warps=4, stages=1),
-        16384: Tile(128, 64, warps=4, stages=1),
-    },
     ("many", "next_convolution"): {4096: Tile(128, 256, warps=8), 16384: Tile(128, 256, warps=8)},
     ("many", "subsampling_out"): {4096: Tile(128, 256, warps=8, stages=4), 16384: Tile(128, 256, warps=8)},
     ("many", "head"): {4096: Tile(128, 64, warps=8), 16384: Tile(128, 256, warps=8)},
@@ -137,7 +132,7 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
     columns = 64 if tokens > 128 and not wide else columns
     norm_linear = Tile(rows, columns, warps=8, parts=parts_of(whole, 8, wide))
     return Tiles(
-        first_convolution=Tile(32, 64, warps=4),
+        first_convolution=Tile(1, 512, k=1, warps=4),
         next_convolution=Tile(64, 64, k=32 if wide else 128, warps=4, stages=3 if wide else 4),
         subsampling_out=Tile(16 if tokens <= 80 else 64, 32, k=32 if wide else 128, warps=4, stages=4),
         up=norm_linear,
@@ -193,7 +188,7 @@ def many(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
     height = 64 if wide or tokens > 1024 else 32 if tokens > 512 else 16
     height = 128 if tokens > 4096 and not wide else height
     return Tiles(
-        first_convolution=Tile(64, 64, warps=4),
+        first_convolution=Tile(1, 512, k=1, warps=4),
         next_convolution=product(4 * tokens, 2 * width, wide),
         subsampling_out=product(tokens, 2 * width, wide),
         up=product(tokens, hidden, wide),
