@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from m3asr.kernels.pieces import Tile, copyable, dot, dot_parts, finished, multiprocessors, release, wait

@@ -44,6 +44,7 @@ class WaveformRecogniser:
         if cmvn is not None:
             self._cmvn = tuple(torch.from_numpy(np.ascontiguousarray(part)).to(self._device) for part in cmvn)
         self._mark = object()  # tells this recogniser's graphs from another's
+        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     @torch.inference_mode()
     def features(self, waveforms: torch.Tensor, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,14 +65,15 @@ class WaveformRecogniser:
         """
         waiting: deque[_Ticket] = deque()
         for waveforms in batches:
-            waiting.append(self._enqueue(waveforms))
+            waiting.append(self._enqueue(waveforms, busy=bool(waiting)))
             if len(waiting) > 1:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
     @torch.inference_mode()
-    def _enqueue(self, waveforms: Sequence[np.ndarray]) -> _Ticket:
+    def _enqueue(self, waveforms: Sequence[np.ndarray], busy: bool) -> _Ticket:
+        """busy: another batch is under way, beside which the waveforms can be copied to the device."""
         engine, size, shift = self.engine, frame_size(self.config), frame_shift(self.config)
         longest = frame_count(max(map(len, waveforms), default=0), self.config)
         batch, frames, bucket = engine.bucket(len(waveforms), longest)
@@ -89,7 +91,15 @@ class WaveformRecogniser:
             # Less than a frame's shift may be too long for the bucket: no frame reads it.
             counts[row] = count = min(len(waveform), samples)
             sound[row * samples : row * samples + count] = waveform[:count]
-        graph.given.copy_(given, non_blocking=True)
+        if busy and self._copies is not None:
+            now = torch.cuda.current_stream(self._device)
+            with torch.cuda.stream(self._copies):
+                staged = given.to(self._device, non_blocking=True)
+            now.wait_stream(self._copies)
+            staged.record_stream(now)
+            graph.given.copy_(staged)
+        else:
+            graph.given.copy_(given, non_blocking=True)
         graph.replay()
         found = torch.empty(graph.found.shape, dtype=torch.int32, pin_memory=on_gpu)
         found.copy_(graph.found, non_blocking=True)
