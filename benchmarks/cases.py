@@ -74,23 +74,22 @@ def products(tokens: int) -> list[Tile]:
     if tokens <= 1024:
         tiles = grid((16, 32), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
         return [LIBRARY, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4))]
-    return [LIBRARY, *grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3, 4)), *persistent()]
+    return [LIBRARY, *grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3,)), *persistent()]
 
 
 def persistent() -> list[Tile]:
     """Candidates whose programs stay."""
-    tiles = [
-        *(Tile(128, 256, warps=8, stages=s, persistent=1) for s in (2, 3)),
-        *(Tile(128, 128, warps=8, stages=s, persistent=1) for s in (3, 4)),
-        *(Tile(128, 128, warps=w, stages=2, persistent=2) for w in (4, 8)),
-        *(Tile(128, 64, warps=4, stages=s, persistent=2) for s in (3, 4)),
-        *(Tile(64, 128, warps=4, stages=s, persistent=2) for s in (3, 4)),
-        Tile(64, 256, warps=8, stages=3, persistent=1),
-        Tile(64, 256, warps=4, stages=2, persistent=2),
-        Tile(128, 128, warps=4, stages=3, persistent=1, specialised=True),
-        Tile(64, 256, warps=4, stages=3, persistent=1, specialised=True),
+    return [
+        *(Tile(128, 256, warps=8, stages=s, copied=1) for s in (2, 3)),
+        *(Tile(128, 128, warps=8, stages=s, copied=1) for s in (3, 4)),
+        *(Tile(128, 128, warps=w, stages=2, copied=2) for w in (4, 8)),
+        *(Tile(128, 64, warps=4, stages=s, copied=2) for s in (3, 4)),
+        *(Tile(64, 128, warps=4, stages=s, copied=2) for s in (3, 4)),
+        Tile(64, 256, warps=8, stages=3, copied=1),
+        Tile(64, 256, warps=4, stages=2, copied=2),
+        Tile(128, 128, warps=4, stages=3, copied=1, specialised=True),
+        Tile(64, 256, warps=4, stages=3, copied=1, specialised=True),
     ]
-    return tiles
 
 
 def make_up(batch, frames, valid, hidden, kind, few):
@@ -236,6 +235,11 @@ def make_router(batch, frames, valid, few):
     )
 
 
+def copied_experts(width: int) -> list[Tile]:
+    sizes = [(16, 64, 4), (16, 64, 8), (16, 32, 4), (16, 32, 2), (16, 16, 2), (16, 128, 8), (32, 64, 4), (32, 32, 4)]
+    return [Tile(m, n, width, warps, 1, copied=1) for m, n, warps in sizes]
+
+
 def make_experts(batch, frames, valid, hidden, down, few):
     tokens = batch * frames
     columns, width = (WIDTH, hidden) if down else (hidden, WIDTH)
@@ -296,7 +300,7 @@ def make_experts(batch, frames, valid, hidden, down, few):
 
     hit = int(idx[here].unique().numel())
     candidates = (
-        grid((16,), (16, 32, 64), (2, 4, 8), k=(width,))
+        [*grid((16,), (16, 32, 64), (2, 4, 8), k=(width,)), *copied_experts(width)]
         if few
         else [
             *grid((64, 128), (128, 256), (4, 8), stages=(3, 4)),

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import os
 import time
 from itertools import product
 from pathlib import Path
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--regimes", nargs="+", choices=("few", "many"), help="default: the usual one of each shape")
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
+    parser.add_argument("--jobs", type=int, default=max(4, os.cpu_count() - 4), help="processes that compile")
     parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is started")
     parser.add_argument("--show", type=int, default=4, help="how many tiles of each case are printed")
     args = parser.parse_args()
@@ -109,7 +110,7 @@ def main() -> None:
         if regime == usual or args.regimes:
             todo.append((case, shape, regime))
     if args.jobs:
-        jobs = [(*job, args.hidden, part, 3) for job in todo for part in range(3)]
+        jobs = [(*job, args.hidden, part, 4) for job in todo for part in range(4)]
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
             done = pool.map_async(compile_ahead, jobs, chunksize=1)
             done.wait(timeout=args.budget * 0.6)

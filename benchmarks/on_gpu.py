@@ -50,7 +50,7 @@ STAGES = {
         150,
     ),
     "kernels-between": Stage(
-        "{python} -m benchmarks.kernels --shapes 1x1024 --regimes few many --budget 160 --out {out}/between", 190
+        "{python} -m benchmarks.kernels --shapes 1x1024 1x2048 --regimes few many --budget 200 --out {out}/between", 230
     ),
     "between": Stage(
         "{python} -m benchmarks.encoder --inputs 1x1024 1x2048 --precisions bf16 --budget 120 --no-baselines {tiles} "

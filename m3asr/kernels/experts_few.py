@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from m3asr.kernels.pieces import Tile, activate, dot, release, wait
+from m3asr.kernels.pieces import Tile, activate, copyable, dot, release, wait
 
 
 @triton.jit
@@ -75,6 +76,62 @@ def _experts_few_kernel(
             tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
+@triton.jit
+def _experts_copied_kernel(
+    a_ptr,
+    w,
+    b_ptr,
+    expert_ptr,
+    gate_ptr,
+    out_ptr,
+    tokens,
+    columns,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # The product is transposed: weights, which fill the matrix unit's taller operand, stay in shared memory, where the
+    # copy engine put them, and cost no registers.
+    release(PDL)
+    expert = tl.program_id(1)
+    col = tl.program_id(0) * BLOCK_N
+    cols = col + tl.arange(0, BLOCK_N)
+    col_in = cols < columns
+    k = tl.arange(0, BLOCK_K)
+    k_in = (k < WIDTH)[None, :]
+    weights = w.load([expert * columns + col, 0])  # (BLOCK_N, BLOCK_K)
+    wait(PDL)
+    t = tl.arange(0, BLOCK_T)
+    mine = tl.load(expert_ptr + t, mask=t < tokens, other=-1) == expert
+    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
+    count = tl.sum(mine.to(tl.int32), axis=0)
+    if count > 0:
+        bias = tl.load(b_ptr + expert * columns + cols, mask=col_in, other=0.0)
+        for first in range(0, count, BLOCK_M):
+            slot = first + tl.arange(0, BLOCK_M)
+            here = mine[None, :] & (rank[None, :] == slot[:, None])
+            token = tl.sum(tl.where(here, t[None, :], 0), axis=1)
+            used = slot < count
+            a = tl.load(a_ptr + token[:, None] * WIDTH + k[None, :], mask=used[:, None] & k_in, other=0.0)
+            acc = dot(weights, tl.trans(a), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), DOT)
+            acc = activate(acc + bias[:, None], ACTIVATION)
+            out_at = out_ptr + token[None, :] * columns + cols[:, None]
+            out_mask = used[None, :] & col_in[:, None]
+            if GATE:
+                acc *= tl.load(gate_ptr + token, mask=used, other=0.0)[None, :]
+            if RESIDUAL:
+                acc = tl.load(out_at, mask=out_mask, other=0.0) + scale * acc
+            tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
 def experts_few(
     a, weight, bias, expert_idx, out, *, tile: Tile, activation="none", residual_scale=None, gate=None,
     weight_scale=None, dot="ieee", pdl=False,
@@ -88,7 +145,33 @@ def experts_few(
     tokens, width = a.shape
     experts, columns, _ = weight.shape
     assert tile.k >= width, f"a tile of k {tile.k} does not hold the width {width}"
-    _experts_few_kernel[(triton.cdiv(columns, tile.n), experts)](
+    grid = (triton.cdiv(columns, tile.n), experts)
+    flat = weight.view(experts * columns, width)
+    if tile.copied and copyable(flat):
+        _experts_copied_kernel[grid](
+            a,
+            TensorDescriptor.from_tensor(flat, [tile.n, tile.k]),
+            bias,
+            expert_idx,
+            gate if gate is not None else bias,
+            out,
+            tokens,
+            columns,
+            1.0 if residual_scale is None else residual_scale,
+            WIDTH=width,
+            BLOCK_T=max(16, triton.next_power_of_2(tokens)),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_K=tile.k,
+            ACTIVATION=activation,
+            RESIDUAL=residual_scale is not None,
+            GATE=gate is not None,
+            DOT=dot,
+            PDL=pdl,
+            **tile.options(pdl),
+        )
+        return
+    _experts_few_kernel[grid](
         a,
         weight,
         weight_scale if weight_scale is not None else bias,

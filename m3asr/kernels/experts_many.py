@@ -216,9 +216,9 @@ def experts_many(
     experts, columns, width = weight.shape
     assert slot_token.numel() == tile_expert.numel() * tile.m, "the tokens were sorted for another tile height"
     flat = weight.view(experts * columns, width)
-    if tile.persistent and copyable(a) and copyable(flat):
+    if tile.copied and copyable(a) and copyable(flat):
         most = triton.cdiv(columns, tile.n) * tile_expert.numel()
-        _experts_persistent_kernel[(min(most, tile.persistent * multiprocessors(a.device)),)](
+        _experts_persistent_kernel[(min(most, tile.copied * multiprocessors(a.device)),)](
             a,
             TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
             TensorDescriptor.from_tensor(flat, [tile.n, tile.k]),

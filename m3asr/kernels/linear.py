@@ -221,9 +221,9 @@ def linear(
             **epilogue,
         )
         return
-    if tile.persistent and copyable(a) and copyable(weight):
+    if tile.copied and copyable(a) and copyable(weight):
         tiles = triton.cdiv(columns, tile.n) * triton.cdiv(tokens, tile.m)
-        _persistent_kernel[(min(tiles, tile.persistent * multiprocessors(a.device)),)](
+        _persistent_kernel[(min(tiles, tile.copied * multiprocessors(a.device)),)](
             TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
             TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
             bias,

@@ -17,9 +17,9 @@ class Tile:
 
     parts: where a program holds the whole inner dimension, it may be cut into so many parts, summed apart by different
     warps: a shorter chain of dependent matrix instructions, and rows whose norm is summed by few threads each.
-    persistent: so many programs a multiprocessor take one tile of the output after another, and load the next one's
-    operands, by the card's copy engine, while they finish the last; 0: a program a tile. specialised: a warp of their
-    own does those copies.
+    copied: operands come by the card's copy engine. A product then runs so many programs a multiprocessor, which make
+    one tile after another and fetch the next one's operands while they finish the last.
+    specialised: a warp of their own does the fetching.
     """
 
     m: int
@@ -28,7 +28,7 @@ class Tile:
     warps: int = 4
     stages: int = 3
     parts: int = 1
-    persistent: int = 0
+    copied: int = 0
     specialised: bool = False
 
     def options(self, pdl: bool) -> dict:

@@ -85,16 +85,35 @@ def test_experts_by_programs_that_stay(device, options, check, poisoned, tile, k
         arguments = (t.double() for t in (w_1, b_1, w_2, b_2))
         result = ops.moe(y[valid].double(), expert_idx[valid].long(), *arguments, "swish")
         reference[valid] += 0.5 * gate[valid].unsqueeze(-1) * result
-    both, staying = options(dtype), Tile(rows, 16, 32, stages=2, persistent=1)
+    both, staying = options(dtype), Tile(rows, 16, 32, stages=2, copied=1)
     slot_token, tile_expert = slots(tokens, EXPERTS, rows, device)
     sort_tokens(expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=tile(n=32), pdl=both["pdl"])
     h = poisoned(slot_token.numel(), HIDDEN, dtype=dtype)
     experts_many(y, w_1, b_1, slot_token, tile_expert, h, tile=staying, activation="swish", **both)
-    experts_many(
-        h, w_2, b_2, slot_token, tile_expert, x, tile=staying, residual_scale=0.5, gate=gate, **both
-    )  # fmt: skip
+    experts_many(h, w_2, b_2, slot_token, tile_expert, x, tile=staying, residual_scale=0.5, gate=gate, **both)
     check(x, reference, dtype)
     assert torch.equal(x[~valid].double(), reference[~valid])
+
+
+@pytest.mark.parametrize("columns", [16, 64])
+@pytest.mark.parametrize("kind", ["mixed", "one expert", "padding", "only padding"])
+def test_few_experts_whose_weights_are_copied(device, options, check, poisoned, kind, columns):
+    tokens, dtype, both = 21, torch.float16, options(torch.float16)
+    weight, bias = (torch.randn(EXPERTS, HIDDEN, WIDTH, device=device) / 6).to(dtype), torch.randn(EXPERTS, HIDDEN)
+    bias, y = bias.to(device), torch.randn(tokens, WIDTH, device=device).to(dtype)
+    out, gate = torch.randn(tokens, HIDDEN, device=device), torch.rand(tokens, device=device)
+    expert_idx = routing(kind, tokens, device)
+    valid, reference = expert_idx >= 0, out.double()
+    chosen = expert_idx[valid].long()
+    product = (weight[chosen].double() @ y[valid].double().unsqueeze(-1)).squeeze(-1) + bias[chosen]
+    reference[valid] += 0.5 * gate[valid].double().unsqueeze(-1) * product
+    copied = Tile(16, columns, 32, stages=1, copied=1)
+    h = poisoned(tokens, HIDDEN, dtype=dtype)
+    experts_few(y, weight, bias, expert_idx, h, tile=copied, activation="swish", **both)
+    check(h[valid], torch.nn.functional.silu(product), dtype)
+    experts_few(y, weight, bias, expert_idx, out, tile=copied, residual_scale=0.5, gate=gate, **both)
+    check(out, reference, dtype)
+    assert torch.equal(out[~valid].double(), reference[~valid])
 
 
 def test_sorting_many_tokens(device, options, tile):

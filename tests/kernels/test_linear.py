@@ -95,6 +95,6 @@ def test_linear(device, options, check, poisoned, tile, dtype, k, parts, kind):
         # Programs that stay, more tiles than programs; float32, which they do not cover, goes the usual way.
         for specialised in (False, True):
             out = poisoned(*reference.shape, dtype=dtype)
-            staying = Tile(64 if device.type == "cuda" else 16, 16, 32, stages=2, persistent=1, specialised=specialised)
+            staying = Tile(64 if device.type == "cuda" else 16, 16, 32, stages=2, copied=1, specialised=specialised)
             linear(a, weight, bias, out, tile=staying, **arguments, **options(dtype))
             check(out, reference, dtype)
