@@ -35,6 +35,7 @@ class Utterance:
     text: str
     offset: int  # first sample in the flat array
     size: int  # samples
+    repeat: int = 1  # how often it comes in an epoch of training
 
 
 def read_manifest(folders: list[Path]) -> list[dict]:
@@ -84,7 +85,7 @@ def decode(lines: list[dict], processes: int) -> tuple[np.ndarray, list[Utteranc
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         done = pool.map(_decode_shard, [(path, slots) for (path, _), slots in tasks.items()], chunksize=1)
     sizes = dict(pair for shard in done for pair in shard)
-    utterances = [Utterance(x["id"], x["text"], offsets[i], sizes[i]) for i, x in enumerate(lines)]
+    utterances = [Utterance(x["id"], x["text"], offsets[i], sizes[i], x.get("repeat", 1)) for i, x in enumerate(lines)]
     return np.frombuffer(_decode_shard.memory, dtype=np.int16), utterances
 
 
@@ -232,6 +233,7 @@ class Planner:
     ):
         self.speech, self.utterances, self.joined = speech, utterances, joined
         self.speed_indices = range(len(speech.speeds)) if perturbed else [speech.speeds.index(1.0)]
+        self.order = [i for i, u in enumerate(utterances) for _ in range(u.repeat)]
         self.tokens = {u.id: units.encode(u.text) for u in utterances}
         self.batch_samples = int(batch_seconds * RATE)
         self.random = np.random.default_rng(seed)
@@ -240,7 +242,7 @@ class Planner:
         """Endless (pieces, length, tokens, text), epoch after epoch."""
         random, pending = self.random, []
         while True:
-            for i in random.permutation(len(self.utterances)).tolist():
+            for i in random.permutation(self.order).tolist():
                 pending.append(self.utterances[i])
                 if random.random() < self.joined and len(pending) < 8:
                     continue

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-# (up to, in steps of): subsampled frames of a bucket. Steps grow with the size, so padding stays near an eighth.
-_STEPS = ((128, 16), (256, 32), (512, 64), (1024, 128), (2048, 256))
-_LAST_STEP = 512
+# (up to, in steps of): subsampled frames of a bucket. Steps grow with the size, so padding stays near a sixteenth.
+_STEPS = ((256, 16), (512, 32), (1024, 64), (2048, 128))
+_LAST_STEP = 256
 
 
 def bucket_frames(frames: int) -> int:
