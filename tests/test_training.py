@@ -101,7 +101,7 @@ def test_planner_joins_without_losing_text():
         def encode(self, text):
             return [int(x) + 2 for x in text.split()]
 
-    utterances = [Utterance(str(i), str(i), 1000 * i, 900) for i in range(50)]
+    utterances = [Utterance(str(i), str(i), 1000 * i, 900, 3 if i == 7 else 1) for i in range(50)]
     speech = Speech(np.zeros(60_000, np.int16), [1.0], CPU)
     planner = Planner(speech, utterances, Words(), batch_seconds=12.0, seed=3, joined=0.5)
     seen, stream = [], planner.batches(False)
@@ -117,6 +117,8 @@ def test_planner_joins_without_losing_text():
             assert (ends <= batch.lengths[b]).all() and (ends[:-1] <= batch.starts[b][present][1:]).all()
             seen += tokens
     assert len(set(seen)) == 50
+    # What comes three times an epoch, in what is left of whole epochs after sorting by length.
+    assert seen.count(7 + 2) > 2 * len(seen) / 52
 
 
 @pytest.mark.parametrize("seconds", [1.5, 3.17])
