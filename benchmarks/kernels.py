@@ -84,7 +84,16 @@ def join_tiles(files: list[Path]) -> str:
     for file in files:
         for operation, rows in json.loads(file.read_text()).items():
             joined.setdefault(operation, {}).update(rows)
-    return json.dumps(joined, indent=1)
+    return as_text(joined)
+
+
+def as_text(tiles_by_operation: dict) -> str:
+    """The same as JSON, a tile a line."""
+    operations = [
+        f' "{operation}": {{\n' + ",\n".join(f'  "{n}": {json.dumps(tile)}' for n, tile in rows.items()) + "\n }"
+        for operation, rows in tiles_by_operation.items()
+    ]
+    return "{\n" + ",\n".join(operations) + "\n}\n"
 
 
 def main() -> None:
@@ -154,7 +163,7 @@ def main() -> None:
             del case
             torch.cuda.empty_cache()
             (args.out / "kernels.json").write_text(json.dumps(results))
-            (args.out / "tiles.json").write_text(json.dumps(best_tiles(results["cases"]), indent=1))
+            (args.out / "tiles.json").write_text(as_text(best_tiles(results["cases"])))
     best = {key: {k: v for k, v in value["tiles"][0].items()} for key, value in results["cases"].items()}
     print(json.dumps({key: round(value["us"], 2) for key, value in best.items()}))
 

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from m3asr.kernels.linear import LIBRARY
 from m3asr.kernels.pieces import Tile, at_least_16
 
 # The largest number of tokens that is treated as few.
@@ -47,47 +46,24 @@ class Tiles:
     log_softmax: Tile
 
 
-# Best of those that `benchmarks.kernels` tried on an H200 (torch 2.11, triton 3.6), in bfloat16 at the seed's shapes:
-# (regime, operation) -> {tokens: tile}. Where another was within 2 % and serves more, that one.
-MEASURED: dict[tuple[str, str], dict[int, Tile]] = {
-    ("few", "up"): {64: Tile(16, 64, warps=8, stages=1)},
-    ("few", "qkv"): {64: Tile(16, 64, warps=8, stages=1)},
-    ("few", "gated"): {64: Tile(16, 64, warps=8, stages=1)},
-    ("few", "out"): {64: Tile(16, 32, k=512, warps=8, stages=1)},
-    ("few", "down"): {64: Tile(16, 16, k=1024, warps=4, stages=1, parts=4)},
-    ("few", "attention"): {64: Tile(16, 64, warps=4, stages=2)},
-    ("few", "depthwise"): {64: Tile(1, 1, warps=4, stages=1)},
-    ("few", "router"): {64: Tile(1, 1, warps=4, stages=1)},
-    ("few", "expert_up"): {64: Tile(16, 32, k=512, warps=2, stages=1)},
-    ("few", "expert_down"): {64: Tile(16, 64, k=1024, warps=8, stages=1)},
-    ("few", "next_convolution"): {64: Tile(64, 128, k=128, warps=4, stages=3)},
-    ("few", "subsampling_out"): {64: Tile(16, 64, k=512, warps=4, stages=3)},
-    ("few", "head"): {64: Tile(16, 64, k=256, warps=4, stages=3)},
-    ("few", "log_softmax"): {64: Tile(1, 2048, warps=16, stages=1)},
-    ("many", "up"): {4096: Tile(128, 256, warps=8), 16384: Tile(128, 64, warps=8)},
-    ("many", "qkv"): {4096: LIBRARY, 16384: LIBRARY},
-    ("many", "gated"): {4096: Tile(128, 256, warps=8), 16384: Tile(128, 256, warps=8)},
-    ("many", "out"): {4096: Tile(64, 128, warps=8), 16384: Tile(64, 64, warps=4)},
-    ("many", "down"): {4096: Tile(128, 64, warps=8), 16384: LIBRARY},
-    ("many", "attention"): {4096: Tile(64, 64, warps=4, stages=2), 16384: Tile(64, 64, warps=4)},
-    ("many", "depthwise"): {4096: Tile(8, 1, warps=2, stages=1), 16384: Tile(4, 1, warps=2, stages=1)},
-    ("many", "norm"): {4096: Tile(4, 1, warps=8, stages=1), 16384: Tile(4, 1, warps=4, stages=1)},
-    ("many", "router"): {
-        4096: Tile(16, 1, k=128, warps=8),
-        16384: Tile(64, 1, k=128, warps=4, stages=2),
-    },
-    # One sort serves both products, so their tiles have one height.
-    ("many", "expert_up"): {4096: Tile(64, 128, warps=8), 16384: Tile(64, 128, warps=8)},
-    ("many", "expert_down"): {4096: Tile(64, 128, warps=8, stages=4), 16384: Tile(64, 128, warps=8, stages=4)},
-    ("many", "next_convolution"): {4096: Tile(128, 256, warps=8), 16384: Tile(128, 256, warps=8)},
-    ("many", "subsampling_out"): {4096: Tile(128, 256, warps=8, stages=4), 16384: Tile(128, 256, warps=8)},
-    ("many", "head"): {4096: Tile(128, 64, warps=8), 16384: Tile(128, 256, warps=8)},
-    ("many", "log_softmax"): {4096: Tile(1, 2048, warps=4, stages=1), 16384: Tile(1, 2048, warps=4, stages=1)},
-}
+# (regime, operation) -> {tokens: tile}: the best of those that `benchmarks.kernels` tried, in bfloat16 at the seed's
+# shapes; measured.json beside this file, see `read_measured`.
+MEASURED: dict[tuple[str, str], dict[int, Tile]] = {}
 MEASURED_WIDTH = 512
 # Tiles for many tokens serve down to so many times fewer than they were measured with. Farther off the rule is better:
 # at 256 tokens those of 4096 gave a product 8 programs, where the card has room for 132.
 REACH = 2
+
+
+def read_measured(path: Path) -> None:
+    """Put what a `tiles.json` of `benchmarks.kernels` says over what MEASURED holds."""
+    for key, rows in json.loads(Path(path).read_text(encoding="utf-8")).items():
+        regime, operation = key.split()
+        known = MEASURED.setdefault((regime, operation), {})
+        known.update({int(tokens): Tile(**tile) for tokens, tile in rows.items()})
+
+
+read_measured(Path(__file__).parent / "measured.json")
 
 
 def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
@@ -113,14 +89,6 @@ def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> 
         # One sort serves both.
         known["expert_down"] = replace(known["expert_down"], m=known["expert_up"].m)
     return replace(rule, **known)
-
-
-def read_measured(path: Path) -> None:
-    """Put what the `tiles.json` of `benchmarks.kernels` says over what MEASURED holds."""
-    for key, rows in json.loads(Path(path).read_text(encoding="utf-8")).items():
-        regime, operation = key.split()
-        known = MEASURED.setdefault((regime, operation), {})
-        known.update({int(tokens): Tile(**tile) for tokens, tile in rows.items()})
 
 
 def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
