@@ -236,8 +236,8 @@ def make_router(batch, frames, valid, few):
 
 
 def copied_experts(width: int) -> list[Tile]:
-    sizes = [(16, 64, 4), (16, 64, 8), (16, 32, 4), (16, 32, 2), (16, 16, 2), (16, 128, 8), (32, 64, 4), (32, 32, 4)]
-    return [Tile(m, n, width, warps, 1, copied=1) for m, n, warps in sizes]
+    sizes = [(16, 64, 4), (16, 32, 4), (16, 32, 2), (16, 16, 2), (16, 128, 8), (32, 64, 4), (32, 32, 4)]
+    return [Tile(m, n, width, warps, 1, copied=c) for m, n, warps in sizes for c in (1, 2, 3, 16)]
 
 
 def make_experts(batch, frames, valid, hidden, down, few):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from m3asr.kernels.pieces import Tile, activate, copyable, dot, release, wait
+from m3asr.kernels.pieces import Tile, activate, copyable, dot, multiprocessors, release, wait
 
 
 @triton.jit
@@ -86,6 +86,7 @@ def _experts_copied_kernel(
     out_ptr,
     tokens,
     columns,
+    early,
     scale,
     WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -107,13 +108,20 @@ def _experts_copied_kernel(
     col_in = cols < columns
     k = tl.arange(0, BLOCK_K)
     k_in = (k < WIDTH)[None, :]
-    weights = w.load([expert * columns + col, 0])  # (BLOCK_N, BLOCK_K)
-    wait(PDL)
     t = tl.arange(0, BLOCK_T)
-    mine = tl.load(expert_ptr + t, mask=t < tokens, other=-1) == expert
-    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
-    count = tl.sum(mine.to(tl.int32), axis=0)
-    if count > 0:
+    # The first programs ask for their weights before the routing is known. Later ones, which start when it is, ask for
+    # those of experts that have tokens.
+    late = expert * tl.num_programs(0) + tl.program_id(0) >= early
+    asked = True
+    if late:
+        wait(PDL)
+        asked = tl.sum((tl.load(expert_ptr + t, mask=t < tokens, other=-1) == expert).to(tl.int32), axis=0) > 0
+    if asked:
+        weights = w.load([expert * columns + col, 0])  # (BLOCK_N, BLOCK_K)
+        wait(PDL)
+        mine = tl.load(expert_ptr + t, mask=t < tokens, other=-1) == expert
+        rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
+        count = tl.sum(mine.to(tl.int32), axis=0)
         bias = tl.load(b_ptr + expert * columns + cols, mask=col_in, other=0.0)
         for first in range(0, count, BLOCK_M):
             slot = first + tl.arange(0, BLOCK_M)
@@ -141,6 +149,7 @@ def experts_few(
     a (N, K), weight (E, C, K) in the compute type, bias float32 (E, C), expert_idx int32 (N,), out (N, C).
     activation, then times gate float32 (N,) if given; with `residual_scale`, out += residual_scale * that.
     weight_scale float32 (E, C): the weights are float8 and count times that.
+    A copied tile: `copied` programs a multiprocessor ask for their weights before they know whether they need them.
     """
     tokens, width = a.shape
     experts, columns, _ = weight.shape
@@ -157,6 +166,7 @@ def experts_few(
             out,
             tokens,
             columns,
+            tile.copied * multiprocessors(a.device),
             1.0 if residual_scale is None else residual_scale,
             WIDTH=width,
             BLOCK_T=max(16, triton.next_power_of_2(tokens)),
