@@ -37,25 +37,25 @@ GPU_TESTS = "tests/kernels tests/test_cuda_engine.py tests/test_cuda_built.py te
 STAGES = {
     "tests": Stage(f"{{python}} -m pytest {GPU_TESTS} -q -n 12 --dist load -p no:cacheprovider", 220),
     # Tiles, and with them the encoder and its variants: for few tokens, for many, and between.
-    "kernels-few": Stage("{python} -m benchmarks.kernels --shapes 1x206 --budget 130 --out {out}/few", 160),
+    "kernels-few": Stage("{python} -m benchmarks.kernels --shapes 1x206 --budget 100 --out {out}/few", 120),
     "few": Stage(
-        "{python} -m benchmarks.encoder --inputs 1x206 --precisions bf16 fp8 fp16 --budget 120 --no-baselines {tiles} "
+        "{python} -m benchmarks.encoder --inputs 1x206 --precisions bf16 fp8 --budget 80 --no-baselines {tiles} "
         "--out {out}/few",
-        150,
+        100,
     ),
-    "kernels-many": Stage("{python} -m benchmarks.kernels --shapes 64x1024 16x1024 --budget 220 --out {out}/many", 250),
+    "kernels-many": Stage("{python} -m benchmarks.kernels --shapes 64x1024 16x1024 --budget 190 --out {out}/many", 210),
     "many": Stage(
         "{python} -m benchmarks.encoder --inputs 16x1024 64x1024 --precisions bf16 --budget 120 --no-baselines {tiles} "
         "--out {out}/many",
-        150,
+        130,
     ),
     "kernels-between": Stage(
-        "{python} -m benchmarks.kernels --shapes 1x1024 1x2048 --regimes few many --budget 200 --out {out}/between", 230
+        "{python} -m benchmarks.kernels --shapes 1x1024 1x2048 --regimes few many --budget 170 --out {out}/between", 190
     ),
     "between": Stage(
         "{python} -m benchmarks.encoder --inputs 1x1024 1x2048 --precisions bf16 --budget 120 --no-baselines {tiles} "
         "--out {out}/between",
-        150,
+        110,
     ),
     # What a table of results needs, with all decisions taken.
     "texts": Stage(
