@@ -31,12 +31,12 @@ RIGHT = 8e-3
 
 def compile_ahead(job) -> None:
     """In a worker: run some tiles of a case once, which leaves the compiled kernels in Triton's cache."""
-    name, shape, regime, hidden, part, parts = job
+    name, shape, regime, hidden, specialised, part, parts = job
     try:
         with torch.inference_mode():
             case = make(name, shape, hidden, regime == "few")
             case.prepare()
-            for tile in case.tiles[part::parts]:
+            for tile in wanted(case, specialised)[part::parts]:
                 try:
                     case.launch(0, tile)
                 except Exception:  # found again, and reported, by the process that measures
@@ -44,6 +44,10 @@ def compile_ahead(job) -> None:
             torch.cuda.synchronize()
     except Exception as error:
         print(f"compiling {name} {shape}: {error}", flush=True)
+
+
+def wanted(case: Case, specialised: bool) -> list[Tile]:
+    return [tile for tile in case.tiles if tile.specialised == specialised]
 
 
 def measure(case: Case, tile: Tile) -> tuple[float, float]:
@@ -103,6 +107,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--regimes", nargs="+", choices=("few", "many"), help="default: the usual one of each shape")
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument(
+        "--specialised", action="store_true", help="only tiles with a warp that fetches: apart, if one hangs"
+    )
     parser.add_argument("--jobs", type=int, default=max(4, os.cpu_count() - 4), help="processes that compile")
     parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is started")
     parser.add_argument("--show", type=int, default=4, help="how many tiles of each case are printed")
@@ -119,7 +126,7 @@ def main() -> None:
         if regime == usual or args.regimes:
             todo.append((case, shape, regime))
     if args.jobs:
-        jobs = [(*job, args.hidden, part, 4) for job in todo for part in range(4)]
+        jobs = [(*job, args.hidden, args.specialised, part, 4) for job in todo for part in range(4)]
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
             done = pool.map_async(compile_ahead, jobs, chunksize=1)
             done.wait(timeout=args.budget * 0.6)
@@ -139,7 +146,7 @@ def main() -> None:
             except Exception as error:
                 print(f"{name} {shape}: {type(error).__name__}: {error}")
                 continue
-            for tile in case.tiles:
+            for tile in wanted(case, args.specialised):
                 try:
                     us, error = measure(case, tile)
                     rows.append({"us": us, "error": error, **dataclasses.asdict(tile)})
@@ -147,6 +154,8 @@ def main() -> None:
                     rows.append({"us": float("inf"), "failed": str(error)[:200], **dataclasses.asdict(tile)})
                 if time.monotonic() - began > args.budget:
                     break
+            if not rows:
+                continue
             rows.sort(key=lambda row: row["us"])
             floor = 1e6 * max(case.bytes / bandwidth, case.flops / peak)
             results["cases"][f"{regime} {name} {shape}"] = {"floor_us": floor, "tiles": rows}
@@ -163,7 +172,8 @@ def main() -> None:
             del case
             torch.cuda.empty_cache()
             (args.out / "kernels.json").write_text(json.dumps(results))
-            (args.out / "tiles.json").write_text(as_text(best_tiles(results["cases"])))
+            if not args.specialised:
+                (args.out / "tiles.json").write_text(as_text(best_tiles(results["cases"])))
     best = {key: {k: v for k, v in value["tiles"][0].items()} for key, value in results["cases"].items()}
     print(json.dumps({key: round(value["us"], 2) for key, value in best.items()}))
 
