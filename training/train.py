@@ -34,6 +34,7 @@ from training.optimizer import Optimizer
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--speech", type=Path, nargs="+", required=True, help="folders with *.zip and *.jsonl.gz")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help="more of them, of which none is kept for dev")
     parser.add_argument("--out", type=Path, required=True, help="log.jsonl, checkpoint.pt and model/ go here")
     parser.add_argument("--minutes", type=float, default=20.0, help="of the whole run, start and end included")
     parser.add_argument("--size", choices=SIZES, default="compact")
@@ -58,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--embedding-ctc", type=float, default=losses.LossWeights.embedding_ctc)
     parser.add_argument("--speeds", type=float, nargs="+", default=[0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15])
     parser.add_argument("--joined", type=float, default=0.4, help="chance that an utterance is joined to the next")
-    parser.add_argument("--tempo", type=float, default=0.0, help="passing changes of tempo, natural log (untried: 0.5)")
+    parser.add_argument("--tempo", type=float, default=0.0, help="passing changes of tempo, natural log")
     parser.add_argument("--rooms", type=Path, help="folder of measured impulse responses, 16 kHz wav")
     parser.add_argument("--no-augment", action="store_true", help="speech as it is, for trying things out")
     parser.add_argument("--dev", type=int, default=300, help="utterances kept out of training")
@@ -86,8 +87,11 @@ class Run:
         args.out.mkdir(parents=True, exist_ok=True)
         saved = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True) if args.resume else None
 
-        flat, utterances = decode(read_manifest(args.speech)[: args.limit], args.processes)
-        self.training, self.development = split(utterances, args.dev)
+        lines, also = read_manifest(args.speech)[: args.limit], read_manifest(args.also) if args.also else []
+        flat, utterances = decode(lines + also, args.processes)
+        self.training, self.development = split(utterances[: len(lines)], args.dev)
+        held_out = {u.text for u in self.development}
+        self.training += [u for u in utterances[len(lines) :] if u.text not in held_out]
         self.say(f"decoded {sum(u.size for u in utterances) / 57.6e6:.2f} h, {len(utterances)} utterances")
         start = None
         if saved is not None:
