@@ -87,8 +87,6 @@ def persistent() -> list[Tile]:
         *(Tile(64, 128, warps=4, stages=s, copied=2) for s in (3, 4)),
         Tile(64, 256, warps=8, stages=3, copied=1),
         Tile(64, 256, warps=4, stages=2, copied=2),
-        Tile(128, 128, warps=4, stages=3, copied=1, specialised=True),
-        Tile(64, 256, warps=4, stages=3, copied=1, specialised=True),
     ]
 
 
@@ -304,7 +302,7 @@ def make_experts(batch, frames, valid, hidden, down, few):
         if few
         else [
             *grid((64, 128), (128, 256), (4, 8), stages=(3, 4)),
-            *(tile for tile in persistent() if down or not tile.specialised),
+            *persistent(),
         ]
         if tokens > 1024
         else grid((16, 32, 64), (64, 128), (4,), k=(64, 128), stages=(3, 4))

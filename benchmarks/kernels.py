@@ -31,12 +31,12 @@ RIGHT = 8e-3
 
 def compile_ahead(job) -> None:
     """In a worker: run some tiles of a case once, which leaves the compiled kernels in Triton's cache."""
-    name, shape, regime, hidden, specialised, part, parts = job
+    name, shape, regime, hidden, part, parts = job
     try:
         with torch.inference_mode():
             case = make(name, shape, hidden, regime == "few")
             case.prepare()
-            for tile in wanted(case, specialised)[part::parts]:
+            for tile in case.tiles[part::parts]:
                 try:
                     case.launch(0, tile)
                 except Exception:  # found again, and reported, by the process that measures
@@ -44,10 +44,6 @@ def compile_ahead(job) -> None:
             torch.cuda.synchronize()
     except Exception as error:
         print(f"compiling {name} {shape}: {error}", flush=True)
-
-
-def wanted(case: Case, specialised: bool) -> list[Tile]:
-    return [tile for tile in case.tiles if tile.specialised == specialised]
 
 
 def measure(case: Case, tile: Tile) -> tuple[float, float]:
@@ -71,13 +67,25 @@ def measure(case: Case, tile: Tile) -> tuple[float, float]:
 
 
 def best_tiles(cases: dict) -> dict:
-    """What `tiles.read_measured` reads: "regime operation" -> tokens -> tile, of tiles that were right and timed."""
+    """What `tiles.read_measured` reads: "regime operation" -> tokens -> tile, of tiles that were right and timed.
+
+    One sort serves both products of the experts, so for many tokens their tiles have the height whose best two take
+    the least time together.
+    """
+    right = {key: [row for row in value["tiles"] if row.get("error", 1.0) < RIGHT] for key, value in cases.items()}
+    for shape in {key.split()[2] for key in right}:
+        pair = [f"many {operation} {shape}" for operation in ("expert_up", "expert_down")]
+        if all(right.get(key) for key in pair):
+            by_height = [{row["m"]: row for row in reversed(right[key])} for key in pair]  # the fastest of each
+            shared = by_height[0].keys() & by_height[1].keys()
+            height = min(shared, key=lambda m: sum(rows[m]["us"] for rows in by_height))
+            for key, rows in zip(pair, by_height, strict=True):
+                right[key] = [rows[height]]
     best: dict[str, dict] = {}
-    for key, value in cases.items():
+    for key, rows in right.items():
         regime, operation, shape = key.split()
-        right = [r for r in value["tiles"] if r.get("error", 1.0) < RIGHT]
-        if right:
-            tile = {field.name: right[0][field.name] for field in dataclasses.fields(Tile)}
+        if rows:
+            tile = {field.name: rows[0][field.name] for field in dataclasses.fields(Tile)}
             best.setdefault(f"{regime} {operation}", {})[str(SHAPES[shape][0] * SHAPES[shape][1])] = tile
     return best
 
@@ -107,9 +115,6 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--regimes", nargs="+", choices=("few", "many"), help="default: the usual one of each shape")
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument(
-        "--specialised", action="store_true", help="only tiles with a warp that fetches: apart, if one hangs"
-    )
     parser.add_argument("--jobs", type=int, default=max(4, os.cpu_count() - 4), help="processes that compile")
     parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is started")
     parser.add_argument("--show", type=int, default=4, help="how many tiles of each case are printed")
@@ -126,7 +131,7 @@ def main() -> None:
         if regime == usual or args.regimes:
             todo.append((case, shape, regime))
     if args.jobs:
-        jobs = [(*job, args.hidden, args.specialised, part, 4) for job in todo for part in range(4)]
+        jobs = [(*job, args.hidden, part, 4) for job in todo for part in range(4)]
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
             done = pool.map_async(compile_ahead, jobs, chunksize=1)
             done.wait(timeout=args.budget * 0.6)
@@ -146,7 +151,7 @@ def main() -> None:
             except Exception as error:
                 print(f"{name} {shape}: {type(error).__name__}: {error}")
                 continue
-            for tile in wanted(case, args.specialised):
+            for tile in case.tiles:
                 try:
                     us, error = measure(case, tile)
                     rows.append({"us": us, "error": error, **dataclasses.asdict(tile)})
@@ -172,8 +177,7 @@ def main() -> None:
             del case
             torch.cuda.empty_cache()
             (args.out / "kernels.json").write_text(json.dumps(results))
-            if not args.specialised:
-                (args.out / "tiles.json").write_text(as_text(best_tiles(results["cases"])))
+            (args.out / "tiles.json").write_text(as_text(best_tiles(results["cases"])))
     best = {key: {k: v for k, v in value["tiles"][0].items()} for key, value in results["cases"].items()}
     print(json.dumps({key: round(value["us"], 2) for key, value in best.items()}))
 

@@ -52,11 +52,6 @@ STAGES = {
     "kernels-between": Stage(
         "{python} -m benchmarks.kernels --shapes 1x1024 1x2048 --regimes few many --budget 170 --out {out}/between", 190
     ),
-    "kernels-specialised": Stage(
-        "{python} -m benchmarks.kernels --shapes 64x1024 --specialised --cases up qkv gated out down expert_down head "
-        "--budget 60 --out {out}/specialised",
-        75,
-    ),
     "between": Stage(
         "{python} -m benchmarks.encoder --inputs 1x1024 1x2048 --precisions bf16 --budget 120 --no-baselines {tiles} "
         "--out {out}/between",

@@ -162,7 +162,6 @@ def _experts_persistent_kernel(
     ACTIVATION: tl.constexpr,
     GATHER: tl.constexpr,
     GATE: tl.constexpr,
-    SPECIALISED: tl.constexpr,
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -171,10 +170,7 @@ def _experts_persistent_kernel(
     t = tl.arange(0, BLOCK_T)
     used_tiles = tl.sum((tl.load(tile_expert_ptr + t, mask=t < tiles, other=-1) >= 0).to(tl.int32), axis=0)
     tiles_n = tl.cdiv(columns, BLOCK_N)
-    for tile in tl.range(
-        tl.program_id(0), used_tiles * tiles_n, tl.num_programs(0), flatten=not SPECIALISED,
-        warp_specialize=SPECIALISED,
-    ):  # fmt: skip
+    for tile in tl.range(tl.program_id(0), used_tiles * tiles_n, tl.num_programs(0), flatten=True):
         row, col = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
         expert = tl.load(tile_expert_ptr + tile // tiles_n)
         slots = row + tl.arange(0, BLOCK_M)
@@ -238,7 +234,6 @@ def experts_many(
             ACTIVATION=activation,
             GATHER=residual_scale is None,
             GATE=gate is not None,
-            SPECIALISED=tile.specialised,
             DOT=dot,
             PDL=pdl,
             **tile.options(pdl),

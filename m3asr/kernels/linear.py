@@ -106,7 +106,6 @@ def _persistent_kernel(
     TABLE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     MASK: tl.constexpr,
-    SPECIALISED: tl.constexpr,
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -115,9 +114,7 @@ def _persistent_kernel(
     tiles_n = tl.cdiv(columns, BLOCK_N)
     tiles = tl.cdiv(tokens, BLOCK_M) * tiles_n
     # One loop over all steps of all tiles: the copies of a tile's first steps begin before the last one is finished.
-    for tile in tl.range(
-        tl.program_id(0), tiles, tl.num_programs(0), flatten=not SPECIALISED, warp_specialize=SPECIALISED
-    ):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row, col = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, WIDTH, BLOCK_K):
@@ -238,7 +235,6 @@ def linear(
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
-            SPECIALISED=tile.specialised,
             DOT=dot,
             PDL=pdl,
             **epilogue,

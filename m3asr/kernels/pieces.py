@@ -19,7 +19,6 @@ class Tile:
     warps: a shorter chain of dependent matrix instructions, and rows whose norm is summed by few threads each.
     copied: operands come by the card's copy engine. A product then runs so many programs a multiprocessor, which make
     one tile after another and fetch the next one's operands while they finish the last.
-    specialised: a warp of their own does the fetching.
     """
 
     m: int
@@ -29,7 +28,6 @@ class Tile:
     stages: int = 3
     parts: int = 1
     copied: int = 0
-    specialised: bool = False
 
     def options(self, pdl: bool) -> dict:
         """Launch options of Triton."""

@@ -96,10 +96,7 @@ class Forward:
         return log_probs, hidden, out_lengths, best, peaks
 
     def _few(self, shape: Shape) -> bool:
-        return self._at_most(tiles.FEW_TOKENS, shape)
-
-    def _at_most(self, tokens: int, shape: Shape) -> bool:
-        return self.regime == "few" or (self.regime == "auto" and shape.tokens <= tokens and not self.wide)
+        return self.regime == "few" or (self.regime == "auto" and shape.tokens <= tiles.FEW_TOKENS and not self.wide)
 
     def _tiles(self, shape: Shape, width: int, hidden: int) -> tiles.Tiles:
         return tiles.tiles_for("few" if self._few(shape) else "many", shape.tokens, width, hidden, self.wide)
@@ -226,13 +223,12 @@ class Forward:
         """x += the experts' part."""
         tokens, width = x.shape
         experts, hidden, _ = block.up.weight.shape
-        few = self._at_most(tiles.EXPERTS_FEW_TOKENS, shape)
-        tile = tiles.tiles_for("few" if few else "many", tokens, width, hidden, self.wide)
+        tile = self._tiles(shape, width, hidden)
         y, gate = self._new(x.shape, self.experts_dtype), self._new((tokens,), torch.float32)
         expert_idx = self._new((tokens,), torch.int32)
         route(
             x, block.router.weight, block.router.bias, heard, shape.lengths, y, expert_idx, gate, frames=shape.frames,
-            eps=config.norm_eps, tile=self._tiles(shape, width, hidden).router, scale=block.router_scale, pdl=self.pdl,
+            eps=config.norm_eps, tile=tile.router, scale=block.router_scale, pdl=self.pdl,
         )  # fmt: skip
         if self.trace is not None:
             self.trace("routes", block, expert_idx)
@@ -240,7 +236,7 @@ class Forward:
         up = {"activation": config.activation_type, "tile": tile.expert_up, "weight_scale": block.up.scale}
         down = {"residual_scale": scale, "gate": gate, "tile": tile.expert_down, "weight_scale": block.down.scale}
         both = {"dot": self.dot, "pdl": self.pdl}
-        if few:
+        if self._few(shape):
             h = self._new((tokens, hidden), self.experts_dtype)
             experts_few(y, block.up.weight, block.up.bias, expert_idx, h, **up, **both)
             experts_few(h, block.down.weight, block.down.bias, expert_idx, x, **down, **both)

@@ -16,8 +16,6 @@ from m3asr.kernels.pieces import Tile, at_least_16
 
 # The largest number of tokens that is treated as few.
 FEW_TOKENS = 128
-# Up to so many tokens no expert's tokens are sorted, whatever else is treated as few or many.
-EXPERTS_FEW_TOKENS = 256
 # Programs that fill a card: a tile is made smaller until a product has as many.
 PROGRAMS = 120
 
@@ -85,9 +83,9 @@ def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> 
                 larger = max(1, inner // tile.k)
                 tile = replace(tile, k=inner, n=max(16, tile.n // larger), warps=min(8, tile.warps * larger))
             known[field.name] = tile
-    if "expert_up" in known and "expert_down" in known:
-        # One sort serves both.
-        known["expert_down"] = replace(known["expert_down"], m=known["expert_up"].m)
+    if regime == "many" and known.get("expert_up", rule.expert_up).m != known.get("expert_down", rule.expert_down).m:
+        # One sort serves both, and a tile of another height was never measured.
+        known |= {"expert_up": rule.expert_up, "expert_down": rule.expert_down}
     return replace(rule, **known)
 
 
