@@ -1,15 +1,21 @@
 """Tile sizes: what was measured where it was measured, elsewhere a rule; no kernel runs here."""
 
 import copy
+import dataclasses
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.kernels import best_tiles  # noqa: E402
 from m3asr.engines.cuda import tiles  # noqa: E402
 from m3asr.kernels.linear import LIBRARY  # noqa: E402
+from m3asr.kernels.pieces import Tile  # noqa: E402
 
 
 @pytest.mark.parametrize("hidden", [256, 1024, 2048])
@@ -54,3 +60,18 @@ def test_a_file_of_measured_tiles_replaces_what_it_names(tmp_path, monkeypatch):
     after = tiles.tiles_for("many", 4096, 512, 1024, False)
     assert (after.up.m, after.up.n) == (32, 64) and after.qkv == before.qkv and after.heard == after.up
     assert tiles.tiles_for("many", 16384, 512, 1024, False).up == tiles.MEASURED["many", "up"][16384]
+
+
+def test_the_benchmark_gives_both_products_of_the_experts_one_height():
+    """The height that is best for both together, though each alone is faster with another; wrong tiles do not count."""
+
+    def rows(**us):
+        made = [{"us": t, "error": 1e-3, **dataclasses.asdict(Tile(int(m[1:]), 64))} for m, t in us.items()]
+        return {"tiles": sorted(made, key=lambda row: row["us"])}
+
+    wrong = {"us": 0.1, "error": 1.0, **dataclasses.asdict(Tile(32, 64))}
+    up, down = rows(m128=60.0, m64=63.0, m32=90.0), rows(m64=72.0, m128=99.0, m32=71.0)
+    down["tiles"].insert(0, wrong)
+    best = best_tiles({"many expert_up 64x1024": up, "many expert_down 64x1024": down})
+    heights = {operation: tile["m"] for operation, by_tokens in best.items() for tile in by_tokens.values()}
+    assert heights == {"many expert_up": 64, "many expert_down": 64}
