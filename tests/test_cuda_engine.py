@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from interpreter_tiles import few_programs  # noqa: E402, F401
 
 from m3asr.config import DecoderConfig, EncoderConfig, ModelConfig, MoEConfig  # noqa: E402
-from m3asr.engines.cuda import CudaEngine, tiles  # noqa: E402
+from m3asr.engines.cuda import CudaEngine  # noqa: E402
 from m3asr.engines.cuda import engine as engine_module  # noqa: E402
 from m3asr.engines.cuda import forward as forward_module  # noqa: E402
 from m3asr.engines.cuda.buckets import bucket_batch, bucket_frames  # noqa: E402
@@ -122,11 +122,9 @@ def test_every_kind_of_model(device, name, regime):
     assert_same(engine, built, *batch(bins=bins), TOLERANCE["fp32"], **chunks)
 
 
-def test_unsorted_experts_among_kernels_for_many_tokens(device, monkeypatch):
-    """With more tokens of one expert than a tile has."""
-    monkeypatch.setattr(tiles, "FEW_TOKENS", 0)
+def test_kernels_for_few_tokens_with_more_of_one_expert_than_a_tile_has(device, monkeypatch):
     built = model(CONFIGS["experts"])
-    engine = CudaEngine(built, "fp16", device)
+    engine = CudaEngine(built, "fp16", device, regime="few")
     sorted_tokens = []
     monkeypatch.setattr(forward_module, "sort_tokens", sorted_tokens.append)
     assert_same(engine, built, *batch(170, (170, 90)), TOLERANCE["fp16"])
