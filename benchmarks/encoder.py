@@ -160,7 +160,8 @@ def plot(results: dict, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("ms per encoder forward")
     axes.set_title(f"{results['preset']} on {results['card']['name']}")
-    axes.legend(fontsize=7)
+    axes.set_ylim(top=5 * max(ms for row in results["inputs"].values() for ms in row["ms"].values()))
+    axes.legend(fontsize=7, ncols=4, loc="upper center")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
