@@ -19,6 +19,7 @@ from training import losses, moe  # noqa: E402
 from training.augment import Augment, AugmentConfig, fast_size  # noqa: E402
 from training.data import Planner, Speech, Utterance, resample  # noqa: E402
 from training.evaluate import collapse, word_errors  # noqa: E402
+from training.kernels.ctc import ctc  # noqa: E402
 from training.network import compact, read_folder, tiny, write_folder  # noqa: E402
 from training.optimizer import Optimizer, orthogonalized  # noqa: E402
 
@@ -211,16 +212,15 @@ def test_optimizer_learns_skips_broken_gradients_and_resumes(muon):
     def fill():
         loss = -model(features, lengths)[0][..., 5].mean()
         loss.backward()
-        for p in model.parameters():  # the decoder has no part in this loss
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return loss.item()
 
     optimizer, yes = Optimizer(model, 0.01, muon), torch.tensor(True)
+    optimizer.lr.fill_(3e-3)
     seen = []
     for _ in range(12):
         optimizer.zero_grad()
         seen.append(fill())
-        optimizer.step(3e-3, yes)
+        optimizer.step(yes)
     assert seen[-1] < 0.7 * seen[0]
     saved, other = optimizer.state_dict(), Optimizer(model, 0.01, muon)
     other.load_state_dict(saved)
@@ -230,7 +230,7 @@ def test_optimizer_learns_skips_broken_gradients_and_resumes(muon):
     fill()
     for p in model.parameters():
         p.grad.fill_(float("nan"))
-    optimizer.step(3e-3, torch.tensor(False))
+    optimizer.step(torch.tensor(False))
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -243,7 +243,8 @@ def test_router_stays_float32_under_autocast():
     expected = torch.softmax(layer.router_logits(x, embedding), dim=-1)
     with torch.autocast("cpu", torch.bfloat16):
         layer(x, embedding)
-    assert torch.equal(routing.probs[0], expected)
+    assert routing.probs[0].dtype == torch.float32
+    torch.testing.assert_close(routing.probs[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dense_start_goes_on_as_copies():
@@ -255,9 +256,10 @@ def test_dense_start_goes_on_as_copies():
     routing.dense = True
     before = model(features, lengths)[0]
     moe.copy_first_expert(model)
-    routing.dense, routing.blend = False, 0.0  # gates have not faded in yet: nothing may change
+    routing.dense = False
+    routing.blend.fill_(0.0)  # gates have not faded in yet: nothing may change
     torch.testing.assert_close(model(features, lengths)[0], before, rtol=1e-5, atol=1e-5)
-    routing.blend = 1.0
+    routing.blend.fill_(1.0)
     assert (model(features, lengths)[0] - before).abs().max() > 1e-3
 
 
@@ -321,7 +323,7 @@ def test_compact_model_fits_the_package():
 def test_ctc_ignores_padding():
     log_probs = torch.log_softmax(torch.randn(1, 12, 8), dim=-1)
     tokens = torch.tensor([[2, 3, 0]])
-    alone = losses.ctc(log_probs[:, :9], torch.tensor([9]), tokens[:, :2], torch.tensor([2]))
-    padded = losses.ctc(log_probs, torch.tensor([9]), tokens, torch.tensor([2]))
+    alone = ctc(log_probs[:, :9], tokens[:, :2], torch.tensor([9]), torch.tensor([2]))
+    padded = ctc(log_probs, tokens, torch.tensor([9]), torch.tensor([2]))
     torch.testing.assert_close(alone, padded)
     assert ops.subsampled_lengths(torch.tensor([41]), ((3, 2), (3, 2))).item() == 9

@@ -206,13 +206,19 @@ class Batch:
         return Batch(**{**self.__dict__, **moved})
 
 
-def collate(rows: list, samples: int, pin: bool) -> Batch:
-    """rows: (pieces [(start, source, size)], length, tokens, text)."""
+def label_capacity(samples: int) -> int:
+    """Tokens for which there is room in a training batch of this length: 9.5 a second and 6, which one utterance in a
+    thousand exceeds."""
+    return -(-int(9.5 * samples / RATE + 6) // 8) * 8
+
+
+def collate(rows: list, samples: int, pin: bool, labels: int | None = None) -> Batch:
+    """rows: (pieces [(start, source, size)], length, tokens, text); labels: width of the tokens, if not the longest."""
     width = max(len(row[0]) for row in rows)
     pieces = np.zeros((3, len(rows), width), dtype=np.int64)
     pieces[0] = 1 << 40  # an absent piece never begins
-    longest = -(-max(len(row[2]) for row in rows) // 8) * 8
-    tokens = np.zeros((len(rows), longest), dtype=np.int64)
+    labels = labels or -(-max(len(row[2]) for row in rows) // 8) * 8
+    tokens = np.zeros((len(rows), labels), dtype=np.int64)
     for b, row in enumerate(rows):
         pieces[:, b, : len(row[0])] = np.array(row[0]).T
         tokens[b, : len(row[2])] = row[2]
@@ -269,11 +275,13 @@ class Planner:
     def batches(self, pin: bool):
         waiting: dict[int, list] = {}
         for row in self.examples():
-            samples = next(x for x in LENGTHS if x >= row[1])
+            samples = next((x for x in LENGTHS if x >= row[1] and label_capacity(x) >= len(row[2])), None)
+            if samples is None:  # more tokens than the longest batch has room for: nothing a person could say
+                continue
             rows = waiting.setdefault(samples, [])
             rows.append(row)
             if len(rows) >= max(1, self.batch_samples // samples):
-                yield collate(rows, samples, pin)
+                yield collate(rows, samples, pin, label_capacity(samples))
                 waiting[samples] = []
 
     def prefetched(self, depth: int, pin: bool):

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3asr.model import Model, MoEFeedForward
-from m3asr.ops import ACTIVATIONS
+from training.kernels.activation import silu_chosen
+from training.products import linear
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Routing:
     """How the experts of a model are used now, and what the routers said (the user empties `probs`)."""
 
     dense: bool = False  # every token through expert 0, unscaled: an ordinary Conformer
-    blend: float = 1.0  # the output is scaled by 1 + blend * (gate - 1)
+    blend: Tensor = field(default_factory=lambda: torch.ones(()))  # the output is scaled by 1 + blend * (gate - 1)
     probs: list[Tensor] = field(default_factory=list)  # one (B, S, E) a layer
 
 
@@ -35,25 +36,31 @@ def moe_layers(model: Model) -> list[MoEFeedForward]:
 def install(model: Model) -> Routing:
     routing = Routing()
     for module in moe_layers(model):
+        routing.blend = routing.blend.to(module.router_weights.device)
         module.forward = partial(_forward, module, routing)
     return routing
 
 
 def _forward(module: MoEFeedForward, routing: Routing, x: Tensor, embedding: Tensor) -> Tensor:
     experts = module.experts
-    activation = ACTIVATIONS[experts.activation]
     w_1, b_1, w_2, b_2 = experts.w_1.weight, experts.w_1.bias, experts.w_2.weight, experts.w_2.bias
     if routing.dense:
-        return F.linear(activation(F.linear(x, w_1[0], b_1[0])), w_2[0], b_2[0])
+        return linear(F.silu(linear(x, w_1[0], b_1[0])), w_2[0], b_2[0])
     with torch.autocast(x.device.type, enabled=False):  # the router is float32, always
-        probs = torch.softmax(module.router_logits(x, embedding), dim=-1)  # (B, S, E)
+        # As `router_logits`, without the copy that puts the two inputs side by side.
+        heard, own = module.router_weights.float().split((embedding.shape[-1], x.shape[-1]))
+        logits = embedding.float() @ heard + x.float() @ own
+        if module.router_bias is not None:
+            logits = logits + module.router_bias.float()
+        probs = torch.softmax(logits, dim=-1)  # (B, S, E)
     if torch.is_grad_enabled():  # evaluation does not ask for them, and would pile them up
         routing.probs.append(probs)
     gate, expert_idx = probs.max(dim=-1)
-    hidden = activation(F.linear(x, w_1.flatten(0, 1), b_1.flatten()))  # (B, S, E*F)
+    hidden = linear(x, w_1.flatten(0, 1), b_1.flatten())  # (B, S, E*F)
+    hidden = silu_chosen(hidden, expert_idx, w_1.shape[0])
     chosen = F.one_hot(expert_idx, w_1.shape[0]).to(hidden.dtype)  # (B, S, E)
-    hidden = (hidden.unflatten(-1, (w_1.shape[0], -1)) * chosen.unsqueeze(-1)).flatten(-2)
-    y = F.linear(hidden, w_2.transpose(0, 1).flatten(1)) + torch.matmul(chosen, b_2)  # (B, S, D)
+    y = linear(hidden, w_2.transpose(0, 1).flatten(1), torch.zeros_like(b_2[0]))  # (B, S, D)
+    y = y + torch.matmul(chosen, b_2.to(hidden.dtype))
     if module.keep_expert_output:
         return y
     return y * (1.0 + routing.blend * (gate - 1.0)).unsqueeze(-1).to(y.dtype)

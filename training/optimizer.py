@@ -41,6 +41,8 @@ class Optimizer:
     def __init__(self, model: Model, weight_decay: float, muon: bool):
         named = list(model.named_parameters())
         self.weight_decay = weight_decay
+        device = named[0][1].device
+        self.lr = torch.zeros((), device=device)  # on the device: a captured step reads it anew
         matrices = [p for n, p in named if muon and is_matrix(n, p, model.config.vocab_size)]
         taken = {id(p) for p in matrices}
         rest = [(n, p) for n, p in named if id(p) not in taken]
@@ -48,9 +50,14 @@ class Optimizer:
         plain = [p for n, p in rest if p.ndim < 2 or n.endswith("bias")]
         self.adamw = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=self.lr,
             betas=(0.9, 0.98),
             fused=True,
+            capturable=device.type == "cuda",
         )
+        for _, p in named:
+            p.grad = torch.zeros_like(p)
+        self.gradients = [p.grad for _, p in named]
         # Matrices of one shape are orthogonalised together: one product instead of dozens of small ones.
         self.groups: dict[tuple[int, int], list[nn.Parameter]] = {}
         for p in matrices:
@@ -70,10 +77,8 @@ class Optimizer:
         return p.shape[0] if self.stacked(p) else 1
 
     @torch.no_grad()
-    def step(self, lr: float, finite: Tensor) -> None:
-        """finite: bool (), on the device; False leaves the batch's gradient out without the host asking."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+    def step(self, finite: Tensor) -> None:
+        """With `self.lr`. finite: bool (), on the device; False leaves the batch's gradient out, unasked by the host."""
         self.adamw.found_inf = (~finite).float()
         self.adamw.step()
         for shape, group in self.groups.items():
@@ -82,16 +87,14 @@ class Optimizer:
             momentum = self.momentum[shape]
             momentum.lerp_(gradient, 1 - MOMENTUM)
             update = orthogonalized(gradient.lerp_(momentum, MOMENTUM)).float()  # Nesterov's
-            update *= -lr * 0.2 * math.sqrt(max(shape))
+            update *= self.lr * (-0.2 * math.sqrt(max(shape)))
             updates = update.split([self.count(p) for p in group])
-            torch._foreach_mul_(group, 1 - lr * self.weight_decay)
+            torch._foreach_mul_(group, 1.0 - self.lr * self.weight_decay)
             torch._foreach_add_(group, [u.reshape(p.shape) for u, p in zip(updates, group, strict=True)])
 
     def zero_grad(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)
-        for group in self.groups.values():
-            for p in group:
-                p.grad = None
+        """In place: a captured step always finds its gradients where they were."""
+        torch._foreach_zero_(self.gradients)
 
     def moments(self, parameter: nn.Parameter) -> list[Tensor]:
         """What is remembered of a parameter's gradients, in the parameter's shape, to be changed in place."""
@@ -110,5 +113,7 @@ class Optimizer:
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr
         for ours, saved in zip(self.momentum.values(), state["momentum"], strict=True):
             ours.copy_(saved)

@@ -56,7 +56,6 @@ def main() -> None:
     device, cuda = run.device, args.device.startswith("cuda")
     print(torch.__version__, torch.cuda.get_device_name() if cuda else "cpu", f"start took {run.elapsed():.1f} s")
     check_samples(run)
-    weights = losses.LossWeights()
     augment = run.make_augment(3)
     planner = Planner(run.speech, run.training, run.units, args.batch_seconds, 5, args.joined)
     start = time.perf_counter()
@@ -75,7 +74,8 @@ def main() -> None:
 
     def forward():
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            return losses.batch_loss(run.model, run.routings[0], features, lengths, batch, weights)[0]
+            targets = batch.tokens, batch.token_lengths
+            return losses.batch_loss(run.model, run.routings[0], features, lengths, *targets, run.weights)[0]
 
     parts = {
         "render": lambda: run.speech.render(batch.starts, batch.sources, batch.sizes, batch.samples),
@@ -87,7 +87,7 @@ def main() -> None:
     }
     for name, work in parts.items():
         print(f"{name}: {timed(device, repeats, work):.1f} ms for {batch.tokens.shape[0]} x {batch.samples / 16000} s")
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
 
     for seconds in (args.batch_seconds / 2, args.batch_seconds, args.batch_seconds * 2):
         planner = Planner(run.speech, run.training, run.units, seconds, 6, args.joined)
@@ -98,14 +98,14 @@ def main() -> None:
         for _ in range(12 if cuda else 1):  # plans are made at each first shape
             first = next(stream)
             shapes.add(first.samples)
-            run.train_step(first.to(device), augment, weights, args.lr)
+            run.train_step(first.to(device), augment)
         synchronize(device)
         start, audio, steps, losses_ = time.perf_counter(), 0.0, 20 if cuda else 2, []
         for _ in range(steps):
             step_batch = next(stream)
             shapes.add(step_batch.samples)
             audio += float(step_batch.host_lengths.sum()) / 16000
-            losses_.append(run.train_step(step_batch.to(device), augment, weights, args.lr)[0])
+            losses_.append(run.train_step(step_batch.to(device), augment)[0])
             run.step += 1
         synchronize(device)
         spent = time.perf_counter() - start
@@ -122,7 +122,7 @@ def main() -> None:
         print(json.dumps(numbers), flush=True)
     if cuda:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            run.train_step(batch, augment, weights, args.lr)
+            run.train_step(batch, augment)
             synchronize(device)
         print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
 

@@ -22,11 +22,13 @@ from torch import Tensor
 from m3asr.config import FbankConfig, ModelConfig
 from m3asr.engines.torch_fbank import fbank, frame_count
 from m3asr.model import Model
-from training import losses, moe
+from training import blocks, losses, moe
 from training.augment import Augment, AugmentConfig, read_rooms
+from training.captured import Captured
 from training.data import Batch, Planner, Speech, Units, decode, plain_batches, read_audio, read_manifest, split
 from training.evaluate import greedy_wer
 from training.front_end import FrontEnd
+from training.kernels.random import Seed
 from training.network import SIZES, read_folder, write_folder
 from training.optimizer import Optimizer
 
@@ -122,6 +124,8 @@ class Run:
             self.front_end.measure(planner.batches(False), 40, self.speech, self.make_augment(args.seed + 1))
             self.say("CMVN measured")
 
+        # Flash attention, whose plans need nothing at capture time that a launched step has not made.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.model, self.average = Model(config), Model(config)
         moe.start_routers(self.model)
         if start is not None:
@@ -132,6 +136,8 @@ class Run:
             model.to(self.device).to(memory_format=torch.channels_last)
         self.average.requires_grad_(False)
         self.routings = [moe.install(self.model), moe.install(self.average)]
+        self.dropout_seed = Seed(self.device, args.seed)
+        blocks.install(self.model, self.dropout_seed)  # not the average: what is evaluated is the model's own forward
         self.optimizer = Optimizer(self.model, args.weight_decay, args.optimizer == "muon")
         if saved is not None:
             self.model.load_state_dict(saved["model"])
@@ -140,6 +146,11 @@ class Run:
             self.step, self.before, self.routed = saved["step"], saved["elapsed"], saved["routed"]
             self.clean = saved["clean"]
         self.config = config
+        self.weights = losses.LossWeights(
+            sparsity=args.sparsity, importance=args.importance, embedding_ctc=args.embedding_ctc
+        )
+        self.lag = torch.ones((), device=self.device)  # 1 - the decay of the averaged weights
+        self.captured = Captured(self.update, self.device)
 
     def say(self, text: str) -> None:
         print(f"[{self.elapsed():7.1f} s] {text}", flush=True)
@@ -153,7 +164,7 @@ class Run:
         return min(1.0, self.elapsed() / (total - min(20.0, 0.1 * total)))
 
     def set_schedule(self) -> float:
-        """Learning rate, and how the experts are used, for the time it is."""
+        """Learning rate, averaging, and how the experts are used, for the time it is; -> learning rate."""
         args, progress = self.args, self.progress()
         lr = args.lr * min(1.0, (self.step + 1) / args.warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
         if not self.routed and progress >= args.dense_fraction:
@@ -162,10 +173,13 @@ class Run:
                 moe.copy_first_expert(self.average)
                 self.say(f"step {self.step}: experts start as copies of the dense feed-forward")
             self.routed = True
+            self.captured.clear()
         fade = args.blend_fraction if args.dense_fraction > 0 and not args.init else 0.0
         for routing in self.routings:
             routing.dense = not self.routed
-            routing.blend = min(1.0, (progress - args.dense_fraction) / fade) if fade > 0 else 1.0
+            routing.blend.fill_(min(1.0, (progress - args.dense_fraction) / fade) if fade > 0 else 1.0)
+        self.optimizer.lr.fill_(lr)
+        self.lag.fill_(1.0 - min(args.ema, (1 + self.step) / (10 + self.step)))
         return lr
 
     def batches(self, pin: bool) -> Iterator[tuple[Batch, Augment | None]]:
@@ -185,19 +199,27 @@ class Run:
         for batch in Planner(*sources, args.batch_seconds, seed, args.joined).prefetched(16, pin):
             yield batch, augment
 
-    def train_step(self, batch: Batch, augment: Augment | None, weights, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+    def train_step(self, batch: Batch, augment: Augment | None) -> list[Tensor]:
         """-> parts of the loss, entropies, gradient norm; nothing of it is waited for."""
         features, lengths = self.front_end(batch, self.speech, augment)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss, parts, entropies = losses.batch_loss(self.model, self.routings[0], features, lengths, batch, weights)
+        return self.captured(features, lengths, batch.tokens, batch.token_lengths)
+
+    def update(self, features: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor):
+        """Everything of a step behind the features."""
+        self.dropout_seed.advance()
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
+            loss, parts, entropies = losses.batch_loss(
+                self.model, self.routings[0], features, lengths, tokens, token_lengths, self.weights
+            )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
         # A batch with a broken gradient is left out, on the device.
-        self.optimizer.step(lr, torch.isfinite(norm))
-        self.optimizer.zero_grad()
-        decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
-        averages, parameters = list(self.average.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1.0 - decay)
+        self.optimizer.step(torch.isfinite(norm))
+        averages = list(self.average.parameters())
+        behind = torch._foreach_sub([p.detach() for p in self.model.parameters()], averages)
+        torch._foreach_mul_(behind, self.lag)
+        torch._foreach_add_(averages, behind)
         return parts, entropies, norm.detach()
 
     def save(self) -> None:
@@ -267,12 +289,11 @@ def main() -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.append(True))
     evaluation = Evaluation(run)
-    weights = losses.LossWeights(sparsity=args.sparsity, importance=args.importance, embedding_ctc=args.embedding_ctc)
     parameters = sum(p.numel() for p in run.model.parameters())
     run.say(f"{parameters / 1e6:.2f} million parameters; {len(run.training)} training, {len(run.development)} dev")
     (args.out / "run.json").write_text(
         json.dumps(
-            {**vars(args), "weights": asdict(weights), "augment": asdict(run.augment_config)}, default=str, indent=1
+            {**vars(args), "weights": asdict(run.weights), "augment": asdict(run.augment_config)}, default=str, indent=1
         )
     )
     log = (args.out / "log.jsonl").open("a", encoding="utf-8")
@@ -288,7 +309,7 @@ def main() -> None:
         if run.progress() >= 1.0 or stop:
             break
         lr = run.set_schedule()
-        window.append(run.train_step(batch.to(run.device), augment, weights, lr))
+        window.append(run.train_step(batch.to(run.device), augment))
         run.step += 1
         seconds += float(batch.host_lengths.sum()) / 16000
         if run.step % args.log_steps == 0:
@@ -302,7 +323,7 @@ def main() -> None:
                 "grad_norm": round(norms[finite].mean().item(), 3) if finite.any() else None,
                 "skipped": int((~finite).sum()),
                 "load_entropy": entropy,
-                "blend": round(run.routings[0].blend, 3) if run.routed else None,
+                "blend": round(run.routings[0].blend.item(), 3) if run.routed else None,
                 "step_ms": round(1000 * spent / len(window), 1),
                 "audio_per_second": round(seconds / spent),
                 "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,

@@ -1,0 +1,214 @@
+"""The step that training takes: its kernels and their gradients, the blocks against the model, captured steps."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+from m3asr.model import Model  # noqa: E402
+from training import blocks, losses, moe  # noqa: E402
+from training.captured import Captured  # noqa: E402
+from training.kernels import activation, ctc, depthwise, norm, subsampling  # noqa: E402
+from training.kernels.random import Seed  # noqa: E402
+from training.network import tiny  # noqa: E402
+from training.optimizer import Optimizer  # noqa: E402
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    on_gpu = torch.cuda.is_available()
+    if request.param == "cuda" and not on_gpu:
+        pytest.skip("no CUDA device")
+    if request.param == "interpreter" and on_gpu:
+        pytest.skip("the interpreter is for machines without a GPU")
+    torch.manual_seed(0)
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def check(device, kernel, reference, inputs, tolerance=1e-5):
+    """Values and gradients of `kernel` on the device against `reference` on the CPU, for the same random cotangents."""
+    ours = [x.detach().to(device).requires_grad_(x.requires_grad) for x in inputs]
+    got, expected = kernel(*ours), reference(*inputs)
+    got, expected = ([x] if torch.is_tensor(x) else list(x) for x in (got, expected))
+    cotangents = [torch.randn_like(x) for x in expected]
+    wanted = [i for i, x in enumerate(inputs) if x.requires_grad]
+    total = sum((x * c.to(device)).sum() for x, c in zip(got, cotangents, strict=True))
+    total_expected = sum((x * c).sum() for x, c in zip(expected, cotangents, strict=True))
+    got += torch.autograd.grad(total, [ours[i] for i in wanted])
+    expected += torch.autograd.grad(total_expected, [inputs[i] for i in wanted])
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a.cpu() - b).norm() <= tolerance * b.norm().clamp(min=1e-6)
+
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_residual_norm(device, silu, added):
+    layer, seed = nn.LayerNorm(40), Seed(device, 3)
+
+    def kernel(x, w, b, y=None):
+        return norm._ResidualNorm.apply(x, y, w, b, seed.value, 0.5, 0.0, 1, 1e-5, silu, torch.float32)
+
+    def reference(x, w, b, y=None):
+        s = x if y is None else x + 0.5 * y
+        n = F.layer_norm(s, (40,), w, b, layer.eps)
+        return s, F.silu(n) if silu else n
+
+    check(device, kernel, reference, [leaf(3, 37, 40), leaf(40), leaf(40)] + [leaf(3, 37, 40)] * added)
+
+
+def test_dropout_drops_its_share_and_its_gradient_the_same_elements(device):
+    seed, layer = Seed(device, 1), nn.LayerNorm(64).to(device)
+    y = torch.ones(40, 64, device=device, requires_grad=True)
+
+    def drop():
+        settings = (seed.value, 1.0, 0.25, seed.salt(), 1e-5, False, torch.float32)
+        return norm._ResidualNorm.apply(torch.zeros_like(y), y, layer.weight, layer.bias, *settings)[0]
+
+    first, second = drop(), drop()
+    assert 0.2 < (first == 0).float().mean() < 0.3 and first.max().item() == pytest.approx(1 / 0.75)
+    assert not torch.equal(first, second)  # another salt
+    assert torch.equal(torch.autograd.grad(first.sum(), y)[0], first)
+    x = torch.ones(40, 64, device=device, requires_grad=True)
+    dropped = activation._Silu.apply(x, seed.value, 0.25, 3, None, 0)
+    assert torch.equal(torch.autograd.grad(dropped.sum(), x)[0] == 0, dropped == 0)
+    before = activation._Silu.apply(x, seed.value, 0.25, 3, None, 0)
+    seed.advance()
+    assert torch.equal(before, dropped) and not torch.equal(activation._Silu.apply(x, seed.value, 0.25, 3, None, 0), before)
+
+
+def test_activations(device):
+    check(device, lambda x: activation._Silu.apply(x, None, 0.0, 0, None, 0), F.silu, [leaf(3, 700)])
+    expert = torch.tensor([[0, 3, 1, 1, 2]])
+    check(
+        device,
+        lambda x: activation._Silu.apply(x, None, 0.0, 0, expert.int().to(device), 4),
+        lambda x: activation.silu_chosen(x, expert, 4),
+        [leaf(1, 5, 4 * 24)],
+    )
+    frames = torch.tensor([[True, True, False], [True, False, False]])
+    check(
+        device,
+        lambda x: activation._Glu.apply(x, frames.to(torch.int8).to(device)),
+        lambda x: activation.masked_glu(x, frames),
+        [leaf(2, 3, 2 * 40)],
+    )
+
+
+@pytest.mark.parametrize("frames", [1, 5, 37, 600])
+def test_depthwise(device, frames):
+    check(device, depthwise._Depthwise.apply, depthwise.depthwise, [leaf(2, frames, 72), leaf(72, 15), leaf(72)])
+
+
+@pytest.mark.parametrize("channels", [24, 64])
+def test_first_convolution(device, channels):
+    features = torch.randn(2, 21, 80)
+    check(
+        device,
+        lambda w, b: subsampling._FirstConvolution.apply(features.to(device), w, b, torch.float32),
+        lambda w, b: subsampling.first_convolution(features, w, b, torch.float32),
+        [leaf(channels, 1, 3, 3), leaf(channels)],
+    )
+
+
+def test_ctc(device):
+    """Repeated labels, a row without labels, one that just fits, one that does not (it counts nothing), padding."""
+    tokens = torch.randint(1, 11, (5, 9))
+    tokens[0] = 3
+    tokens[1, 3] = tokens[1, 2]
+    lengths, token_lengths = torch.tensor([30, 22, 5, 13, 17]), torch.tensor([9, 7, 9, 0, 9])
+    tokens[4] = 5  # 9 labels and 8 blanks between them: 17 frames, no other way
+    given = [x.to(device) for x in (tokens, lengths.int(), token_lengths.int())]
+    check(
+        device,
+        lambda x: ctc._Ctc.apply(torch.log_softmax(x, dim=-1), *given),
+        lambda x: ctc.ctc(torch.log_softmax(x, dim=-1), tokens, lengths, token_lengths),
+        [leaf(5, 30, 11)],
+        tolerance=3e-5,
+    )
+    x = torch.randn(5, 30, 11, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ctc._Ctc.apply(torch.log_softmax(x, dim=-1), *given).sum(), x)
+    assert not gradient[2].any() and not gradient[1, 22:].any()
+
+
+def pair(seed: Seed):
+    torch.manual_seed(1)
+    model = Model(tiny(50, 0.0, False))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    trained = copy.deepcopy(model).to(seed.value.device)
+    moe.install(model)
+    routing = moe.install(trained)
+    blocks.install(trained, seed)
+    return model, trained, routing
+
+
+def test_blocks_equal_the_model():
+    """On the CPU: the same forward and the same gradients, padding apart."""
+    model, trained, _ = pair(Seed(torch.device("cpu"), 1))
+    features, lengths = torch.randn(3, 100, 80), torch.tensor([100, 77, 50], dtype=torch.int32)
+    hidden, out_lengths = model.encode(features, lengths)
+    ours, _ = trained.encode(features, lengths)
+    valid = torch.arange(hidden.shape[1]) < out_lengths.unsqueeze(-1)
+    torch.testing.assert_close(ours[valid], hidden[valid], rtol=1e-5, atol=1e-5)
+    tokens = torch.randint(2, 40, (3, 9))
+    expected, got = model.decode(hidden, out_lengths, tokens)[0], trained.decode(ours, out_lengths, tokens)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn_like(got)
+    (expected * cotangent).sum().backward()
+    (got * cotangent).sum().backward()
+    largest = max(p.grad.norm() for p in model.parameters() if p.grad is not None)
+    for (name, p), q in zip(model.named_parameters(), trained.parameters(), strict=True):
+        if p.grad is not None:
+            assert (p.grad - q.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6 * largest, name
+
+
+@pytest.mark.gpu
+def test_captured_steps_equal_launched_ones():
+    """Three shapes in turn, dropout off: losses step by step as without graphs, and near the model's own on the CPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device, runs = torch.device("cuda"), []
+    for captured in (True, False):
+        model, trained, routing = pair(Seed(device, 1))
+        optimizer = Optimizer(trained, 0.01, True)
+        optimizer.lr.fill_(2e-3)
+
+        def update(features, lengths, tokens, token_lengths, trained=trained, routing=routing, optimizer=optimizer):
+            optimizer.zero_grad()
+            inputs = (features, lengths, tokens, token_lengths)
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                loss, parts, _ = losses.batch_loss(trained, routing, *inputs, losses.LossWeights())
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+            optimizer.step(torch.isfinite(norm))
+            return parts, norm.detach()
+
+        step, seen = Captured(update, device) if captured else update, []
+        for number in range(9):
+            generator = torch.Generator().manual_seed(number)
+            frames = (100, 160, 260)[number % 3]
+            features = torch.randn(4, frames, 80, generator=generator)
+            lengths = torch.tensor([frames, frames - 3, frames // 2, frames], dtype=torch.int32)
+            tokens, token_lengths = torch.randint(2, 40, (4, 12), generator=generator), torch.tensor([5, 12, 3, 8])
+            if number == 0:
+                inputs = (features, lengths, tokens, token_lengths)
+                first = losses.batch_loss(model, moe.install(model), *inputs, losses.LossWeights())[1]
+            seen.append(step(*(x.to(device) for x in (features, lengths, tokens, token_lengths)))[0].cpu())
+        assert not captured or len(step.graphs) == 3
+        runs.append(torch.stack(seen))
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(runs[0][0], first, rtol=2e-2, atol=1e-3)
+    assert runs[0][-1, 0] < runs[0][0, 0]
