@@ -16,6 +16,7 @@ from torch import nn  # noqa: E402
 from m3asr.model import Model  # noqa: E402
 from training import blocks, losses, moe  # noqa: E402
 from training.captured import Captured  # noqa: E402
+from training.data import Texts  # noqa: E402
 from training.kernels import activation, ctc, depthwise, norm, subsampling  # noqa: E402
 from training.kernels.random import Seed  # noqa: E402
 from training.network import tiny  # noqa: E402
@@ -212,3 +213,27 @@ def test_captured_steps_equal_launched_ones():
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(runs[0][0], first, rtol=2e-2, atol=1e-3)
     assert runs[0][-1, 0] < runs[0][0, 0]
+
+
+def test_text_alone_teaches_the_decoder():
+    """Lines nobody spoke: a loss of their own, gradients for the decoder and none for the encoder."""
+
+    class Letters:
+        @staticmethod
+        def encode(text):
+            return [ord(letter) - 95 for letter in text if letter != " "]
+
+    texts = Texts(["a b", "much too long a line", "", "ccc"], Letters(), torch.device("cpu"), 1, rows=5, labels=4)
+    tokens, lengths = texts.draw()
+    assert tokens.shape == (5, 4) and set(lengths.tolist()) <= {2, 3} and len(texts.lengths) == 2
+    model, trained, routing = pair(Seed(torch.device("cpu"), 1))
+    features, frames = torch.randn(2, 60, 80), torch.tensor([60, 50], dtype=torch.int32)
+    spoken = torch.tensor([[3, 4, 0], [5, 6, 7]]), torch.tensor([2, 3])
+    weights = losses.LossWeights()
+    without = losses.batch_loss(trained, routing, features, frames, *spoken, weights)[1]
+    total, parts, _ = losses.batch_loss(trained, routing, features, frames, *spoken, weights, (tokens, lengths))
+    assert without[-1] == 0 and parts[-1] > 0
+    assert total.item() == pytest.approx(without[0].item() + weights.text * parts[-1].item(), rel=1e-5)
+    losses.unheard(trained, tokens, lengths, 0.1).backward()
+    assert trained.decoder.decoders[0].self_attn.linear_q.weight.grad.any()
+    assert all(p.grad is None for p in trained.encoder.parameters())

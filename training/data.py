@@ -25,7 +25,7 @@ from torch import Tensor
 RATE = 16000
 BLANK, UNK = 0, 1
 # Batches have few distinct lengths, so that memory is reused and plans (FFT, convolution) are made once for each.
-LENGTHS = [int(s * RATE) for s in (1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 22)]
+LENGTHS = [int(s * RATE) for s in (1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7.5, 9, 11, 14, 18, 22)]
 SILENCE, MAX_SECONDS = 0.6, 21.0
 
 
@@ -137,6 +137,32 @@ class Units:
 
     def lines(self) -> str:
         return "".join(f"{symbol} {i}\n" for i, symbol in enumerate(self.symbols))
+
+
+class Texts:
+    """Lines that nobody spoke, as tokens on the device, drawn there."""
+
+    def __init__(self, lines: list[str], units: Units, device: torch.device, seed: int, rows=192, labels=48):
+        encoded = [tokens for tokens in map(units.encode, lines) if 0 < len(tokens) <= labels]
+        self.tokens = torch.zeros(len(encoded), labels, dtype=torch.int16)
+        for row, tokens in zip(self.tokens, encoded, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int16)
+        self.tokens = self.tokens.to(device)
+        self.lengths = torch.tensor([len(tokens) for tokens in encoded], device=device)
+        self.rows, self.generator = rows, torch.Generator(device).manual_seed(seed)
+
+    @staticmethod
+    def read(path: Path) -> list[str]:
+        """A line a text, or JSON lines with `text`; also .gz."""
+        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+        with opened as file:
+            return [json.loads(line)["text"] if line.startswith("{") else line.strip() for line in file]
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """tokens int64 (rows, labels), their lengths int64 (rows,)."""
+        size, device = (self.rows,), self.lengths.device
+        pick = torch.randint(len(self.lengths), size, generator=self.generator, device=device)
+        return self.tokens[pick].long(), self.lengths[pick]
 
 
 def resample(flat: Tensor, speed: float, chunk: int = 1 << 24, taps: int = 16) -> Tensor:

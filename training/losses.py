@@ -16,7 +16,7 @@ from m3asr.model import Model
 from training import moe
 from training.kernels.ctc import ctc
 
-NAMES = ("total", "ctc", "attention", "embedding_ctc", "sparsity", "importance")
+NAMES = ("total", "ctc", "attention", "embedding_ctc", "sparsity", "importance", "text")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class LossWeights:
     embedding_ctc: float = 0.3
     sparsity: float = 0.02  # per layer
     importance: float = 0.1  # per layer
+    text: float = 0.2  # the decoder without anything to hear
     label_smoothing: float = 0.1
 
 
@@ -61,6 +62,18 @@ def decoder_tokens(tokens: Tensor, token_lengths: Tensor, sos: int) -> tuple[Ten
     return inputs, targets, position <= end
 
 
+def unheard(model: Model, tokens: Tensor, token_lengths: Tensor, smoothing: float) -> Tensor:
+    """The attention loss of text alone: the decoder hears one frame of zeros and must go by the words before.
+
+    What it knows of words then does not end with what was spoken (Meng et al. 2021, arXiv 2102.01380, train the
+    decoder's own language model so, on the transcripts).
+    """
+    inputs, outputs, valid = decoder_tokens(tokens, token_lengths, model.config.sos)
+    silence = torch.zeros(len(tokens), 1, model.config.encoder.attention_dim, device=tokens.device)
+    log_probs, _ = model.decode(silence, torch.ones_like(token_lengths), inputs)
+    return attention(log_probs.float(), outputs, valid, smoothing)
+
+
 def batch_loss(
     model: Model,
     routing: moe.Routing,
@@ -69,8 +82,12 @@ def batch_loss(
     tokens: Tensor,
     token_lengths: Tensor,
     weights: LossWeights,
+    text: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> loss, its parts in the order of NAMES (detached), entropy of each layer's expert load (layers,)."""
+    """-> loss, its parts in the order of NAMES (detached), entropy of each layer's expert load (layers,).
+
+    text: tokens and token_lengths of lines that were never spoken, for the decoder alone.
+    """
     config, routing.probs = model.config, []
     embedding = []
     hook = model.encoder.embed.register_forward_hook(lambda module, inputs, output: embedding.append(output))
@@ -96,12 +113,17 @@ def batch_loss(
         entropies = moe.load_entropy(probs.detach(), frames)
     else:  # dense: nothing was routed
         sparsity_loss = importance_loss = entropies = torch.zeros(len(moe.moe_layers(model)), device=hidden.device)
+    text_loss = torch.zeros((), device=hidden.device)
+    if text is not None:
+        text_loss = unheard(model, *text, weights.label_smoothing)
     total = (
         weights.ctc * ctc_loss
         + weights.attention * attention_loss
         + weights.embedding_ctc * embedding_loss
         + weights.sparsity * sparsity_loss.sum()
         + weights.importance * importance_loss.sum()
+        + weights.text * text_loss
     )
-    parts = (total, ctc_loss, attention_loss, embedding_loss, sparsity_loss.mean(), importance_loss.mean())
+    routing_parts = sparsity_loss.mean(), importance_loss.mean()
+    parts = (total, ctc_loss, attention_loss, embedding_loss, *routing_parts, text_loss)
     return total, torch.stack(parts).detach(), entropies

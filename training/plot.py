@@ -24,8 +24,9 @@ def main() -> None:
     figure, ((loss, wer), (router, speed)) = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
     minutes = [line["elapsed"] / 60 for line in steps]
 
-    for name in ("ctc", "attention", "embedding_ctc"):
-        loss.plot(minutes, [line[name] for line in steps], label=name.replace("_", " "))
+    for name in ("ctc", "attention", "embedding_ctc", "text"):
+        if any(line.get(name) for line in steps):
+            loss.plot(minutes, [line[name] for line in steps], label=name.replace("_", " "))
     loss.set(title="loss a token", xlabel="minutes", yscale="log")
     loss.legend()
 

@@ -25,7 +25,7 @@ from m3asr.model import Model
 from training import blocks, losses, moe
 from training.augment import Augment, AugmentConfig, read_rooms
 from training.captured import Captured
-from training.data import Batch, Planner, Speech, Units, decode, plain_batches, read_audio, read_manifest, split
+from training.data import Batch, Planner, Speech, Texts, Units, decode, plain_batches, read_audio, read_manifest, split
 from training.evaluate import greedy_wer
 from training.front_end import FrontEnd
 from training.kernels.random import Seed
@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--speech", type=Path, nargs="+", required=True, help="folders with *.zip and *.jsonl.gz")
     parser.add_argument("--also", type=Path, nargs="+", default=[], help="more of them, of which none is kept for dev")
+    parser.add_argument("--texts", type=Path, help="lines nobody spoke, for the decoder alone: text, or JSON with text")
     parser.add_argument("--out", type=Path, required=True, help="log.jsonl, checkpoint.pt and model/ go here")
     parser.add_argument("--minutes", type=float, default=20.0, help="of the whole run, start and end included")
     parser.add_argument("--size", choices=SIZES, default="compact")
@@ -59,6 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=losses.LossWeights.sparsity)
     parser.add_argument("--importance", type=float, default=losses.LossWeights.importance)
     parser.add_argument("--embedding-ctc", type=float, default=losses.LossWeights.embedding_ctc)
+    parser.add_argument("--text", type=float, default=losses.LossWeights.text, help="weight of --texts")
     parser.add_argument("--speeds", type=float, nargs="+", default=[0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15])
     parser.add_argument("--joined", type=float, default=0.4, help="chance that an utterance is joined to the next")
     parser.add_argument("--tempo", type=float, default=0.0, help="passing changes of tempo, natural log")
@@ -103,6 +105,11 @@ class Run:
         else:
             bpe = Units.train([u.text for u in self.training], args.vocab).model
         self.units = Units(bpe)
+        self.texts = None
+        if args.texts:
+            lines = [line for line in Texts.read(args.texts) if line not in held_out]
+            self.texts = Texts(lines, self.units, self.device, args.seed)
+            self.say(f"{len(self.texts.lengths)} lines of text")
         self.speech = Speech(flat, args.speeds, self.device)
         self.say(f"{self.speech.samples.numel() * 2 / 1e9:.1f} GB of samples at {len(args.speeds)} speeds")
 
@@ -147,7 +154,7 @@ class Run:
             self.clean = saved["clean"]
         self.config = config
         self.weights = losses.LossWeights(
-            sparsity=args.sparsity, importance=args.importance, embedding_ctc=args.embedding_ctc
+            sparsity=args.sparsity, importance=args.importance, embedding_ctc=args.embedding_ctc, text=args.text
         )
         self.lag = torch.ones((), device=self.device)  # 1 - the decay of the averaged weights
         self.captured = Captured(self.update, self.device)
@@ -202,15 +209,16 @@ class Run:
     def train_step(self, batch: Batch, augment: Augment | None) -> list[Tensor]:
         """-> parts of the loss, entropies, gradient norm; nothing of it is waited for."""
         features, lengths = self.front_end(batch, self.speech, augment)
-        return self.captured(features, lengths, batch.tokens, batch.token_lengths)
+        text = self.texts.draw() if self.texts else ()
+        return self.captured(features, lengths, batch.tokens, batch.token_lengths, *text)
 
-    def update(self, features: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor):
+    def update(self, features: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *text: Tensor):
         """Everything of a step behind the features."""
         self.dropout_seed.advance()
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
             loss, parts, entropies = losses.batch_loss(
-                self.model, self.routings[0], features, lengths, tokens, token_lengths, self.weights
+                self.model, self.routings[0], features, lengths, tokens, token_lengths, self.weights, text or None
             )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
