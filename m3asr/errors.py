@@ -3,6 +3,7 @@
 M3asrError
 ├── AudioError      a recording cannot be read or holds no usable samples
 ├── ModelError      a checkpoint, model folder or engine cannot be used
+│   └── NotANumber  an engine's outputs hold NaN
 └── MissingExtra    an optional package is not installed
 """
 
@@ -17,6 +18,16 @@ class AudioError(M3asrError):
 
 class ModelError(M3asrError):
     """A checkpoint, a model folder, a feature file or an engine does not fit."""
+
+
+class NotANumber(ModelError, ValueError):
+    """An engine's outputs hold NaN."""
+
+    def __init__(self):
+        super().__init__(
+            "the log-probabilities hold NaN: the model's range is too large for the engine's precision; "
+            "build it with --precision bf16 or fp32"
+        )
 
 
 class MissingExtra(M3asrError):

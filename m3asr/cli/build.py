@@ -30,8 +30,8 @@ def build(
     precision: Annotated[
         Optional[PrecisionName],  # noqa: UP007, UP045
         typer.Option(
-            help="cuda: fp32, bf16 (default), fp16, which is as fast and nearer, where its range suffices, or fp8: "
-            "experts in 8 bits, the rest bf16. "
+            help="cuda: fp32, fp16 (default), bf16, as fast and further off, for a model that fp16's range does not hold, "
+            "or fp8: experts in 8 bits, the rest bf16. "
             "tensorrt: all, default fp32."
         ),
     ] = None,
@@ -78,7 +78,7 @@ def build(
     elif engine is EngineName.cuda:
         if precision is PrecisionName.int8:
             raise M3asrError("--precision int8 is for --engine tensorrt; cuda has fp32, bf16, fp16 and fp8")
-        _build_cuda(model, precision.value if precision else "bf16")
+        _build_cuda(model, precision.value if precision else "fp16")
     elif engine is EngineName.tensorrt:
         options = {
             "precision": precision.value if precision else "fp32",

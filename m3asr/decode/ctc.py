@@ -16,6 +16,7 @@ import numpy as np
 
 from m3asr.decode.biasing import ContextGraph
 from m3asr.decode.hypothesis import DecodeResult, Hypothesis
+from m3asr.errors import NotANumber
 
 NEVER = -math.inf  # log-probability of what cannot be
 
@@ -44,7 +45,7 @@ def ctc_greedy_search(
     log_probs: float (B, S, V), normalised; lengths: int (B,), frames past an utterance's length are not looked at.
     A token's time is its most probable frame, its confidence the probability there. `score` and `ctc_score` are the
     log-probability of the path. For `blank_penalty` and `confidence` see `ctc_prefix_beam_search`.
-    Raises ValueError for wrong shapes and for NaN.
+    Raises ValueError for wrong shapes, and NotANumber for NaN.
     """
     log_probs, lengths = _checked(log_probs, lengths)
     log_probs = penalise_blank(log_probs, blank_penalty, blank)
@@ -64,7 +65,7 @@ def ctc_best_path(symbols: np.ndarray, peaks: np.ndarray, lengths: np.ndarray, b
     symbols = np.where(inside, symbols, blank)
     peaks = np.where(inside, peaks, 0.0)
     if np.isnan(peaks).any():
-        raise ValueError("log_probs holds NaN")
+        raise NotANumber
 
     starts = np.ones_like(inside)
     starts[:, 1:] = symbols[:, 1:] != symbols[:, :-1]
@@ -148,7 +149,7 @@ class PrefixBeamSearch:
         log_probs = penalise_blank(log_probs, self.blank_penalty, self.blank)
         values, symbols = most_probable(log_probs, self.beam_size)
         if np.isnan(values).any():
-            raise ValueError("log_probs holds NaN")
+            raise NotANumber
         for row, ids in zip(values.tolist(), symbols.tolist(), strict=True):
             self._step(row, ids)
             self.frames += 1

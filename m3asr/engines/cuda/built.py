@@ -32,7 +32,7 @@ _KINDS = {
 }
 
 
-def build(folder: ModelFolder, precision: str = "bf16", device: str = "cuda") -> Path:
+def build(folder: ModelFolder, precision: str = "fp16", device: str = "cuda") -> Path:
     """Pack the folder's weights for this device; replaces an older engine only when the new one is whole.
 
     Raises ModelError for a model or a precision without kernels, and where there is no GPU.

@@ -100,7 +100,7 @@ class CudaEngine:
     # Frames of a batch that keep the card busy: 64 utterances of ten seconds.
     batch_frames = 1 << 16
 
-    def __init__(self, model, precision="bf16", device="cuda", warm=(), *, graphs=32, regime="auto", pdl=None):
+    def __init__(self, model, precision="fp16", device="cuda", warm=(), *, graphs=32, regime="auto", pdl=None):
         self._device = device_of(device)
         if isinstance(model, str | Path):
             from m3asr.folder import ModelFolder
