@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,6 +39,20 @@ def compact(vocab_size: int, dropout: float, streaming: bool) -> ModelConfig:
     return ModelConfig("3m", vocab_size, encoder, decoder, sos=vocab_size - 1, eos=vocab_size - 1)
 
 
+def large(vocab_size: int, dropout: float, streaming: bool) -> ModelConfig:
+    """About 36 million parameters: what a package of 40 MB could hold with 8 bits a weight."""
+    config = compact(vocab_size, dropout, streaming)
+    encoder = replace(
+        config.encoder,
+        attention_dim=320,
+        attention_heads=5,
+        num_blocks=11,
+        linear_units=512,
+        moe=MoEConfig(num_experts=4, hidden_units=512),
+    )
+    return replace(config, encoder=encoder, decoder=replace(config.decoder, attention_heads=5, linear_units=1024))
+
+
 def tiny(vocab_size: int, dropout: float, streaming: bool) -> ModelConfig:
     """The same in a few seconds of one processor core, for trying the recipe out."""
     common = {"input_dim": 80, "causal": streaming, "use_dynamic_chunk": streaming, "dropout_rate": dropout}
@@ -50,7 +65,7 @@ def tiny(vocab_size: int, dropout: float, streaming: bool) -> ModelConfig:
     return ModelConfig("3m", vocab_size, encoder, decoder, sos=vocab_size - 1, eos=vocab_size - 1)
 
 
-SIZES = {"compact": compact, "tiny": tiny}
+SIZES = {"compact": compact, "large": large, "tiny": tiny}
 
 
 def write_folder(folder: Path, config: ModelConfig, state: dict[str, Tensor], units, mean: Tensor, istd: Tensor) -> int:
