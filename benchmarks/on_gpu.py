@@ -32,7 +32,10 @@ class Stage:
 
 
 SHIPPED = "m3asr/models/3m-en"
-GPU_TESTS = "tests/kernels tests/test_cuda_engine.py tests/test_cuda_built.py tests/test_cuda_waveforms.py tests/test_training_step.py"
+GPU_TESTS = (
+    "tests/kernels tests/test_cuda_engine.py tests/test_cuda_built.py tests/test_cuda_waveforms.py "
+    "tests/test_training_step.py"
+)
 # {out}: the folder for results; {tiles}: `--tiles FILE` once there are any; {manifest}: a list of recordings.
 STAGES = {
     "tests": Stage(f"{{python}} -m pytest {GPU_TESTS} -q -n 12 --dist load -p no:cacheprovider", 220),

@@ -87,7 +87,8 @@ def test_dropout_drops_its_share_and_its_gradient_the_same_elements(device):
     assert torch.equal(torch.autograd.grad(dropped.sum(), x)[0] == 0, dropped == 0)
     before = activation._Silu.apply(x, seed.value, 0.25, 3, None, 0)
     seed.advance()
-    assert torch.equal(before, dropped) and not torch.equal(activation._Silu.apply(x, seed.value, 0.25, 3, None, 0), before)
+    assert torch.equal(before, dropped)
+    assert not torch.equal(activation._Silu.apply(x, seed.value, 0.25, 3, None, 0), before)
 
 
 def test_activations(device):
@@ -199,7 +200,7 @@ def test_captured_steps_equal_launched_ones():
 
         step, seen = Captured(update, device) if captured else update, []
         for number in range(9):
-            generator = torch.Generator().manual_seed(number)
+            generator = torch.Generator().manual_seed(number % 3)
             frames = (100, 160, 260)[number % 3]
             features = torch.randn(4, frames, 80, generator=generator)
             lengths = torch.tensor([frames, frames - 3, frames // 2, frames], dtype=torch.int32)
@@ -212,7 +213,7 @@ def test_captured_steps_equal_launched_ones():
         runs.append(torch.stack(seen))
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(runs[0][0], first, rtol=2e-2, atol=1e-3)
-    assert runs[0][-1, 0] < runs[0][0, 0]
+    assert (runs[0][6:, 0] < runs[0][:3, 0]).all()  # the same three batches, twice learnt
 
 
 def test_text_alone_teaches_the_decoder():

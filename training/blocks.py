@@ -32,8 +32,12 @@ def install(model: Model, seed: Seed) -> None:
             module.forward = partial(_block, module, seed, salts)
         elif isinstance(module, Attention):
             module.forward = partial(_attention, module)
-        elif isinstance(module, Subsampling) and [c.stride for c in module.conv if hasattr(c, "stride")] == [(2, 2)] * 2:
+        elif isinstance(module, Subsampling) and strides(module) == [(2, 2)] * 2:
             module.forward = partial(_subsampling, module)
+
+
+def strides(module: Subsampling) -> list[tuple[int, int]]:
+    return [layer.stride for layer in module.conv if isinstance(layer, nn.Conv2d)]
 
 
 def supported(block: ConformerBlock) -> bool:

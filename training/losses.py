@@ -100,9 +100,9 @@ def batch_loss(
     # Both heads in one go: CTC walks through the frames, and its walk takes the same time for twice as many rows.
     logits = torch.cat((model.encoder.out_linear(hidden), model.encoder.embed.out_linear(embedding[0])))
     twice = [torch.cat((x, x)) for x in (tokens, out_lengths, token_lengths)]
-    ctc_loss, embedding_loss = ctc(torch.log_softmax(logits.float(), dim=-1), *twice).view(2, -1).sum(
-        dim=1
-    ) / token_lengths.sum()
+    ctc_loss, embedding_loss = (
+        ctc(torch.log_softmax(logits.float(), dim=-1), *twice).view(2, -1).sum(dim=1) / token_lengths.sum()
+    )
     inputs, outputs, valid = decoder_tokens(tokens, token_lengths, config.sos)
     log_probs, _ = model.decode(hidden, out_lengths, inputs)
     attention_loss = attention(log_probs.float(), outputs, valid, weights.label_smoothing)

@@ -78,7 +78,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, finite: Tensor) -> None:
-        """With `self.lr`. finite: bool (), on the device; False leaves the batch's gradient out, unasked by the host."""
+        """With `self.lr`. finite: bool (), on the device; False leaves the gradient out, unasked by the host."""
         self.adamw.found_inf = (~finite).float()
         self.adamw.step()
         for shape, group in self.groups.items():

@@ -30,8 +30,8 @@ def build(
     precision: Annotated[
         Optional[PrecisionName],  # noqa: UP007, UP045
         typer.Option(
-            help="cuda: fp32, fp16 (default), bf16, as fast and further off, for a model that fp16's range does not hold, "
-            "or fp8: experts in 8 bits, the rest bf16. "
+            help="cuda: fp32, fp16 (default), bf16, as fast and further off, for a model that fp16's range does not "
+            "hold, or fp8: experts in 8 bits, the rest bf16. "
             "tensorrt: all, default fp32."
         ),
     ] = None,

@@ -1,7 +1,7 @@
 """CTC loss whose lengths stay on the device, so that a step can be captured; Graves et al. 2006, equations 6 to 15.
 
-One program a row walks through the frames. What it needs of the frame before, at this and the two states before it, goes
-through memory, which a barrier makes visible to the whole program.
+One program a row walks through the frames. What it needs of the frame before, at this and the two states before it,
+goes through memory, which a barrier makes visible to the whole program.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _gradient_kernel(
     beta, gradient = beta_ptr + row * 2 * states_stride, gradient_ptr + row * frames * vocab
     loss, dloss = tl.load(loss_ptr + row), tl.load(dloss_ptr + row)
     here = tl.where(real & (state >= 2 * labels - 1), 0.0, NONE)  # without this frame's own emission
-    for back in range(0, length):
+    for back in range(length):
         t = length - 1 - back
         emitted = tl.load(log_probs + t * vocab + label, mask=real, other=NONE)
         if back > 0:

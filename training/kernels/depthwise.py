@@ -68,7 +68,7 @@ def _filter_gradient_kernel(
     first = tl.program_id(0) * SPAN + 0 * d
     base = row.to(tl.int64) * frames * channels + d
     inputs, totals = (), ()
-    for k in tl.static_range(KERNEL + 1):
+    for _ in tl.static_range(KERNEL + 1):
         totals = totals + (tl.zeros((BLOCK_D,), dtype=tl.float32),)
     for k in tl.static_range(KERNEL - 1):
         place = first + k - KERNEL // 2

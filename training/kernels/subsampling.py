@@ -86,9 +86,7 @@ def _gradient_kernel(
         pixel = start + tl.arange(0, PIXELS)
         patches = _patches(features_ptr, pixel, pixels, frames, bins, out_frames, out_bins).to(dtype)
         inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-        dout = tl.load(
-            dout_ptr + pixel.to(tl.int64)[:, None] * channels + channel[None, :], mask=inside, other=0.0
-        )
+        dout = tl.load(dout_ptr + pixel.to(tl.int64)[:, None] * channels + channel[None, :], mask=inside, other=0.0)
         positive = tl.dot(patches, filters, input_precision="ieee") > 0.0
         dout = tl.where(positive, dout.to(tl.float32), 0.0).to(dtype)
         total += tl.dot(tl.trans(patches), dout, input_precision="ieee")
