@@ -86,6 +86,7 @@ class Run:
         self.args, self.device = args, torch.device(args.device)
         self.started = time.monotonic()
         self.before = 0.0  # seconds of the runs that this one resumes
+        self.setup: float | None = None  # seconds until the first step was done, in which kernels are compiled
         self.step, self.routed, self.clean = 0, False, not args.init
         torch.manual_seed(args.seed)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -151,6 +152,7 @@ class Run:
             self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.before, self.routed = saved["step"], saved["elapsed"], saved["routed"]
+            self.setup = saved["setup"]
             self.clean = saved["clean"]
         self.config = config
         self.weights = losses.LossWeights(
@@ -166,9 +168,13 @@ class Run:
         return self.before + time.monotonic() - self.started
 
     def progress(self) -> float:
-        """Part of the time that has passed; the end keeps 20 s (or a tenth) for the last evaluation and the export."""
+        """Part of the time for steps that has passed: 0 until the first is done; the end keeps 20 s (or a tenth) for
+        the last evaluation and the export."""
+        if self.setup is None:
+            return 0.0
         total = self.args.minutes * 60
-        return min(1.0, self.elapsed() / (total - min(20.0, 0.1 * total)))
+        left = total - min(20.0, 0.1 * total) - self.setup
+        return min(1.0, (self.elapsed() - self.setup) / left) if left > 0 else 1.0
 
     def set_schedule(self) -> float:
         """Learning rate, averaging, and how the experts are used, for the time it is; -> learning rate."""
@@ -238,6 +244,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "elapsed": self.elapsed(),
+            "setup": self.setup,
             "routed": self.routed,
             "clean": self.clean,
             "config": self.config.to_json(),
@@ -319,6 +326,9 @@ def main() -> None:
         lr = run.set_schedule()
         window.append(run.train_step(batch.to(run.device), augment))
         run.step += 1
+        if run.setup is None:
+            run.setup = run.elapsed()
+            run.say("first step done: the schedule's clock starts")
         seconds += float(batch.host_lengths.sum()) / 16000
         if run.step % args.log_steps == 0:
             parts = torch.stack([w[0] for w in window]).mean(dim=0).tolist()  # waits for the device
