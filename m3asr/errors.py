@@ -25,8 +25,8 @@ class NotANumber(ModelError, ValueError):
 
     def __init__(self):
         super().__init__(
-            "the log-probabilities hold NaN: the model's range is too large for the engine's precision; "
-            "build it with --precision bf16 or fp32"
+            "the log-probabilities hold NaN: expected finite numbers; if the engine computes in fp16, build it with "
+            "--precision bf16 or fp32, whose range is larger, else convert the model again"
         )
 
 

@@ -44,6 +44,18 @@ def golden_folders(tmp_path_factory) -> dict[str, Path]:
     return _Folders(tmp_path_factory.mktemp("models"))
 
 
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where the kernels run: the CPU under the interpreter, or the GPU."""
+    on_gpu = torch.cuda.is_available()
+    if request.param == "cuda" and not on_gpu:
+        pytest.skip("no CUDA device")
+    if request.param == "interpreter" and on_gpu:
+        pytest.skip("the interpreter is for machines without a GPU")
+    torch.manual_seed(0)
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
 @pytest.fixture
 def m3(monkeypatch, capfd):
     """Run `m3asr ARGUMENTS` in this process -> (exit code, standard output, standard error)."""

@@ -110,7 +110,7 @@ def test_planner_joins_without_losing_text():
         batch = next(stream)
         assert (batch.lengths <= batch.samples).all() and len(batch.texts) * batch.samples <= 12 * 16000
         for b, text in enumerate(batch.texts):
-            tokens = batch.tokens[b, : batch.host_token_lengths[b]].tolist()
+            tokens = batch.tokens[b, : batch.token_lengths[b]].tolist()
             assert tokens == [int(x) + 2 for x in text.split()]
             present = batch.starts[b] < (1 << 40)
             assert (batch.sources[b][present] == 1000 * (torch.tensor(tokens) - 2)).all()
@@ -243,8 +243,7 @@ def test_router_stays_float32_under_autocast():
     expected = torch.softmax(layer.router_logits(x, embedding), dim=-1)
     with torch.autocast("cpu", torch.bfloat16):
         layer(x, embedding)
-    assert routing.probs[0].dtype == torch.float32
-    torch.testing.assert_close(routing.probs[0], expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(routing.probs[0], expected)
 
 
 def test_dense_start_goes_on_as_copies():

@@ -23,17 +23,6 @@ from training.network import tiny  # noqa: E402
 from training.optimizer import Optimizer  # noqa: E402
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    on_gpu = torch.cuda.is_available()
-    if request.param == "cuda" and not on_gpu:
-        pytest.skip("no CUDA device")
-    if request.param == "interpreter" and on_gpu:
-        pytest.skip("the interpreter is for machines without a GPU")
-    torch.manual_seed(0)
-    return torch.device("cuda" if on_gpu else "cpu")
-
-
 def check(device, kernel, reference, inputs, tolerance=1e-5):
     """Values and gradients of `kernel` on the device against `reference` on the CPU, for the same random cotangents."""
     ours = [x.detach().to(device).requires_grad_(x.requires_grad) for x in inputs]

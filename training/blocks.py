@@ -32,20 +32,25 @@ def install(model: Model, seed: Seed) -> None:
             module.forward = partial(_block, module, seed, salts)
         elif isinstance(module, Attention):
             module.forward = partial(_attention, module)
-        elif isinstance(module, Subsampling) and strides(module) == [(2, 2)] * 2:
+        elif isinstance(module, Subsampling) and quartered(module):
             module.forward = partial(_subsampling, module)
 
 
-def strides(module: Subsampling) -> list[tuple[int, int]]:
-    return [layer.stride for layer in module.conv if isinstance(layer, nn.Conv2d)]
+# Kernels are there for what is trained here; other modules keep their own forward.
+
+
+def quartered(module: Subsampling) -> bool:
+    """Two convolutions of 3x3 and stride 2 over one channel."""
+    shapes = [(layer.kernel_size, layer.stride) for layer in module.conv if isinstance(layer, nn.Conv2d)]
+    return module.in_channels == 1 and shapes == [((3, 3), (2, 2))] * 2
 
 
 def supported(block: ConformerBlock) -> bool:
-    """Kernels are there for what is trained here; other blocks keep their own forward."""
     convolution = block.conv_module
     return (
         block.macaron
         and block.feed_forward_macaron.activation is F.silu
+        and convolution.activation is F.silu
         and convolution.use_layer_norm
         and not convolution.left_padding
     )
@@ -132,9 +137,10 @@ def _plain_attention(module: Attention, x: Tensor, memory: Tensor, mask: Tensor,
     bias = None
     if module.rel_pos:
         k, bias = ops.rel_pos_keys(k, module.split(module.linear_pos(pos)), module.pos_bias_u, module.pos_bias_v)
-        context = ops.attention(q, k, v, mask, bias)
-    elif mask.ndim == 2:  # the decoder's own tokens: causal
+    if mask.ndim == 2:  # the decoder's own tokens: causal
         context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    elif bias is not None or mask.shape[2] > 1:
+        context = ops.attention(q, k, v, mask, bias)
     else:
         one = F.pad(torch.ones_like(q[..., :1]), (0, EXTRA - 1))
         masked = torch.zeros_like(mask, dtype=k.dtype).masked_fill(~mask, ops.MASKED)[:, :, 0, :, None]

@@ -151,13 +151,6 @@ class Texts:
         self.lengths = torch.tensor([len(tokens) for tokens in encoded], device=device)
         self.rows, self.generator = rows, torch.Generator(device).manual_seed(seed)
 
-    @staticmethod
-    def read(path: Path) -> list[str]:
-        """A line a text, or JSON lines with `text`; also .gz."""
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as file:
-            return [json.loads(line)["text"] if line.startswith("{") else line.strip() for line in file]
-
     def draw(self) -> tuple[Tensor, Tensor]:
         """tokens int64 (rows, labels), their lengths int64 (rows,)."""
         size, device = (self.rows,), self.lengths.device
@@ -222,7 +215,6 @@ class Batch:
     tokens: Tensor  # int64 (B, L), padded with 0
     token_lengths: Tensor  # int64 (B,)
     host_lengths: Tensor
-    host_token_lengths: Tensor
     samples: int  # padded length
     texts: list[str]
 
@@ -254,7 +246,7 @@ def collate(rows: list, samples: int, pin: bool, labels: int | None = None) -> B
     moved = [starts, sources, sizes, lengths, tokens, token_lengths]
     if pin:
         moved = [x.pin_memory() for x in moved]
-    return Batch(*moved, lengths, token_lengths, samples, [row[3] for row in rows])
+    return Batch(*moved, lengths, samples, [row[3] for row in rows])
 
 
 class Planner:

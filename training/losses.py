@@ -113,9 +113,7 @@ def batch_loss(
         entropies = moe.load_entropy(probs.detach(), frames)
     else:  # dense: nothing was routed
         sparsity_loss = importance_loss = entropies = torch.zeros(len(moe.moe_layers(model)), device=hidden.device)
-    text_loss = torch.zeros((), device=hidden.device)
-    if text is not None:
-        text_loss = unheard(model, *text, weights.label_smoothing)
+    text_loss = unheard(model, *text, weights.label_smoothing) if text else torch.zeros((), device=hidden.device)
     total = (
         weights.ctc * ctc_loss
         + weights.attention * attention_loss

@@ -24,8 +24,8 @@ from training.products import linear
 class Routing:
     """How the experts of a model are used now, and what the routers said (the user empties `probs`)."""
 
+    blend: Tensor  # (), on the device: the output is scaled by 1 + blend * (gate - 1)
     dense: bool = False  # every token through expert 0, unscaled: an ordinary Conformer
-    blend: Tensor = field(default_factory=lambda: torch.ones(()))  # the output is scaled by 1 + blend * (gate - 1)
     probs: list[Tensor] = field(default_factory=list)  # one (B, S, E) a layer
 
 
@@ -34,9 +34,11 @@ def moe_layers(model: Model) -> list[MoEFeedForward]:
 
 
 def install(model: Model) -> Routing:
-    routing = Routing()
+    """Raises ValueError for experts that no kernel is there for."""
+    routing = Routing(torch.ones((), device=next(model.parameters()).device))
     for module in moe_layers(model):
-        routing.blend = routing.blend.to(module.router_weights.device)
+        if module.experts.activation != "swish":
+            raise ValueError(f"experts with activation {module.experts.activation!r}: only swish is trained here")
         module.forward = partial(_forward, module, routing)
     return routing
 
@@ -47,20 +49,14 @@ def _forward(module: MoEFeedForward, routing: Routing, x: Tensor, embedding: Ten
     if routing.dense:
         return linear(F.silu(linear(x, w_1[0], b_1[0])), w_2[0], b_2[0])
     with torch.autocast(x.device.type, enabled=False):  # the router is float32, always
-        # As `router_logits`, without the copy that puts the two inputs side by side.
-        heard, own = module.router_weights.float().split((embedding.shape[-1], x.shape[-1]))
-        logits = embedding.float() @ heard + x.float() @ own
-        if module.router_bias is not None:
-            logits = logits + module.router_bias.float()
-        probs = torch.softmax(logits, dim=-1)  # (B, S, E)
+        probs = torch.softmax(module.router_logits(x, embedding), dim=-1)  # (B, S, E)
     if torch.is_grad_enabled():  # evaluation does not ask for them, and would pile them up
         routing.probs.append(probs)
     gate, expert_idx = probs.max(dim=-1)
     hidden = linear(x, w_1.flatten(0, 1), b_1.flatten())  # (B, S, E*F)
     hidden = silu_chosen(hidden, expert_idx, w_1.shape[0])
     chosen = F.one_hot(expert_idx, w_1.shape[0]).to(hidden.dtype)  # (B, S, E)
-    y = linear(hidden, w_2.transpose(0, 1).flatten(1), torch.zeros_like(b_2[0]))  # (B, S, D)
-    y = y + torch.matmul(chosen, b_2.to(hidden.dtype))
+    y = linear(hidden, w_2.transpose(0, 1).flatten(1), None) + torch.matmul(chosen, b_2.to(hidden.dtype))  # (B, S, D)
     if module.keep_expert_output:
         return y
     return y * (1.0 + routing.blend * (gate - 1.0)).unsqueeze(-1).to(y.dtype)

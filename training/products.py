@@ -19,13 +19,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         rows = dy.flatten(0, -2)
-        return dy @ weight, rows.t() @ x.flatten(0, -2), (rows.new_ones(1, len(rows)) @ rows)[0]
+        d_bias = (rows.new_ones(1, len(rows)) @ rows)[0] if ctx.needs_input_grad[2] else None
+        return dy @ weight, rows.t() @ x.flatten(0, -2), d_bias
 
 
 def half(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.is_cuda else x.dtype
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = half(x)
-    return _Linear.apply(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    return _Linear.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

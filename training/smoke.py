@@ -1,4 +1,4 @@
-"""One minute on the device before a long run: do the parts agree with the host, how long does each take, what fits.
+"""A few minutes on the device before a long run: do the parts agree with the host, how long does each take, what fits.
 
 `python3 -m training.smoke --speech FOLDER...` takes the options of train.py and prints one line a measurement.
 """
@@ -56,6 +56,7 @@ def main() -> None:
     device, cuda = run.device, args.device.startswith("cuda")
     print(torch.__version__, torch.cuda.get_device_name() if cuda else "cpu", f"start took {run.elapsed():.1f} s")
     check_samples(run)
+    run.optimizer.lr.fill_(args.lr)
     augment = run.make_augment(3)
     planner = Planner(run.speech, run.training, run.units, args.batch_seconds, 5, args.joined)
     start = time.perf_counter()
@@ -95,7 +96,8 @@ def main() -> None:
         shapes: set[int] = set()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(12 if cuda else 1):  # plans are made at each first shape
+        run.captured.clear()
+        for _ in range(4 * len(LENGTHS) if cuda else 1):  # a shape's first step makes plans, its second is captured
             first = next(stream)
             shapes.add(first.samples)
             run.train_step(first.to(device), augment)
@@ -121,6 +123,8 @@ def main() -> None:
         }
         print(json.dumps(numbers), flush=True)
     if cuda:
+        for _ in range(2):
+            run.train_step(batch, augment)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             run.train_step(batch, augment)
             synchronize(device)

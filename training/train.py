@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from training.evaluate import greedy_wer
 from training.front_end import FrontEnd
 from training.kernels.random import Seed
 from training.network import SIZES, read_folder, write_folder
+from training.ngram import read_sentences
 from training.optimizer import Optimizer
 
 
@@ -108,7 +109,7 @@ class Run:
         self.units = Units(bpe)
         self.texts = None
         if args.texts:
-            lines = [line for line in Texts.read(args.texts) if line not in held_out]
+            lines = [line for _, line in read_sentences(args.texts) if line not in held_out]
             self.texts = Texts(lines, self.units, self.device, args.seed)
             self.say(f"{len(self.texts.lengths)} lines of text")
         self.speech = Speech(flat, args.speeds, self.device)
@@ -160,6 +161,8 @@ class Run:
         )
         self.lag = torch.ones((), device=self.device)  # 1 - the decay of the averaged weights
         self.captured = Captured(self.update, self.device)
+        # A streaming model draws its chunk on the host, and a graph would keep the one of its capture.
+        self.step_of_shape = self.update if config.encoder.use_dynamic_chunk else self.captured
 
     def say(self, text: str) -> None:
         print(f"[{self.elapsed():7.1f} s] {text}", flush=True)
@@ -212,11 +215,11 @@ class Run:
         for batch in Planner(*sources, args.batch_seconds, seed, args.joined).prefetched(16, pin):
             yield batch, augment
 
-    def train_step(self, batch: Batch, augment: Augment | None) -> list[Tensor]:
+    def train_step(self, batch: Batch, augment: Augment | None) -> Sequence[Tensor]:
         """-> parts of the loss, entropies, gradient norm; nothing of it is waited for."""
         features, lengths = self.front_end(batch, self.speech, augment)
         text = self.texts.draw() if self.texts else ()
-        return self.captured(features, lengths, batch.tokens, batch.token_lengths, *text)
+        return self.step_of_shape(features, lengths, batch.tokens, batch.token_lengths, *text)
 
     def update(self, features: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *text: Tensor):
         """Everything of a step behind the features."""

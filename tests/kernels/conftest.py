@@ -12,18 +12,6 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 TYPES = list(TOLERANCE)
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    """Where the kernels run: the CPU under the interpreter, or the GPU."""
-    on_gpu = torch.cuda.is_available()
-    if request.param == "cuda" and not on_gpu:
-        pytest.skip("no CUDA device")
-    if request.param == "interpreter" and on_gpu:
-        pytest.skip("the interpreter is for machines without a GPU")
-    torch.manual_seed(0)
-    return torch.device("cuda" if on_gpu else "cpu")
-
-
 @pytest.fixture
 def options(device):
     """Options every launcher takes, for a compute type."""
