@@ -7,14 +7,33 @@ from pathlib import Path
 from m3asr import __version__
 from m3asr.checkpoint import Checkpoint
 from m3asr.config import EncoderConfig, ModelConfig
+from m3asr.errors import ModelError
 from m3asr.folder import ModelFolder, engine_aside, write_model_files, written_aside
+from m3asr.quantized import halve, quantize
+
+# What a weight may be stored as -> what makes it so from float32, and what the card says.
+STORED = {
+    "float32": (dict, "float32"),
+    "float16": (halve, "float16"),
+    "int8": (quantize, "8 bits, matrices with one scale a row, the rest float16"),
+}
 
 
-def write_model_folder(checkpoint: Checkpoint, target: Path, *, onnx: bool = True, overwrite: bool = False) -> None:
-    """Write a model folder at once or not at all. Raises ModelError if `target` is there, unless `overwrite`."""
-    state = {name: value.numpy() for name, value in checkpoint.state.items()}
+def write_model_folder(
+    checkpoint: Checkpoint, target: Path, *, onnx: bool = True, overwrite: bool = False, weights: str = "float32"
+) -> None:
+    """Write a model folder at once or not at all; weights: one of STORED.
+
+    Raises ModelError if `target` is there, unless `overwrite`, and for weights that cannot be stored so.
+    """
+    stored, words = STORED[weights]
+    try:
+        state = stored({name: value.numpy() for name, value in checkpoint.state.items()})
+    except ValueError as error:
+        raise ModelError(f"the weights cannot be stored as {weights} ({error}): use --weights float32") from None
+    text = card(checkpoint, words)
     with written_aside(target, overwrite=overwrite) as folder:
-        write_model_files(folder, checkpoint.config, state, checkpoint.tokenizer, checkpoint.cmvn, card(checkpoint))
+        write_model_files(folder, checkpoint.config, state, checkpoint.tokenizer, checkpoint.cmvn, text)
         if onnx:
             build_onnx(ModelFolder.read(folder))
 
@@ -44,7 +63,7 @@ def build_tensorrt(folder: ModelFolder, **options) -> tuple[Path, dict[str, int]
     return folder.path / "engines" / "tensorrt", plans
 
 
-def card(checkpoint: Checkpoint) -> str:
+def card(checkpoint: Checkpoint, stored: str) -> str:
     """The model card: what this folder was made from and what the network is."""
     config = checkpoint.config
     parameters = sum(value.numel() for value in checkpoint.state.values())
@@ -53,6 +72,7 @@ def card(checkpoint: Checkpoint) -> str:
         f"# {'3M-ASR' if config.family == '3m' else 'WeNet'} model\n\n"
         f"Converted by m3asr {__version__} from {', '.join(path.name for path in checkpoint.source)}.\n\n"
         f"- {parameters:,} parameters, {config.vocab_size} units\n"
+        f"- weights stored as {stored}\n"
         f"- encoder: {_stack(config.encoder)}\n"
         + (f"- embedding network: {_stack(config.encoder.embed)}\n" if config.encoder.embed else "")
         + f"- attention decoder: {_decoder(config)}\n"

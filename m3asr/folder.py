@@ -1,7 +1,7 @@
 """A model folder: what `m3asr convert` writes and everything else reads.
 
 config.json         the network and its front end (see config.py)
-model.safetensors   weights, float32 or float16
+model.safetensors   weights: float32, float16, or 8 bits each (see quantized.py)
 units.txt           one "symbol id" a line
 cmvn.json           mean and istd a bin; absent if the model normalises its input itself or not at all
 README.md           the model card
@@ -25,6 +25,7 @@ import numpy as np
 from m3asr.config import ModelConfig
 from m3asr.errors import ModelError
 from m3asr.features import Cmvn
+from m3asr.quantized import dequantize
 from m3asr.tokenizer import Tokenizer
 
 BUILTIN = Path(__file__).parent / "models"
@@ -65,23 +66,23 @@ class ModelFolder:
 
     def weights(self) -> dict[str, np.ndarray]:
         """All tensors by name, floating ones as float32. Raises ModelError for a damaged file."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            tensors = load_file(self.path / "model.safetensors")
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(
-                f"{self.path / 'model.safetensors'} is damaged or truncated ({error}): convert the checkpoint again"
-            ) from None
-        return {
-            name: value.astype(np.float32, copy=False) if np.issubdtype(value.dtype, np.floating) else value
-            for name, value in tensors.items()
-        }
+        return read_weights(self.path / "model.safetensors")
 
     def config_digest(self) -> str:
         """Identifies the network's shape; built graphs carry it, so that they are not used with another one."""
         return hashlib.sha256(self.config.to_json().encode()).hexdigest()
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a model.safetensors by name, floating ones as float32. Raises ModelError for a damaged file."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is damaged or truncated ({error}): convert the checkpoint again") from None
+    return dequantize(tensors, path)
 
 
 @contextmanager

@@ -311,6 +311,11 @@ def test_folder_round_trip(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         write_folder(tmp_path / "m", config, broken, Symbols(), mean, torch.ones(80))
     assert read_folder(tmp_path / "m")[0].config == config  # the older folder is still whole
+    write_folder(tmp_path / "eight", config, model.state_dict(), Symbols(), mean, torch.ones(80), bits=8)
+    for name, value in read_folder(tmp_path / "eight")[0].state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0.01, atol=0.01)
+    with pytest.raises(ValueError, match="not finite"):
+        write_folder(tmp_path / "eight", config, broken, Symbols(), mean, torch.ones(80), bits=8)
 
 
 def test_compact_model_fits_the_package():

@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from m3asr.config import DecoderConfig, EncoderConfig, ModelConfig, MoEConfig
+from m3asr.folder import read_weights
 from m3asr.model import Model
+from m3asr.quantized import halve, quantize
 
 
 def compact(vocab_size: int, dropout: float, streaming: bool) -> ModelConfig:
@@ -68,18 +70,20 @@ def tiny(vocab_size: int, dropout: float, streaming: bool) -> ModelConfig:
 SIZES = {"compact": compact, "large": large, "tiny": tiny}
 
 
-def write_folder(folder: Path, config: ModelConfig, state: dict[str, Tensor], units, mean: Tensor, istd: Tensor) -> int:
-    """config.json, model.safetensors (float16), units.txt, cmvn.json, bpe.model; -> bytes of the weights.
+def write_folder(
+    folder: Path, config: ModelConfig, state: dict[str, Tensor], units, mean: Tensor, istd: Tensor, *, bits: int = 16
+) -> int:
+    """config.json, model.safetensors (16 or 8 bits a weight), units.txt, cmvn.json, bpe.model; -> bytes of the weights.
 
-    Written aside and renamed, so that a reader never sees half a model.
+    Written aside and renamed, so that a reader never sees half a model. Raises ValueError for weights that are not
+    finite.
     """
+    stored = {8: quantize, 16: halve}[bits]
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    half = {name: value.detach().cpu().half().contiguous() for name, value in state.items()}
-    if broken := [name for name, value in half.items() if not value.isfinite().all()]:
-        raise ValueError(f"not finite in float16: {', '.join(broken)}")
-    save_file(half, aside / "model.safetensors")
+    arrays = {name: value.detach().cpu().numpy() for name, value in state.items()}
+    save_file(stored(arrays), aside / "model.safetensors")
     (aside / "config.json").write_text(config.to_json(), encoding="utf-8")
     (aside / "units.txt").write_text(units.lines(), encoding="utf-8")
     (aside / "bpe.model").write_bytes(units.model)
@@ -92,7 +96,7 @@ def write_folder(folder: Path, config: ModelConfig, state: dict[str, Tensor], un
 def read_folder(folder: Path) -> tuple[Model, bytes, Tensor, Tensor]:
     """What write_folder wrote -> model (float32), BPE model, mean, istd."""
     model = Model(ModelConfig.read(folder / "config.json"))
-    state = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
-    model.load_state_dict(state)
+    weights = read_weights(folder / "model.safetensors")
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     cmvn = json.loads((folder / "cmvn.json").read_text(encoding="utf-8"))
     return model, (folder / "bpe.model").read_bytes(), torch.tensor(cmvn["mean"]), torch.tensor(cmvn["istd"])

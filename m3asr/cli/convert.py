@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -9,6 +10,8 @@ import typer
 from rich.console import Console
 
 from m3asr.cli.console import err
+
+WeightsName = Enum("WeightsName", {name: name for name in ("float32", "float16", "int8")}, type=str)
 
 
 def convert(
@@ -20,6 +23,9 @@ def convert(
     cmvn: Annotated[Optional[Path], typer.Option(help="CMVN statistics, if called otherwise.")] = None,  # noqa: UP007, UP045
     no_cmvn: Annotated[bool, typer.Option("--no-cmvn", help="The model was trained on raw filterbanks.")] = False,
     average: Annotated[int, typer.Option(min=0, help="Average the last N numbered checkpoints.")] = 0,
+    weights: Annotated[
+        WeightsName, typer.Option(help="How weights are stored; int8 is 8 bits a weight, one scale a row.")
+    ] = WeightsName.float32,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Build the onnx engine too.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace a model folder that is there already.")] = False,
 ) -> None:
@@ -35,7 +41,7 @@ def convert(
     for note in found.notes:
         err.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     with err.status("writing the model folder" + (" and the onnx engine" if onnx else "")):
-        write_model_folder(found, target, onnx=onnx, overwrite=force)
+        write_model_folder(found, target, onnx=onnx, overwrite=force, weights=weights.value)
     err.print(f"wrote {target}", markup=False, soft_wrap=True)
 
 
