@@ -17,7 +17,7 @@ from m3asr.engines.torch_fbank import fbank, frame_count, frame_size, mel_filter
 from m3asr.model import Model  # noqa: E402
 from training import losses, moe  # noqa: E402
 from training.augment import Augment, AugmentConfig, fast_size  # noqa: E402
-from training.data import Planner, Speech, Utterance, resample  # noqa: E402
+from training.data import Parts, Planner, Speech, Utterance, interpolate  # noqa: E402
 from training.evaluate import collapse, word_errors  # noqa: E402
 from training.kernels.ctc import ctc  # noqa: E402
 from training.network import compact, read_folder, tiny, write_folder  # noqa: E402
@@ -73,28 +73,49 @@ def test_warped_filters_move_the_bands():
     assert peak[0.9] > peak[1.0] > peak[1.1]
 
 
-@pytest.mark.parametrize("speed", [0.85, 1.15])
-def test_resample_keeps_a_tone_and_shifts_it(speed):
+@pytest.mark.parametrize(("speed", "taps", "cut"), [(0.85, 10, 0.97), (1.15, 10, 0.97), (1.5, 24, 0.63)])
+def test_interpolation_keeps_a_tone_and_shifts_it(speed, taps, cut):
     time = torch.arange(32000, dtype=torch.float64) / 16000
-    flat = (8000 * torch.sin(2 * math.pi * 1000 * time)).to(torch.int16)
-    out = resample(flat, speed, chunk=10_000).double()
-    expected = 8000 * torch.sin(2 * math.pi * 1000 * speed * torch.arange(len(out), dtype=torch.float64) / 16000)
-    inner = slice(100, -100)
-    error = (out - expected)[inner].square().mean().sqrt() / expected[inner].square().mean().sqrt()
-    assert error < 0.01
+    rows = torch.sin(2 * math.pi * 1000 * time).float().expand(2, -1)
+    step = torch.tensor([[speed], [1.0]])
+    out = interpolate(rows, step, int(32000 / speed), cut, taps).double()
+    expected = torch.sin(2 * math.pi * 1000 * step * torch.arange(out.shape[1], dtype=torch.float64) / 16000)
+    inner = slice(100, min(out.shape[1], 32000) - 100)
+    error = (out - expected)[:, inner].square().mean().sqrt() / expected[:, inner].square().mean().sqrt()
+    assert error < 0.02
 
 
-def test_render_lays_pieces_where_they_belong():
-    flat = np.arange(1, 2001, dtype=np.int16)
-    speech = Speech(flat, [0.9, 1.0], CPU)
-    first, size = speech.place(Utterance("a", "", 500, 100), 1)
+def test_interpolation_is_silent_past_the_end():
+    out = interpolate(torch.ones(1, 100), torch.tensor([[2.0]]), 80, 0.97, 10)
+    assert out[0, 5:45].sub(1).abs().max() < 0.01 and not out[0, 50:].any()
+
+
+@pytest.mark.parametrize("speeds", [None, torch.ones(2, 2, dtype=torch.float64)])
+def test_render_lays_pieces_where_they_belong(speeds):
+    flat = np.zeros(2400, dtype=np.int16)
+    flat[200:2200] = (1000 * np.sin(np.arange(2000) / 8)).astype(np.int16)  # what a filter of 10 samples can follow
+    speech = Speech(flat, CPU)
     starts = torch.tensor([[10, 300], [0, 1 << 40]])
-    sources = torch.tensor([[first, first + 5], [first + 7, 0]])
-    sizes = torch.tensor([[size, 50], [20, 0]])
-    rows = (speech.render(starts, sources, sizes, 400) * 32768).round().int().numpy()
+    sources = torch.tensor([[500, 505], [507, 0]])
+    sizes = torch.tensor([[100, 50], [20, 0]])
+    rows = speech.render(starts, sources, sizes, speeds, 400) * 32768
     expected = np.zeros((2, 400), dtype=np.int32)
     expected[0, 10:110], expected[0, 300:350], expected[1, :20] = flat[500:600], flat[505:555], flat[507:527]
-    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(rows, expected, atol=0 if speeds is None else 5)
+    assert not rows.numpy()[expected == 0][:5].any()
+
+
+def test_speech_grows_by_parts(tmp_path):
+    speech, parts = Speech(np.zeros(100, np.int16), CPU, room=50), Parts(tmp_path)
+    assert list(parts.new()) == []
+    np.save(tmp_path / "a.npy", np.arange(40, dtype=np.int16))
+    (tmp_path / "a.jsonl").write_text('{"id": "k1", "text": "one", "offset": 4, "size": 30}\n')
+    ((flat, utterances),) = parts.new()
+    first = speech.add(flat)
+    assert first == 100 and utterances == [Utterance("k1", "one", 4, 30)] and not list(parts.new())
+    assert torch.equal(speech.samples[100:140], torch.arange(40, dtype=torch.int16))
+    assert speech.add(flat) is None  # no room for it: nothing is overwritten
+    assert torch.equal(speech.samples[100:140], torch.arange(40, dtype=torch.int16))
 
 
 def test_planner_joins_without_losing_text():
@@ -103,8 +124,7 @@ def test_planner_joins_without_losing_text():
             return [int(x) + 2 for x in text.split()]
 
     utterances = [Utterance(str(i), str(i), 1000 * i, 900, 3 if i == 7 else 1) for i in range(50)]
-    speech = Speech(np.zeros(60_000, np.int16), [1.0], CPU)
-    planner = Planner(speech, utterances, Words(), batch_seconds=12.0, seed=3, joined=0.5)
+    planner = Planner(utterances, Words(), batch_seconds=12.0, seed=3, joined=0.5)
     seen, stream = [], planner.batches(False)
     for _ in range(40):
         batch = next(stream)

@@ -17,7 +17,7 @@ from m3asr.model import Model  # noqa: E402
 from training import blocks, losses, moe  # noqa: E402
 from training.captured import Captured  # noqa: E402
 from training.data import Texts  # noqa: E402
-from training.kernels import activation, ctc, depthwise, norm, subsampling  # noqa: E402
+from training.kernels import activation, adain, ctc, depthwise, norm, subsampling  # noqa: E402
 from training.kernels.random import Seed  # noqa: E402
 from training.network import tiny  # noqa: E402
 from training.optimizer import Optimizer  # noqa: E402
@@ -41,6 +41,16 @@ def check(device, kernel, reference, inputs, tolerance=1e-5):
 
 def leaf(*shape):
     return torch.randn(*shape, requires_grad=True)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("size", [3, 2047, 4500])
+def test_instance_norm_with_snake(device, dtype, tolerance, size):
+    x, gain, offset = 3 + torch.randn(2, 5, size), torch.randn(2, 5), torch.randn(2, 5)
+    x, gain, offset, alpha = (v.to(dtype) for v in (x, gain, offset, 0.2 + torch.rand(5)))
+    got = adain.fused(*(v.to(device) for v in (x, gain, offset, alpha))).cpu().float()
+    expected = adain.reference(*(v.float() for v in (x, gain, offset, alpha)))
+    assert got.shape == expected.shape and (got - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("silu", [False, True])

@@ -6,6 +6,7 @@ the device gathers the samples. Nothing here knows features or models.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
@@ -97,6 +98,22 @@ def split(utterances: list[Utterance], count: int) -> tuple[list[Utterance], lis
     return [u for i, u in enumerate(utterances) if i not in picked and u.text not in texts], development
 
 
+class Parts:
+    """A folder that speak.py is filling: NAME.npy and then NAME.jsonl for each part."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.seen = folder, set()
+
+    def new(self):
+        """(samples int16, [Utterance] with offsets into them) for each part that was not there before."""
+        for manifest in sorted(self.folder.glob("*.jsonl")):
+            if manifest not in self.seen:
+                self.seen.add(manifest)
+                lines = map(json.loads, manifest.read_text(encoding="utf-8").splitlines())
+                utterances = [Utterance(x["id"], x["text"], x["offset"], x["size"]) for x in lines]
+                yield np.load(manifest.with_suffix(".npy")), utterances
+
+
 class Units:
     """Text <-> tokens: <blank> 0, <unk> 1, byte pair pieces, <sos/eos> last (the 3M-ASR convention)."""
 
@@ -158,50 +175,70 @@ class Texts:
         return self.tokens[pick].long(), self.lengths[pick]
 
 
-def resample(flat: Tensor, speed: float, chunk: int = 1 << 24, taps: int = 16) -> Tensor:
-    """Play an int16 signal `speed` times as fast, by a Hann-windowed sinc (pitch moves too, as on a tape)."""
-    if speed == 1.0:
-        return flat
-    size, cut = int(flat.numel() / speed), min(1.0, 1.0 / speed)
-    out = torch.empty(size, dtype=torch.int16, device=flat.device)
-    for start in range(0, size, chunk):
-        position = torch.arange(start, min(start + chunk, size), device=flat.device, dtype=torch.float64) * speed
-        base = position.floor()
-        fraction, base = (position - base).float(), base.long()
-        value = torch.zeros_like(fraction)
-        for tap in range(1 - taps // 2, taps // 2 + 1):
-            distance = fraction - tap
-            weight = cut * torch.sinc(cut * distance) * torch.cos(distance * (math.pi / (taps + 2))).square()
-            value += weight * flat[(base + tap).clamp(0, flat.numel() - 1)]
-        out[start : start + chunk] = value.round().clamp(-32768, 32767).to(torch.int16)
-    return out
+def sinc_table(taps: int, cut: float, phases: int = 512) -> Tensor:
+    """Weights of a Hann-windowed sinc between two samples: (phases, taps); `cut` of the Nyquist frequency."""
+    distance = torch.arange(phases, dtype=torch.float64).unsqueeze(1) / phases
+    distance = distance - torch.arange(1 - taps // 2, taps // 2 + 1)
+    weights = torch.sinc(cut * distance) * torch.cos(distance * (math.pi / (taps + 2))).square()
+    return (weights / weights.sum(dim=1, keepdim=True)).float()  # no ripple on a constant
+
+
+def between(flat: Tensor, place: Tensor, table: Tensor) -> Tensor:
+    """The signal at places (float64, samples), whole or not -> float32; past its ends it goes on as it ends."""
+    phases, taps = table.shape
+    base = place.floor()
+    phase = ((place - base) * phases).long().clamp(max=phases - 1)
+    base, columns = base.long(), table.t().contiguous()
+    value = torch.zeros(place.shape, device=flat.device)
+    for tap in range(taps):
+        index = (base + (tap + 1 - taps // 2)).clamp(0, flat.numel() - 1)
+        value += columns[tap][phase] * flat[index]
+    return value
+
+
+def interpolate(rows: Tensor, step: Tensor, size: int, cut: float, taps: int) -> Tensor:
+    """Rows (B, N) read every `step` (B, 1) samples -> (B, size), 0 past a row's end."""
+    count = rows.shape[1]
+    padded = torch.nn.functional.pad(rows, (taps, taps))
+    place = torch.arange(size, device=rows.device) * step.double()
+    inside = place < count
+    first = torch.arange(len(rows), device=rows.device).unsqueeze(1) * padded.shape[1] + taps
+    value = between(padded.flatten(), first + place.clamp(max=count), sinc_table(taps, cut).to(rows.device))
+    return value * inside
 
 
 class Speech:
-    """All samples on the device, once for every speed; `render` cuts a batch out of them."""
+    """All samples on the device, with `room` for more; `render` cuts a batch out of them, at any speed."""
 
-    def __init__(self, flat: np.ndarray, speeds: list[float], device: torch.device):
-        source = torch.from_numpy(flat).to(device)
-        self.speeds = speeds
-        sizes = [source.numel() if s == 1.0 else int(source.numel() / s) for s in speeds]
-        self.first = np.concatenate(([0], np.cumsum(sizes)[:-1]))  # where each speed's copy starts
-        self.samples = torch.empty(sum(sizes), dtype=torch.int16, device=device)
-        for first, size, speed in zip(self.first, sizes, speeds, strict=True):
-            self.samples[first : first + size] = resample(source, speed)
+    def __init__(self, flat: np.ndarray, device: torch.device, room: int = 0):
+        self.samples = torch.zeros(len(flat) + room, dtype=torch.int16, device=device)
+        self.size = 0
+        self.table = sinc_table(10, 0.97).to(device)
+        self.add(flat)
 
-    def place(self, utterance: Utterance, speed_index: int) -> tuple[int, int]:
-        """(first sample, samples) of the utterance at a speed."""
-        speed = self.speeds[speed_index]
-        return int(self.first[speed_index]) + int(utterance.offset / speed), int(utterance.size / speed)
+    def add(self, flat: np.ndarray) -> int | None:
+        """-> where it starts, None if there is no room for it."""
+        first, end = self.size, self.size + len(flat)
+        if end > len(self.samples):
+            return None
+        self.samples[first:end] = torch.from_numpy(flat).to(self.samples.device)
+        self.size = end
+        return first
 
-    def render(self, starts: Tensor, sources: Tensor, sizes: Tensor, samples: int) -> Tensor:
-        """Pieces laid into rows: piece k of row b begins at starts[b, k] (ascending) -> float32 (B, samples), +-1."""
+    def render(self, starts: Tensor, sources: Tensor, sizes: Tensor, speeds: Tensor | None, samples: int) -> Tensor:
+        """Pieces laid into rows: piece k of row b begins at starts[b, k] (ascending), is sizes[b, k] long there, and is
+        played speeds[b, k] times as fast (pitch moves too, as on tape; None: as it is) -> float32 (B, samples), +-1."""
         time = torch.arange(samples, device=self.samples.device).expand(len(starts), -1).contiguous()  # (B, N)
         piece = (torch.searchsorted(starts, time, right=True) - 1).clamp(min=0)
         inside = time - starts.gather(1, piece)
         valid = (inside >= 0) & (inside < sizes.gather(1, piece))
-        index = torch.where(valid, sources.gather(1, piece) + inside, 0)
-        return self.samples[index].float().mul_(1 / 32768).masked_fill_(~valid, 0.0)
+        source = sources.gather(1, piece)
+        if speeds is None:
+            value = self.samples[torch.where(valid, source + inside, 0)].float()
+        else:
+            place = source + inside * speeds.gather(1, piece)  # float64
+            value = between(self.samples, torch.where(valid, place, 0.0), self.table)
+        return value.mul_(1 / 32768).masked_fill_(~valid, 0.0)
 
 
 @dataclass
@@ -211,6 +248,7 @@ class Batch:
     starts: Tensor  # int64 (B, K)
     sources: Tensor  # int64 (B, K)
     sizes: Tensor  # int64 (B, K)
+    speeds: Tensor | None  # float64 (B, K); None: all 1
     lengths: Tensor  # int64 (B,) samples
     tokens: Tensor  # int64 (B, L), padded with 0
     token_lengths: Tensor  # int64 (B,)
@@ -219,9 +257,15 @@ class Batch:
     texts: list[str]
 
     def to(self, device: torch.device) -> Batch:
-        names = ("starts", "sources", "sizes", "lengths", "tokens", "token_lengths")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in self.__dict__.items()
+            if isinstance(value, Tensor) and name != "host_lengths"
+        }
         return Batch(**{**self.__dict__, **moved})
+
+    def render(self, speech: Speech) -> Tensor:
+        return speech.render(self.starts, self.sources, self.sizes, self.speeds, self.samples)
 
 
 def label_capacity(samples: int) -> int:
@@ -231,9 +275,10 @@ def label_capacity(samples: int) -> int:
 
 
 def collate(rows: list, samples: int, pin: bool, labels: int | None = None) -> Batch:
-    """rows: (pieces [(start, source, size)], length, tokens, text); labels: width of the tokens, if not the longest."""
+    """rows: (pieces [(start, source, size, speed)], length, tokens, text); labels: width of the tokens, if not the
+    longest."""
     width = max(len(row[0]) for row in rows)
-    pieces = np.zeros((3, len(rows), width), dtype=np.int64)
+    pieces = np.zeros((4, len(rows), width), dtype=np.float64)  # whole numbers are exact far beyond any set's size
     pieces[0] = 1 << 40  # an absent piece never begins
     labels = labels or -(-max(len(row[2]) for row in rows) // 8) * 8
     tokens = np.zeros((len(rows), labels), dtype=np.int64)
@@ -242,31 +287,29 @@ def collate(rows: list, samples: int, pin: bool, labels: int | None = None) -> B
         tokens[b, : len(row[2])] = row[2]
     lengths = torch.tensor([row[1] for row in rows])
     token_lengths = torch.tensor([len(row[2]) for row in rows])
-    starts, sources, sizes, tokens = (torch.from_numpy(x) for x in (*pieces, tokens))
-    moved = [starts, sources, sizes, lengths, tokens, token_lengths]
+    starts, sources, sizes = (torch.from_numpy(x.astype(np.int64)) for x in pieces[:3])
+    speeds = torch.from_numpy(pieces[3].copy()) if (pieces[3][pieces[2] > 0] != 1.0).any() else None
+    moved = [starts, sources, sizes, speeds, lengths, torch.from_numpy(tokens), token_lengths]
     if pin:
-        moved = [x.pin_memory() for x in moved]
+        moved = [x.pin_memory() if x is not None else None for x in moved]
     return Batch(*moved, lengths, samples, [row[3] for row in rows])
 
 
 class Planner:
     """An endless stream of batches: utterances alone or joined by silence, sorted into lengths as they come."""
 
-    def __init__(
-        self, speech: Speech, utterances, units: Units, batch_seconds: float, seed: int, joined=0.4, perturbed=True
-    ):
-        self.speech, self.utterances, self.joined = speech, utterances, joined
-        self.speed_indices = range(len(speech.speeds)) if perturbed else [speech.speeds.index(1.0)]
-        self.order = [i for i, u in enumerate(utterances) for _ in range(u.repeat)]
-        self.tokens = {u.id: units.encode(u.text) for u in utterances}
+    def __init__(self, utterances, units: Units, batch_seconds: float, seed: int, joined=0.4, speeds=(1.0, 1.0)):
+        self.utterances, self.joined, self.speeds = utterances, joined, speeds
+        self.encode = functools.cache(units.encode)
         self.batch_samples = int(batch_seconds * RATE)
         self.random = np.random.default_rng(seed)
 
     def examples(self):
-        """Endless (pieces, length, tokens, text), epoch after epoch."""
+        """Endless (pieces, length, tokens, text), epoch after epoch; an utterance that was added comes in the next."""
         random, pending = self.random, []
         while True:
-            for i in random.permutation(self.order).tolist():
+            order = [i for i, u in enumerate(list(self.utterances)) for _ in range(u.repeat)]
+            for i in random.permutation(order).tolist():
                 pending.append(self.utterances[i])
                 if random.random() < self.joined and len(pending) < 8:
                     continue
@@ -276,13 +319,13 @@ class Planner:
     def join(self, utterances):
         pieces, tokens, texts, time = [], [], [], self.silence()
         for utterance in utterances:
-            speed = self.speed_indices[int(self.random.integers(len(self.speed_indices)))]
-            source, size = self.speech.place(utterance, speed)
+            speed = self.random.uniform(*self.speeds)
+            size = int(utterance.size / speed)
             if pieces and time + size > MAX_SECONDS * RATE:
                 yield pieces, time, tokens, " ".join(texts)
                 pieces, tokens, texts, time = [], [], [], self.silence()
-            pieces.append((time, source, size))
-            tokens = tokens + self.tokens[utterance.id]
+            pieces.append((time, utterance.offset, size, speed))
+            tokens = tokens + self.encode(utterance.text)
             texts.append(utterance.text)
             time += size + self.silence()
         yield pieces, min(time, LENGTHS[-1]), tokens, " ".join(texts)
@@ -315,13 +358,13 @@ class Planner:
             yield ready.get()
 
 
-def plain_batches(speech: Speech, utterances, units: Units, batch_seconds: float) -> list[Batch]:
+def plain_batches(utterances, units: Units, batch_seconds: float) -> list[Batch]:
     """Every utterance once, as it is, 0.1 s of silence around it: for evaluation."""
-    at_speed_1, edge, waiting, batches = speech.speeds.index(1.0), RATE // 10, {}, []
+    edge, waiting, batches = RATE // 10, {}, []
     for utterance in sorted(utterances, key=lambda u: u.size):
-        source, size = speech.place(utterance, at_speed_1)
+        size = utterance.size
         samples = next((x for x in LENGTHS if x >= size + 2 * edge), -(-(size + 2 * edge) // RATE) * RATE)
-        row = ([(edge, source, size)], size + 2 * edge, units.encode(utterance.text), utterance.text)
+        row = ([(edge, utterance.offset, size, 1.0)], size + 2 * edge, units.encode(utterance.text), utterance.text)
         waiting.setdefault(samples, []).append(row)
     for samples, rows in waiting.items():
         step = max(1, int(batch_seconds * RATE) // samples)

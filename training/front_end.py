@@ -28,7 +28,7 @@ class FrontEnd:
     @torch.no_grad()
     def __call__(self, batch: Batch, speech: Speech, augment: Augment | None) -> tuple[Tensor, Tensor]:
         """-> features float32 (B, T, F), lengths int32 (B,)."""
-        waveform = speech.render(batch.starts, batch.sources, batch.sizes, batch.samples)
+        waveform = batch.render(speech)
         filters = self.filters
         if augment is not None:
             waveform = augment(waveform, batch.lengths)
@@ -44,7 +44,7 @@ class FrontEnd:
         total = torch.zeros(3, self.config.num_mel_bins, dtype=torch.float64, device=self.mean.device)
         for _ in range(count):
             batch = next(batches).to(self.mean.device)
-            waveform = speech.render(batch.starts, batch.sources, batch.sizes, batch.samples)
+            waveform = batch.render(speech)
             if augment is not None:
                 waveform = augment(waveform, batch.lengths)
             features = fbank(waveform * 32768.0, self.filters, self.config).double()

@@ -38,8 +38,8 @@ def main() -> None:
         lines = [json.loads(x) for x in args.synthetic.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
         sets["synthetic"] = decode([{**line, "path": args.synthetic} for line in lines], args.processes)
     for name, (flat, utterances) in sets.items():
-        speech = Speech(flat, [1.0], device)
-        batches = plain_batches(speech, utterances, units, 60.0)
+        speech = Speech(flat, device)
+        batches = plain_batches(utterances, units, 60.0)
         wer = greedy_wer(model, batches, lambda b, s=speech: front_end(b, s, None), units, args.show)
         print(
             f"{name}: {wer:.2f} % of {sum(len(u.text.split()) for u in utterances)} words, {len(utterances)} utterances"

@@ -34,13 +34,17 @@ def timed(device: torch.device, repeats: int, work) -> float:
 
 
 def check_samples(run: Run) -> None:
-    """The last utterance at the last speed lies past 2^31 samples in a full set: gathering must still find it."""
+    """Places are float64: the last utterance of a full set must still be found to the sample."""
     utterance = run.training[-1]
-    first, size = run.speech.place(utterance, len(run.speech.speeds) - 1)
     one = torch.zeros(1, 1, dtype=torch.int64, device=run.device)
-    row = run.speech.render(one, one + first, one + size, size)[0]
-    expected = run.speech.samples[first : first + size].float() / 32768
-    print(f"samples: {run.speech.samples.numel()} in all, last at {first}, gather equal: {torch.equal(row, expected)}")
+    where = one, one + utterance.offset, one + utterance.size
+    row = run.speech.render(*where, None, utterance.size)[0]
+    expected = run.speech.samples[utterance.offset : utterance.offset + utterance.size].float() / 32768
+    played = run.speech.render(*where, one + 1.0000001, utterance.size)[0]
+    print(
+        f"samples: {run.speech.size} in all, last at {utterance.offset}, gather equal: {torch.equal(row, expected)}, "
+        f"played as fast: {(played - expected).abs().max():.1e} of {expected.abs().max():.2f}"
+    )
 
 
 def check_fbank(run: Run, waveform: torch.Tensor) -> None:
@@ -58,7 +62,7 @@ def main() -> None:
     check_samples(run)
     run.optimizer.lr.fill_(args.lr)
     augment = run.make_augment(3)
-    planner = Planner(run.speech, run.training, run.units, args.batch_seconds, 5, args.joined)
+    planner = Planner(run.training, run.units, args.batch_seconds, 5, args.joined, args.speeds)
     start = time.perf_counter()
     batches = list(itertools.islice(planner.batches(cuda), 12))
     rows = sum(len(b.texts) for b in batches) / len(batches)
@@ -67,7 +71,7 @@ def main() -> None:
     )
 
     batch = batches[0].to(device)
-    waveform = run.speech.render(batch.starts, batch.sources, batch.sizes, batch.samples)
+    waveform = batch.render(run.speech)
     check_fbank(run, waveform)
     repeats = 5 if cuda else 1
     filters = run.front_end.filters
@@ -79,7 +83,7 @@ def main() -> None:
             return losses.batch_loss(run.model, run.routings[0], features, lengths, *targets, run.weights)[0]
 
     parts = {
-        "render": lambda: run.speech.render(batch.starts, batch.sources, batch.sizes, batch.samples),
+        "render": lambda: batch.render(run.speech),
         "augment": lambda: augment and augment(waveform, batch.lengths),
         "fbank": lambda: fbank(waveform, filters, run.front_end.config),
         "front end": lambda: run.front_end(batch, run.speech, augment),
@@ -91,7 +95,7 @@ def main() -> None:
     run.optimizer.zero_grad()
 
     for seconds in (args.batch_seconds / 2, args.batch_seconds, args.batch_seconds * 2):
-        planner = Planner(run.speech, run.training, run.units, seconds, 6, args.joined)
+        planner = Planner(run.training, run.units, seconds, 6, args.joined, args.speeds)
         stream = planner.prefetched(8, cuda)
         shapes: set[int] = set()
         if cuda:

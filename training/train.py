@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,19 @@ from m3asr.model import Model
 from training import blocks, losses, moe
 from training.augment import Augment, AugmentConfig, read_rooms
 from training.captured import Captured
-from training.data import Batch, Planner, Speech, Texts, Units, decode, plain_batches, read_audio, read_manifest, split
+from training.data import (
+    Batch,
+    Parts,
+    Planner,
+    Speech,
+    Texts,
+    Units,
+    decode,
+    plain_batches,
+    read_audio,
+    read_manifest,
+    split,
+)
 from training.evaluate import greedy_wer
 from training.front_end import FrontEnd
 from training.kernels.random import Seed
@@ -42,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="log.jsonl, checkpoint.pt and model/ go here")
     parser.add_argument("--minutes", type=float, default=20.0, help="of the whole run, start and end included")
     parser.add_argument("--size", choices=SIZES, default="compact")
+    parser.add_argument("--bits", type=int, choices=(8, 16), default=16, help="a weight in the model folder")
     parser.add_argument("--streaming", action="store_true", help="causal convolution, random attention chunks")
     parser.add_argument("--vocab", type=int, default=384, help="units, the three special ones included")
     parser.add_argument("--batch-seconds", type=float, default=1800.0, help="padded audio a step")
@@ -62,7 +75,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--importance", type=float, default=losses.LossWeights.importance)
     parser.add_argument("--embedding-ctc", type=float, default=losses.LossWeights.embedding_ctc)
     parser.add_argument("--text", type=float, default=losses.LossWeights.text, help="weight of --texts")
-    parser.add_argument("--speeds", type=float, nargs="+", default=[0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15])
+    parser.add_argument(
+        "--grow", type=Path, help="folder that training.speak is filling: its parts are taken as they come"
+    )
+    parser.add_argument("--grow-hours", type=float, default=200.0, help="memory kept for them")
+    parser.add_argument(
+        "--speeds", type=float, nargs=2, default=(0.86, 1.14), help="slowest and fastest, pitch and all"
+    )
     parser.add_argument("--joined", type=float, default=0.4, help="chance that an utterance is joined to the next")
     parser.add_argument("--tempo", type=float, default=0.0, help="passing changes of tempo, natural log")
     parser.add_argument("--rooms", type=Path, help="folder of measured impulse responses, 16 kHz wav")
@@ -112,8 +131,9 @@ class Run:
             lines = [line for _, line in read_sentences(args.texts) if line not in held_out]
             self.texts = Texts(lines, self.units, self.device, args.seed)
             self.say(f"{len(self.texts.lengths)} lines of text")
-        self.speech = Speech(flat, args.speeds, self.device)
-        self.say(f"{self.speech.samples.numel() * 2 / 1e9:.1f} GB of samples at {len(args.speeds)} speeds")
+        self.speech = Speech(flat, self.device, int(args.grow_hours * 57.6e6) if args.grow else 0)
+        self.say(f"{self.speech.samples.numel() * 2 / 1e9:.1f} GB of samples")
+        self.parts, self.held_out = Parts(args.grow) if args.grow else None, held_out
 
         rooms = read_rooms(args.rooms, self.device) if args.rooms else None
         self.augment_config = AugmentConfig(tempo=args.tempo)
@@ -129,7 +149,9 @@ class Run:
             self.front_end.mean, self.front_end.istd = mean.to(self.device), istd.to(self.device)
         else:
             config = SIZES[args.size](len(self.units.symbols), args.dropout, args.streaming)
-            planner = Planner(self.speech, self.training, self.units, min(args.batch_seconds, 400.0), args.seed + 1)
+            planner = Planner(
+                self.training, self.units, min(args.batch_seconds, 400.0), args.seed + 1, speeds=args.speeds
+            )
             self.front_end.measure(planner.batches(False), 40, self.speech, self.make_augment(args.seed + 1))
             self.say("CMVN measured")
 
@@ -202,9 +224,9 @@ class Run:
         """Endless (batch, its augmentation). Alignment is found on clean speech first: augmented from the first step,
         CTC stays where every frame is blank (measured; README.md, Runs)."""
         args, seed = self.args, self.args.seed + self.step
-        sources = self.speech, self.training, self.units
+        sources = self.training, self.units
         if self.clean:
-            planner = Planner(*sources, min(args.batch_seconds, 400.0), seed + 3, joined=0.0, perturbed=False)
+            planner = Planner(*sources, min(args.batch_seconds, 400.0), seed + 3, joined=0.0)
             for batch in planner.prefetched(16, pin):
                 if not self.clean or self.progress() >= args.clean_fraction:
                     break
@@ -212,8 +234,20 @@ class Run:
             self.clean = False
             self.say(f"step {self.step}: augmented from here on")
         augment = self.make_augment(seed + 2)
-        for batch in Planner(*sources, args.batch_seconds, seed, args.joined).prefetched(16, pin):
+        for batch in Planner(*sources, args.batch_seconds, seed, args.joined, args.speeds).prefetched(16, pin):
             yield batch, augment
+
+    def grow(self) -> None:
+        """Take what was spoken since the last look; it is heard from the next epoch on."""
+        if self.parts is None:
+            return
+        for flat, utterances in self.parts.new():
+            first = self.speech.add(flat)
+            if first is None:
+                self.say(f"no room for more: {self.speech.size / 57.6e6:.1f} h, {len(self.training)} utterances")
+                self.parts = None
+                return
+            self.training += [replace(u, offset=u.offset + first) for u in utterances if u.text not in self.held_out]
 
     def train_step(self, batch: Batch, augment: Augment | None) -> Sequence[Tensor]:
         """-> parts of the loss, entropies, gradient norm; nothing of it is waited for."""
@@ -261,7 +295,8 @@ class Run:
 
     def export(self) -> int:
         mean, istd = self.front_end.mean.cpu(), self.front_end.istd.cpu()
-        return write_folder(self.args.out / "model", self.config, self.average.state_dict(), self.units, mean, istd)
+        folder, state = self.args.out / "model", self.average.state_dict()
+        return write_folder(folder, self.config, state, self.units, mean, istd, bits=self.args.bits)
 
 
 class Evaluation:
@@ -270,14 +305,13 @@ class Evaluation:
     def __init__(self, run: Run):
         self.run = run
         seconds = min(400.0, run.args.batch_seconds)
-        batches = plain_batches(run.speech, run.development, run.units, seconds)
+        batches = plain_batches(run.development, run.units, seconds)
         self.sets = {"dev": (run.speech, batches, False)}
         if not run.args.no_augment:
             self.sets["dev_augmented"] = (run.speech, batches, True)
         if run.args.human:
             flat, people = read_audio(run.args.human)
-            speech = Speech(flat, [1.0], run.device)
-            self.sets["human"] = (speech, plain_batches(speech, people, run.units, seconds), False)
+            self.sets["human"] = (Speech(flat, run.device), plain_batches(people, run.units, seconds), False)
 
     def __call__(self, model: Model, show: int = 0) -> dict[str, float]:
         run, results = self.run, {}
@@ -289,9 +323,7 @@ class Evaluation:
                 batch = batch.to(run.device)
                 if augment is None:
                     return run.front_end(batch, speech, None)
-                waveform = augment(
-                    speech.render(batch.starts, batch.sources, batch.sizes, batch.samples), batch.lengths
-                )
+                waveform = augment(batch.render(speech), batch.lengths)
                 features = fbank(waveform * 32768.0, run.front_end.filters, run.front_end.config)
                 lengths = frame_count(batch.lengths, run.front_end.config).int()
                 return (features - run.front_end.mean) * run.front_end.istd, lengths
@@ -347,6 +379,7 @@ def main() -> None:
                 "blend": round(run.routings[0].blend.item(), 3) if run.routed else None,
                 "step_ms": round(1000 * spent / len(window), 1),
                 "audio_per_second": round(seconds / spent),
+                "hours": round(run.speech.size / 57.6e6, 1),
                 "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,
             }
             write(**values)
@@ -355,6 +388,7 @@ def main() -> None:
             run.say(
                 f"step {run.step} {shown} lr {lr:.2e} {values['step_ms']} ms {values['audio_per_second']} x real time"
             )
+            run.grow()
             seconds, window, mark = 0.0, [], time.monotonic()
         if run.elapsed() >= next_eval:
             wer = evaluation(run.average)
@@ -372,7 +406,7 @@ def main() -> None:
     run.say(f"step {run.step} final WER {wer}")
     size = run.export()
     if run.routed:
-        # The model that users get: float16 weights, the package's own forward, nothing of this folder in it.
+        # The model that users get: weights as they are stored, the package's own forward, nothing of this folder in it.
         shipped = read_folder(args.out / "model")[0].to(run.device)
         wer = evaluation(shipped)
         write(wer=wer, exported=True)
