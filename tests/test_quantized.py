@@ -118,13 +118,27 @@ def test_no_parameter_is_called_like_a_scale(variant):
     assert not [name for name in names if name.endswith(".scale")]
 
 
-@pytest.fixture(scope="module")
-def eight(tmp_path_factory):
-    """The model in the package with 8 bits a weight; its onnx engine stays, for graphs depend on the config alone."""
-    path = tmp_path_factory.mktemp("models") / "eight"
+def variant_of_the_package(path, store, weights):
+    """The model in the package with other weights; its onnx engine stays, for graphs depend on the config alone."""
     shutil.copytree(BUILTIN / DEFAULT_MODEL, path)
-    save_file(quantize(ModelFolder.read().weights()), path / "model.safetensors")
+    save_file(store(weights), path / "model.safetensors")
     return ModelFolder.read(path)
+
+
+@pytest.fixture(scope="module")
+def sixteen(tmp_path_factory):
+    """Float16, a little beside the package's own weights, which 8 bits could hold as they are."""
+    random = np.random.default_rng(5)
+    weights = {
+        name: value * (1 + 0.01 * random.standard_normal(value.shape, np.float32))
+        for name, value in ModelFolder.read().weights().items()
+    }
+    return variant_of_the_package(tmp_path_factory.mktemp("models") / "sixteen", halve, weights)
+
+
+@pytest.fixture(scope="module")
+def eight(sixteen, tmp_path_factory):
+    return variant_of_the_package(tmp_path_factory.mktemp("models") / "eight", quantize, sixteen.weights())
 
 
 @pytest.mark.parametrize(
@@ -146,18 +160,16 @@ def test_damaged_scales(change, eight, tmp_path):
         ModelFolder.read(tmp_path / "model").weights()
 
 
-def test_half_the_size_of_float16(eight, tmp_path):
-    weights = eight.weights()
-    save_file(halve(weights), tmp_path / "half.safetensors")
-    half = (tmp_path / "half.safetensors").stat().st_size
-    assert 0.49 < (eight.path / "model.safetensors").stat().st_size / half < 0.53
-    whole = ModelFolder.read().weights()
+def test_half_the_size_of_float16(eight, sixteen):
+    sizes = [(folder.path / "model.safetensors").stat().st_size for folder in (eight, sixteen)]
+    assert 0.49 < sizes[0] / sizes[1] < 0.53
+    weights, whole = eight.weights(), sixteen.weights()
     assert whole.keys() == weights.keys()
     for name, value in weights.items():
         assert np.linalg.norm(value - whole[name]) <= 0.02 * np.linalg.norm(whole[name]), name
 
 
-def test_engines_agree_on_8_bits(eight):
+def test_engines_agree_on_8_bits(eight, sixteen):
     audio = load_audio(EXAMPLES / "goforward.flac")
     eager, onnx = (Transcriber(eight, load_engine(eight, kind)) for kind in ("eager", "onnx"))
     features = features_of(eight, audio)[None]
@@ -166,7 +178,7 @@ def test_engines_agree_on_8_bits(eight):
     assert outputs[2].tolist() == out_lengths.tolist()
     assert relative_error(outputs[0], log_probs, out_lengths) < 1e-4
     assert relative_error(outputs[1], hidden, out_lengths) < 1e-4
-    whole = load_engine(ModelFolder.read(), "onnx")(features, lengths)
+    whole = load_engine(sixteen, "onnx")(features, lengths)
     assert 1e-4 < relative_error(outputs[1], whole[1], out_lengths) < 0.1  # it is another model, and a near one
     assert eager.transcribe(audio).text == onnx.transcribe(audio).text == "go forward ten meters"
 
