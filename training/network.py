@@ -19,7 +19,7 @@ from m3asr.quantized import halve, quantize
 
 
 def compact(vocab_size: int, dropout: float, streaming: bool) -> ModelConfig:
-    """About 18 million parameters, 36 MB in float16: README.md says why these numbers."""
+    """About 18 million parameters, 36 MB in float16."""
     common = {
         "input_dim": 80,
         "causal": streaming,
@@ -42,7 +42,7 @@ def compact(vocab_size: int, dropout: float, streaming: bool) -> ModelConfig:
 
 
 def large(vocab_size: int, dropout: float, streaming: bool) -> ModelConfig:
-    """About 36 million parameters: what a package of 40 MB could hold with 8 bits a weight."""
+    """About 36 million parameters, 36 MB with 8 bits a weight: README.md says why these numbers."""
     config = compact(vocab_size, dropout, streaming)
     encoder = replace(
         config.encoder,
