@@ -15,7 +15,7 @@ import random
 import re
 from pathlib import Path
 
-from tqdm import tqdm
+from rich.progress import Progress
 
 ACCENTS = {"en-us": 60, "en-gb": 24, "en-gb-x-rp": 5, "en-gb-scotland": 5, "en-029": 3, "en-us-nyc": 3}
 LONGEST = 300  # symbols; the voices know up to 510
@@ -78,9 +78,9 @@ def punctuated(text: str, rng: random.Random) -> str:
 
 def symbols_of(phonemes: str, british: bool) -> str:
     """espeak-ng's phonemes, with ^ between what belongs together, as Kokoro's symbols."""
-    for table in (COMMON, BRITISH if british else AMERICAN):
-        for old in sorted(table, key=len, reverse=True):
-            phonemes = phonemes.replace(old, table[old])
+    table = COMMON | (BRITISH if british else AMERICAN)
+    for old in sorted(table, key=len, reverse=True):  # e^ə before e
+        phonemes = phonemes.replace(old, table[old])
     phonemes = re.sub(r"(\S)̩", r"ᵊ\1", phonemes).replace("̩", "")
     return phonemes.replace("o", "ɔ").replace("ɾ", "T").replace("ʔ", "t").replace("^", "").strip()
 
@@ -123,7 +123,8 @@ def main() -> None:
     picked = rng.choices(list(ACCENTS), list(ACCENTS.values()), k=len(texts))
     lines: list[tuple[int, dict]] = []
     unknown, long = set(), 0
-    with tqdm(total=len(texts), unit="lines") as bar:
+    with Progress() as progress:
+        bar = progress.add_task("lines", total=len(texts))
         for accent in ACCENTS:
             backend = EspeakBackend(accent, preserve_punctuation=True, with_stress=True, tie="^")
             rows, british = [i for i, x in enumerate(picked) if x == accent], not accent.startswith("en-us")
@@ -140,7 +141,7 @@ def main() -> None:
                         lines.append((i, {"text": texts[i], "british": british, "symbols": symbols}))
                     else:
                         long += 1
-                bar.update(len(part))
+                progress.update(bar, advance=len(part))
     with gzip.open(args.out, "wt", encoding="utf-8") as file:
         for _, line in sorted(lines, key=lambda x: x[0]):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import track
 from torch import Tensor
-from tqdm import tqdm
 
 from training.data import RATE as TARGET
 from training.data import interpolate
@@ -239,7 +239,7 @@ def main() -> None:
     kokoro = Kokoro.read(args.kokoro, device, device.type == "cuda")
     speaker = Speaker(kokoro, Voices(args.kokoro / "voices.npz"), device, args.part[0], args.batch_frames)
     hours, broken, begun = 0.0, 0, time.monotonic()
-    for first in tqdm(range(args.part[0] * args.group, len(lines), args.part[1] * args.group), unit="parts"):
+    for first in track(range(args.part[0] * args.group, len(lines), args.part[1] * args.group), "parts"):
         if time.monotonic() - started > 60 * args.minutes:
             break
         group = lines[first : first + args.group]
