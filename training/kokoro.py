@@ -217,7 +217,7 @@ class Source(nn.Module):
         turns = (pitch.unsqueeze(1) * harmonics / RATE) % 1  # (B, 9, 2 F) a sample
         start = torch.rand(*turns.shape[:2], device=pitch.device)
         start[:, 0] = 0.0
-        turns[:, :, 0] += start / scale  # a random phase, which the original too divides by its frame
+        turns[:, :, 0] += start / scale  # a phase for each harmonic (the original's is lost in its interpolation)
         phase = torch.cumsum(turns.double(), dim=-1) * scale
         # Only whole turns may be dropped before the phase is drawn out over the samples.
         phase = F.interpolate(phase, scale_factor=scale, mode="linear") % 1
