@@ -28,6 +28,7 @@ BLANK, UNK = 0, 1
 # Batches have few distinct lengths, so that memory is reused and plans (FFT, convolution) are made once for each.
 LENGTHS = [int(s * RATE) for s in (1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7.5, 9, 11, 14, 18, 22)]
 SILENCE, MAX_SECONDS = 0.6, 21.0
+GAP = 32  # zeros between neighbours, more than a resampling filter reaches
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,10 @@ def _decode_shard(task) -> list[tuple[int, int]]:
 
 def decode(lines: list[dict], processes: int) -> tuple[np.ndarray, list[Utterance]]:
     """Ogg Opus -> one flat int16 array (shared between the processes, never copied) and where each utterance lies."""
-    gap = 32  # zeros between neighbours, more than a resampling filter reaches
     offsets, total = [], 0
     for line in lines:
         offsets.append(total)
-        total += int(line["seconds"] * RATE) + 64 + gap
+        total += int(line["seconds"] * RATE) + 64 + GAP
     _decode_shard.memory = mmap.mmap(-1, 2 * total)  # anonymous and shared: the forked processes write into it
     tasks: dict[tuple, list] = {}
     for i, (line, offset) in enumerate(zip(lines, offsets, strict=True)):
@@ -382,6 +382,6 @@ def read_audio(folder: Path) -> tuple[np.ndarray, list[Utterance]]:
         if rate != RATE or samples.ndim != 1:
             raise SystemExit(f"{line['id']}.flac: expected 16 kHz mono, found {rate} Hz and shape {samples.shape}")
         utterances.append(Utterance(line["id"], line["text"], total, len(samples)))
-        chunks += [samples, np.zeros(32, np.int16)]
-        total += len(samples) + 32
+        chunks += [samples, np.zeros(GAP, np.int16)]
+        total += len(samples) + GAP
     return np.concatenate(chunks), utterances

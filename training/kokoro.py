@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3asr.ops import frame_mask
 from training.kernels.adain import adain_snake
 
 RATE, FRAME = 24000, 600  # samples a second; samples a frame
@@ -296,7 +297,7 @@ class Kokoro(nn.Module):
     def read_text(self, tokens: Tensor, lengths: Tensor, style: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """tokens int64 (B, L), lengths (B,) on the host, style (B, 256) -> what to say, for the predictor (B, L, 640)
         and the decoder (B, L, 512), and frames (B, L) as predicted, not rounded."""
-        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device).unsqueeze(-1)
+        inside = frame_mask(lengths.to(tokens.device), tokens.shape[1])
         x = self.bert_encoder(self.bert(tokens, inside))
         x = self.predictor.text_encoder(x, style[:, STYLE:], inside, lengths)
         frames = torch.sigmoid(self.predictor.duration_proj(self.predictor.lstm(x, lengths))).sum(dim=-1)

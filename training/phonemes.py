@@ -17,6 +17,8 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from training.ngram import read_sentences
+
 ACCENTS = {"en-us": 60, "en-gb": 24, "en-gb-x-rp": 5, "en-gb-scotland": 5, "en-029": 3, "en-us-nyc": 3}
 LONGEST = 300  # symbols; the voices know up to 510
 COMMON = {
@@ -91,16 +93,6 @@ def reduced(symbols: str, rng: random.Random) -> str:
     return symbols
 
 
-def read_texts(paths: list[Path]) -> list[str]:
-    """Lines of text, or JSON lines with `text` (.jsonl, .jsonl.gz)."""
-    texts = []
-    for path in paths:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as lines:
-            texts += [json.loads(line)["text"] if ".jsonl" in path.name else line.strip() for line in lines]
-    return [text for text in texts if text]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="a file named twice is spoken twice")
@@ -117,7 +109,7 @@ def main() -> None:
     EspeakWrapper.set_data_path(espeakng_loader.get_data_path())
     rng = random.Random(11)
     known = set(json.loads(args.vocab.read_text(encoding="utf-8"))["vocab"])
-    texts = read_texts(args.texts)
+    texts = [text for path in args.texts for _, text in read_sentences(path) if text]
     rng.shuffle(texts)
     texts = texts[: args.limit]
     picked = rng.choices(list(ACCENTS), list(ACCENTS.values()), k=len(texts))

@@ -1,4 +1,4 @@
-"""Makes speech on the device, thousands of times as fast as it is spoken, by voices that nobody has:
+"""Makes speech on the device, a thousand times as fast as it is spoken, by voices that nobody has:
 
     python3 -m training.phonemes --texts LINES... --vocab VOCAB --out lines.jsonl.gz     # on a host with espeak-ng
     python3 -m training.kokoro_weights kokoro-v1.0.int8.onnx VOICES KOKORO
@@ -26,8 +26,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from m3asr.ops import frame_mask
+from training.data import GAP, interpolate
 from training.data import RATE as TARGET
-from training.data import interpolate
 from training.kokoro import FRAME, RATE, STYLE, VOICED, Kokoro, spread
 
 GROUP = 3072  # utterances among which those of equal length are looked for, and which a part holds
@@ -94,7 +95,8 @@ class Manner:
             column(rng.uniform(0.7, 1.3, count)),
         )
 
-    def pick(self, index: Tensor) -> Manner:
+    def pick(self, rows: list[int]) -> Manner:
+        index = torch.tensor(rows, device=self.speed.device)
         return Manner(*(value[index] for value in self.__dict__.values()))
 
 
@@ -127,17 +129,19 @@ class Speaker:
 
     @torch.inference_mode()
     def __call__(self, lines: list[dict]):
-        """Lines (`tokens`, `british`) -> (index, int16 samples) in any order; what came out broken is left out."""
-        prepared = self.prepare(lines)
+        """Lines (`tokens`, `british`) -> (index, int16 samples or None for what came out broken), in any order."""
+        manner = Manner.draw(self.rng, len(lines), self.device)
+        prepared = self.prepare(lines, manner)
         order = sorted(range(len(lines)), key=lambda i: prepared[i][2].sum())
         while order:
             longest = int(prepared[order[-1]][2].sum())
             take = max(1, self.batch_frames // longest)
             batch, order = order[-take:], order[:-take]
-            yield from self.speak(batch, [prepared[i] for i in batch])
+            samples = self.speak([prepared[i] for i in batch], manner.pick(batch))
+            yield from zip(batch, samples, strict=True)
 
-    def prepare(self, lines: list[dict]) -> list[tuple]:
-        """-> (for the predictor (L, 640), for the decoder (L, 512), frames (L,) on the host, style, manner) a line."""
+    def prepare(self, lines: list[dict], manner: Manner) -> list[tuple]:
+        """-> (for the predictor (L, 640), for the decoder (L, 512), frames (L,) on the host, style (256,)) a line."""
         out: list = [None] * len(lines)
         order = sorted(range(len(lines)), key=lambda i: len(lines[i]["tokens"]))
         for start in range(0, len(order), 128):
@@ -147,17 +151,15 @@ class Speaker:
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
             styles = [self.voices.draw(self.rng, lines[i]["british"], len(lines[i]["tokens"])) for i in batch]
             style = torch.from_numpy(np.stack(styles)).float().to(self.device)
-            manner = Manner.draw(self.rng, len(batch), self.device)
             x, text, frames = self.kokoro.read_text(tokens, lengths, style)
-            inside = torch.arange(tokens.shape[1], device=self.device) < lengths.to(self.device).unsqueeze(-1)
-            frames = whole_frames(frames, inside, manner).cpu()
-            for row, i in enumerate(batch):
-                size = int(lengths[row])
-                one = torch.tensor([row], device=self.device)
-                out[i] = x[row, :size], text[row, :size], frames[row, :size], style[row], manner.pick(one)
+            inside = frame_mask(lengths.to(self.device), tokens.shape[1])
+            frames = whole_frames(frames, inside, manner.pick(batch)).cpu()
+            for row, (i, size) in enumerate(zip(batch, lengths.tolist(), strict=True)):
+                out[i] = x[row, :size], text[row, :size], frames[row, :size], style[row]
         return out
 
-    def speak(self, indices: list[int], rows: list[tuple]):
+    def speak(self, rows: list[tuple], manner: Manner) -> list[np.ndarray | None]:
+        """What `prepare` made of some lines -> int16 samples, None for what came out broken."""
         pad = torch.nn.utils.rnn.pad_sequence
         x, text = (pad([row[k] for row in rows], batch_first=True) for k in (0, 1))
         frames = pad([row[2] for row in rows], batch_first=True)
@@ -166,7 +168,6 @@ class Speaker:
         last = torch.tensor([len(row[2]) - 1 for row in rows])
         frames[torch.arange(len(rows)), last] += total - spoken  # the closing silence fills the row
         frames, style = frames.to(self.device), torch.stack([row[3] for row in rows])
-        manner = Manner(*(torch.cat(v) for v in zip(*(row[4].__dict__.values() for row in rows), strict=True)))
         pitch, loudness = self.kokoro.predictor.curves(spread(x, frames, total), style[:, STYLE:])
         middle = loudness.mean(dim=1, keepdim=True)
         loudness = middle + (loudness - middle) * manner.loudness
@@ -174,7 +175,7 @@ class Speaker:
         wave = self.kokoro.decoder(text, melody(pitch, manner), loudness, style[:, :STYLE])
         ends = (spoken * FRAME).to(self.device).unsqueeze(-1)  # the silence that was added is left out
         wave = wave.masked_fill(torch.arange(wave.shape[1], device=self.device) >= ends, 0.0)
-        yield from zip(indices, self.finish(wave, manner), strict=True)
+        return self.finish(wave, manner)
 
     def finish(self, wave: Tensor, manner: Manner) -> list[np.ndarray | None]:
         """24 kHz -> int16 at 16 kHz, played at the tract's speed; 0.06 to 0.25 s of silence around, peak 0.5."""
@@ -197,7 +198,7 @@ class Speaker:
 
 def write_part(folder: Path, name: str, lines: list[dict], spoken: list[tuple[int, np.ndarray]], first: int) -> float:
     """One part; -> its hours."""
-    gap, offset, chunks, entries = np.zeros(32, np.int16), 0, [], []
+    gap, offset, chunks, entries = np.zeros(GAP, np.int16), 0, [], []
     for index, samples in spoken:
         entry = {"id": f"k{first + index:07d}", "text": lines[index]["text"], "offset": offset, "size": len(samples)}
         entries.append(entry)
