@@ -23,25 +23,34 @@ from golden import GOLDEN  # noqa: E402
 
 
 class _Folders(dict):
-    """Golden checkpoints as model folders, converted when first asked for: an onnx engine takes seconds to build."""
+    """Golden checkpoints as model folders, converted when first asked for, once for all processes of a run: an onnx
+    engine takes many seconds to build."""
 
     def __init__(self, root: Path):
         super().__init__()
         self._root = root
 
     def __missing__(self, name: str) -> Path:
+        import fcntl
+
         from m3asr.checkpoint import read_checkpoint
         from m3asr.convert import write_model_folder
 
-        write_model_folder(read_checkpoint(GOLDEN / name), self._root / name)
+        with (self._root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the file closes
+            if not (self._root / name).exists():
+                write_model_folder(read_checkpoint(GOLDEN / name), self._root / name)
         self[name] = self._root / name
         return self[name]
 
 
 @pytest.fixture(scope="session")
 def golden_folders(tmp_path_factory) -> dict[str, Path]:
-    """Golden checkpoints as model folders with their onnx engine, by name."""
-    return _Folders(tmp_path_factory.mktemp("models"))
+    """Golden checkpoints as model folders with their onnx engine, by name. Only to be read: change a copy."""
+    base = tmp_path_factory.getbasetemp()  # of this process; those of one run lie side by side
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "golden"
+    root.mkdir(exist_ok=True)
+    return _Folders(root)
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])

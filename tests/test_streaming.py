@@ -22,10 +22,9 @@ from random_model import VARIANTS, random_model
 from typer.testing import CliRunner
 
 from m3asr.audio import read_pcm
-from m3asr.checkpoint import read_checkpoint
 from m3asr.cli import app
 from m3asr.config import FbankConfig
-from m3asr.convert import build_onnx, write_model_folder
+from m3asr.convert import build_onnx
 from m3asr.decode import DecodeOptions
 from m3asr.engines import load_engine
 from m3asr.engines.streaming import stream_start
@@ -106,10 +105,8 @@ def engine_of(folder_of):
 
 
 @pytest.fixture(scope="module")
-def wenet(tmp_path_factory) -> ModelFolder:
-    folder = tmp_path_factory.mktemp("wenet") / "model"
-    write_model_folder(read_checkpoint(GOLDEN / "wenet-u2pp-80"), folder)
-    return ModelFolder.read(folder)
+def wenet(golden_folders) -> ModelFolder:
+    return ModelFolder.read(golden_folders["wenet-u2pp-80"])
 
 
 @pytest.mark.parametrize("kind", ["eager", "onnx"])
