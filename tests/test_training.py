@@ -16,7 +16,7 @@ from m3asr.config import FbankConfig  # noqa: E402
 from m3asr.engines.torch_fbank import fbank, frame_count, frame_size, mel_filters  # noqa: E402
 from m3asr.model import Model  # noqa: E402
 from training import losses, moe  # noqa: E402
-from training.augment import Augment, AugmentConfig, fast_size  # noqa: E402
+from training.augment import ROOM, Augment, AugmentConfig, fast_size  # noqa: E402
 from training.data import Parts, Planner, Speech, Utterance, interpolate  # noqa: E402
 from training.evaluate import collapse, word_errors  # noqa: E402
 from training.kernels.ctc import ctc  # noqa: E402
@@ -147,7 +147,7 @@ def test_augmentation_is_finite_and_stays_inside(seconds):
     config = AugmentConfig(
         reverberation=1.0, noise=1.0, babble=1.0, channel=1.0, telephone=1.0, modulated_noise=1.0, clip=0.5
     )
-    rooms = torch.zeros(2, 8000)
+    rooms = torch.zeros(2, ROOM)
     rooms[:, 0] = 1.0
     samples = int(seconds * 16000)
     waveform = torch.from_numpy(signal(seconds)).repeat(4, 1)

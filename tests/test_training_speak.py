@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,16 @@ def test_manner_keeps_what_it_must():
     frames = speak.whole_frames(torch.rand(64, 30) * 6, inside, manner)
     assert frames.dtype == torch.int64 and (frames[inside] >= 1).all() and not frames[~inside].any()
     pitch = torch.where(torch.rand(64, 200) < 0.7, 80 + 100 * torch.rand(64, 200), torch.zeros(()))
-    moved = speak.melody(pitch, manner)
-    assert torch.equal(moved > kokoro.VOICED, pitch > kokoro.VOICED) and moved.max() <= 520
-    assert not torch.allclose(moved, pitch)
+    whisper = (torch.arange(64) % 2).unsqueeze(1).float()
+    moved = speak.melody(pitch, replace(manner, whisper=whisper))
+    assert torch.equal(moved > kokoro.VOICED, (pitch > kokoro.VOICED) & (whisper == 0)) and moved.max() <= 520
+    assert not torch.allclose(moved[::2], pitch[::2])
+    still = {name: torch.zeros(64, 1) for name in ("pitch", "wander", "rough", "whisper")}
+    still |= {name: torch.ones(64, 1) for name in ("range", "tract")}
+    plain, creaking = (speak.melody(pitch, replace(manner, creak=torch.full((64, 1), c), **still)) for c in (0.0, 0.25))
+    torch.testing.assert_close(plain, pitch)
+    torch.testing.assert_close(creaking[:, :120], pitch[:, :120])
+    torch.testing.assert_close(creaking[:, 180:], (pitch[:, 180:] / 2))
 
 
 def test_spread_gives_each_token_its_frames():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 RATE = 16000
+ROOM = RATE  # samples of a room's response
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class AugmentConfig:
 
     reverberation: float = 0.45
     measured_rooms: float = 0.25  # of the reverberated rows, if measured impulse responses are given
+    echo: float = 0.3  # of the reverberated rows: a wall far away, or the next loudspeaker of a row of them
     noise: float = 0.45
     babble: float = 0.15
     snr: tuple[float, float] = (3.0, 30.0)  # dB
@@ -84,23 +86,28 @@ class Augment:
     # ----- steps: (rows to change, all rows, lengths of the rows to change) -> changed rows
 
     def reverberate(self, x: Tensor, _, lengths: Tensor) -> Tensor:
-        """Convolution with a room: exponentially decaying noise (Polack's model) or a measured response."""
-        size, rows = RATE // 2, x.shape[0]
+        """Convolution with a room: exponentially decaying noise (Polack's model) or a measured response, and echoes."""
+        size, rows = ROOM, x.shape[0]
         time = torch.arange(size, device=self.device) / RATE
-        t60 = self.uniform(rows, 1, low=0.08, high=0.9)
+        t60 = self.uniform(rows, 1, low=math.log(0.1), high=math.log(1.6)).exp()
         tail = self.normal(rows, size) * torch.exp(-6.9 * time / t60)
         tail = tail * (time >= self.uniform(rows, 1, low=0.0005, high=0.01))  # the first reflection comes later
         # High frequencies die sooner: the smoothed tail takes over as time goes by.
         dull = torch.nn.functional.avg_pool1d(tail.unsqueeze(1), 4, 1, 2, count_include_pad=False)[:, 0, :size]
         share = torch.exp(-time / (t60 * 0.3))
         tail = tail * share + 2.0 * dull * (1 - share)
-        ratio = 10 ** (self.uniform(rows, 1, low=-4.0, high=14.0) / 10)  # direct to reverberant energy
+        ratio = 10 ** (self.uniform(rows, 1, low=-5.0, high=14.0) / 10)  # direct to reverberant energy
         tail = tail * (1.0 / (ratio * tail.square().sum(dim=-1, keepdim=True).clamp(min=1e-9))).sqrt()
         tail[:, 0] = 1.0
         if self.rooms is not None:
             use = round(rows * self.config.measured_rooms)
             pick = torch.randint(len(self.rooms), (use,), generator=self.generator, device=self.device)
             tail[:use] = self.rooms[pick]
+        late = torch.rand(rows, 1, generator=self.generator, device=self.device) < self.config.echo
+        gain = self.uniform(rows, 1, low=0.1, high=0.7) * late
+        delay = (self.uniform(rows, 1, low=0.05, high=0.33) * RATE).long()
+        for times in (1, 2):
+            tail = tail.scatter_add(1, times * delay, gain**times)
         n = fast_size(x.shape[1] + size)
         y = torch.fft.irfft(torch.fft.rfft(x, n=n) * torch.fft.rfft(tail, n=n), n=n)[:, : x.shape[1]]
         return y * (power(x, lengths) / power(y, lengths)).sqrt()
@@ -235,7 +242,7 @@ def fast_size(size: int, multiple: int = 1) -> int:
 
 
 def read_rooms(folder: Path, device: torch.device) -> Tensor | None:
-    """Measured impulse responses (16 kHz wav) -> (rooms, 8000), the loudest sample first and 1."""
+    """Measured impulse responses (16 kHz wav) -> (rooms, ROOM), the loudest sample first and 1."""
     import soundfile
 
     rooms = []
@@ -244,6 +251,6 @@ def read_rooms(folder: Path, device: torch.device) -> Tensor | None:
         if rate != RATE:
             raise SystemExit(f"{path}: {rate} Hz, expected {RATE}")
         response = torch.from_numpy(samples[:, 0])
-        response = response[response.abs().argmax() :][: RATE // 2]
-        rooms.append(torch.nn.functional.pad(response / response[0], (0, RATE // 2 - len(response))))
+        response = response[response.abs().argmax() :][:ROOM]
+        rooms.append(torch.nn.functional.pad(response / response[0], (0, ROOM - len(response))))
     return torch.stack(rooms).to(device) if rooms else None

@@ -73,6 +73,9 @@ class Manner:
     pitch: Tensor  # factor, natural logarithm
     range: Tensor  # of the pitch's logarithm around its mean
     wander: Tensor  # of the pitch, natural logarithm
+    rough: Tensor  # from one frame's pitch to the next, natural logarithm
+    creak: Tensor  # part at the end whose pitch is halved
+    whisper: Tensor  # 1: without any pitch
     local: Tensor  # of single durations, natural logarithm
     drift: Tensor  # of the tempo over some symbols, natural logarithm
     loudness: Tensor  # range
@@ -90,6 +93,9 @@ class Manner:
             column(np.clip(rng.normal(0, 2.5, count), -6, 6) * semitone),
             column(rng.uniform(0.5, 1.6, count)),
             column(rng.uniform(0, 1.2, count) * semitone),
+            column(np.clip(rng.uniform(-0.02, 0.03, count), 0, None)),
+            column(np.clip(rng.uniform(-1.6, 0.4, count), 0, None)),
+            column(rng.random(count) < 0.02),
             column(rng.uniform(0, 0.22, count)),
             column(rng.uniform(0, 0.3, count)),
             column(rng.uniform(0.7, 1.3, count)),
@@ -114,12 +120,17 @@ def whole_frames(frames: Tensor, inside: Tensor, manner: Manner) -> Tensor:
 
 
 def melody(pitch: Tensor, manner: Manner) -> Tensor:
-    """Pitch in Hz (B, T), at most VOICED where there is none -> moved, widened, wandering."""
+    """Pitch in Hz (B, T), at most VOICED where there is none -> moved, widened, wandering, rough, creaking, gone."""
     voiced = pitch > VOICED
     log = pitch.clamp(min=VOICED).log()
     mean = (log * voiced).sum(dim=1, keepdim=True) / voiced.sum(dim=1, keepdim=True).clamp(min=1)
     log = mean + (log - mean) * manner.range + manner.pitch + manner.wander * smooth(*pitch.shape, 30, pitch.device)
-    return torch.where(voiced, (log.exp() / manner.tract).clamp(55.0, 520.0), pitch)
+    log = log + manner.rough * torch.randn_like(log)
+    # Where the sentence's end begins is counted in voiced frames: closing silence has none.
+    spoken = voiced.cumsum(dim=1) / voiced.sum(dim=1, keepdim=True).clamp(min=1)
+    log = log - math.log(2) * (spoken > 1 - manner.creak)
+    moved = (log.exp() / manner.tract).clamp(40.0, 520.0)
+    return torch.where(voiced, moved, pitch) * (1 - manner.whisper)
 
 
 class Speaker:
