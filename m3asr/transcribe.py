@@ -28,6 +28,7 @@ from m3asr.decode import (
     token_times,
     word_times,
 )
+from m3asr.decode.options import NO_LM, WITH_BEAM
 from m3asr.engines import Engine, load_engine
 from m3asr.errors import AudioError, M3asrError, MissingExtra, ModelError
 from m3asr.features import fbank, pad_batch
@@ -251,10 +252,15 @@ class Transcriber:
         return decoder
 
     def scorers(self, options: DecodeOptions) -> tuple[ContextGraph | None, NgramLM | None]:
-        """What the options add to a prefix beam search. Warns UnusableHotword, the first time."""
+        """What options and model folder add to a prefix beam search. Warns UnusableHotword, the first time."""
+        if self.decoder_of(options) not in WITH_BEAM:
+            return None, None
         context = self._context(options.hotwords, options.hotword_score) if options.hotwords else None
-        lm = self._lm(options.lm, options.lm_weight, options.lm_bonus, options.lm_unit) if options.lm else None
-        return context, lm
+        own = self.folder.lm() if options.lm is None else None
+        if own is not None:
+            return context, self._lm(str(own), options.lm_weight, options.lm_bonus, "word")
+        named = options.lm not in (None, NO_LM)
+        return context, self._lm(options.lm, options.lm_weight, options.lm_bonus, options.lm_unit) if named else None
 
     def _new_context(self, hotwords: tuple[str, ...], score: float) -> ContextGraph | None:
         tokenizer, phrases = self.folder.tokenizer, []

@@ -45,7 +45,11 @@ HotwordsOption = Annotated[
 HotwordScoreOption = Annotated[float, typer.Option("--hotword-score", help="For each token of a phrase.")]
 LmOption = Annotated[
     Optional[Path],  # noqa: UP007, UP045
-    typer.Option("--lm", help="N-gram language model, an ARPA or KenLM binary file."),
+    typer.Option(
+        "--lm",
+        help="N-gram language model, an ARPA or KenLM binary file; default: the model's own, if it has one. "
+        "none: without.",
+    ),
 ]
 LmWeightOption = Annotated[float, typer.Option("--lm-weight")]
 LmBonusOption = Annotated[float, typer.Option("--lm-bonus", help="Added for each word, or token.")]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from m3asr.errors import M3asrError
 
 DECODERS = ("greedy", "beam", "rescoring", "joint", "attention")
-_WITH_BEAM = (None, "beam", "rescoring", "joint")  # decoders that take phrases and a language model
+WITH_BEAM = ("beam", "rescoring", "joint")  # decoders that take phrases and a language model
+NO_LM = "none"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class DecodeOptions:
     rescoring and joint.
     lm: an n-gram language model, ARPA or KenLM binary, whose log-probabilities count lm_weight, plus lm_bonus for each
     unit: "word" or "token" says what its entries are. Beam, rescoring and joint; KenLM's binary needs the extra `lm`.
+    None takes the model's own, of words, if its folder has one (lm.arpa.gz), and "none" takes none.
 
     Raises M3asrError for values outside their range, and for what the chosen decoder cannot use.
     """
@@ -67,9 +69,9 @@ class DecodeOptions:
         object.__setattr__(self, "hotwords", tuple(self.hotwords))
         if self.lm_unit not in ("word", "token"):
             raise M3asrError(f"lm_unit is {self.lm_unit!r}, expected word or token")
-        if self.decoder not in _WITH_BEAM:
+        if self.decoder not in (None, *WITH_BEAM):
             for name in ("hotwords", "lm"):
-                if getattr(self, name):
+                if getattr(self, name) not in (None, (), NO_LM):
                     raise M3asrError(f"the decoder {self.decoder} takes no {name}: choose beam, rescoring or joint")
         if self.decoder == "attention" and self.blank_penalty:
             raise M3asrError("the decoder attention has no blank, so no blank penalty")
