@@ -20,6 +20,7 @@ import torch
 from benchmarks import baselines
 from benchmarks.accuracy import Reference, check, deviations
 from benchmarks.card import copy_bandwidth, flops, gemm_peak, timed, weight_bytes
+from benchmarks.cases import EARLY_EXPERTS
 from benchmarks.models import preset, random_model, spread_routers
 from m3asr.engines.cuda import CudaEngine, tiles
 
@@ -74,6 +75,8 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late) ->
     forward, measured = engine.forward, dict(tiles.MEASURED)
     usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime")}
     cases = {"as it is": {}, "no dependent launch": {"pdl": False}}
+    if name == "1x206":
+        cases["all experts asked for early, as in version 4"] = {"experts": EARLY_EXPERTS}
     if tiles.MEASURED:
         cases["tiles by rule, not by measurement"] = {"rule": True}
     if name.startswith("1x"):
@@ -88,6 +91,8 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late) ->
                 setattr(forward, attribute, value)
         if "rule" in changes:
             tiles.MEASURED.clear()
+        for operation, tile in changes.get("experts", {}).items():
+            tiles.MEASURED["few", operation] = {64: tile}
         engine.drop_graphs()
         try:
             error = check(engine, reference, *data[0])["hidden_error_told"]
@@ -303,7 +308,7 @@ def main() -> None:
                         row["profile"] = profile(engine, name)
                         for kernel, count, us in row["profile"][:14]:
                             print(f"      {us:9.1f} us {count:4d} x {us / count:7.2f}  {kernel[:60]}", flush=True)
-                    if precision == "bf16" and not args.no_variants and not late():
+                    if precision in ("bf16", "fp8") and not args.no_variants and not late():
                         row["variants"] = variants(engine, name, data[name], references[name], late)
                         for case, ms in row["variants"].items():
                             shown = f"{ms:9.3f} ms" if isinstance(ms, float) else ms

@@ -264,7 +264,8 @@ def experts_few(
         "columns": columns,
         "scale": 1.0 if residual_scale is None else residual_scale,
         "WIDTH": width,
-        "BLOCK_T": max(16, triton.next_power_of_2(tokens)),
+        # At least a program's threads: of less the compiler makes every thread find each of the tokens it reads.
+        "BLOCK_T": max(32 * tile.warps, triton.next_power_of_2(tokens)),
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,

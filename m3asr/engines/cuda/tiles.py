@@ -1,7 +1,7 @@
 """Tile sizes by operation, number of tokens and type: what was measured, and a rule for everything else.
 
 Two regimes. Few tokens: launches and the latency of one program count, so a program holds the whole inner dimension,
-norms are recomputed where they are needed, and every expert's weights are read once. Many tokens: arithmetic counts,
+norms are recomputed where they are needed, and each expert's weights are read once. Many tokens: arithmetic counts,
 so products loop over the inner dimension, norms are kernels of their own and tokens are sorted by expert.
 """
 
@@ -110,8 +110,8 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         attention=Tile(16, 64 if wide else 128, warps=4, stages=2),
         depthwise=Tile(1, 1, warps=4),
         router=Tile(1, 1, warps=8) if tokens <= 128 else Tile(16, 1, k=64, warps=4, stages=2),
-        expert_up=Tile(16, 16 if wide else 64, k=whole, warps=4, stages=1),
-        expert_down=Tile(16, 16 if wide or inner > 1024 else 32, k=inner, warps=4, stages=1),
+        expert_up=Tile(16, columns, k=whole, warps=4, stages=1, parts=parts_of(whole, 4, wide), walkers=4),
+        expert_down=Tile(16, 16, k=inner, warps=4, stages=1, parts=parts_of(inner, 4, wide), walkers=4),
         sort=Tile(1, 1024),
         heard=Tile(16, 32, k=64, warps=4),
         head=Tile(rows, 32, k=whole, warps=warps, parts=parts_of(whole, warps, wide)),
