@@ -73,8 +73,10 @@ def profile(engine: CudaEngine, name: str) -> list[tuple[str, int, float]]:
 def variants(engine: CudaEngine, name: str, data, reference: Reference, late) -> dict[str, float | str]:
     """Milliseconds with one decision of the engine taken otherwise; of a variant that computes something else, that."""
     forward, measured = engine.forward, dict(tiles.MEASURED)
-    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime")}
+    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime", "beside")}
     cases = {"as it is": {}, "no dependent launch": {"pdl": False}}
+    if name.startswith("1x"):
+        cases["the embedding network in a branch of its own"] = {"beside": True}
     if name == "1x206":
         cases["all experts asked for early, as in version 4"] = {"experts": EARLY_EXPERTS}
     if tiles.MEASURED:
