@@ -70,8 +70,10 @@ def profile(engine: CudaEngine, name: str) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
-def variants(engine: CudaEngine, name: str, data, reference: Reference, late) -> dict[str, float | str]:
-    """Milliseconds with one decision of the engine taken otherwise; of a variant that computes something else, that."""
+def variants(engine: CudaEngine, name: str, data, reference: Reference, late, only) -> dict[str, float | str]:
+    """Milliseconds with one decision of the engine taken otherwise; of a variant that computes something else, that.
+    only: words of which one must be in a variant's name.
+    """
     forward, measured = engine.forward, dict(tiles.MEASURED)
     usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime", "beside")}
     cases = {"as it is": {}, "no dependent launch": {"pdl": False}}
@@ -85,6 +87,8 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late) ->
         cases |= {f"kernels for {regime} tokens": {"regime": regime} for regime in ("few", "many")}
     rows = {}
     for case, changes in cases.items():
+        if changes and only and not any(word in case for word in only):
+            continue
         if late():
             rows[case] = "no time left"
             continue
@@ -184,6 +188,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=Path, help="tiles.json of benchmarks.kernels, in place of the rule")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--no-variants", action="store_true")
+    parser.add_argument("--variants", nargs="+", metavar="WORD", help="only those with one of these words in the name")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument(
         "--compile", type=float, default=0, metavar="SECONDS", help="also torch.compile, at most so long"
@@ -311,7 +316,7 @@ def main() -> None:
                         for kernel, count, us in row["profile"][:14]:
                             print(f"      {us:9.1f} us {count:4d} x {us / count:7.2f}  {kernel[:60]}", flush=True)
                     if precision in ("bf16", "fp8") and not args.no_variants and not late():
-                        row["variants"] = variants(engine, name, data[name], references[name], late)
+                        row["variants"] = variants(engine, name, data[name], references[name], late, args.variants)
                         for case, ms in row["variants"].items():
                             shown = f"{ms:9.3f} ms" if isinstance(ms, float) else ms
                             print(f"      {shown}  {case}", flush=True)

@@ -44,16 +44,21 @@ STAGES = {
     "tests-experts": Stage(
         "{python} -m pytest tests/kernels/test_experts.py tests/kernels/test_router.py tests/test_cuda_engine.py -q "
         "-n 12 --dist load -p no:cacheprovider",
-        100,
+        130,
     ),
     "kernels-experts": Stage(
-        "{python} -m benchmarks.kernels --shapes 1x206 --cases expert_up expert_down expert_up --show 8 --budget 70 "
+        "{python} -m benchmarks.kernels --shapes 1x206 --cases expert_up expert_down expert_up --show 8 --budget 90 "
         "--out {out}/experts",
-        85,
+        105,
+    ),
+    "experts": Stage(
+        "{python} -m benchmarks.encoder --inputs 1x206 1x1024 --precisions bf16 fp8 --variants branch early rule "
+        "--budget 100 --no-baselines {tiles} --out {out}/experts",
+        120,
     ),
     "kernels-few": Stage("{python} -m benchmarks.kernels --shapes 1x206 --budget 100 --out {out}/few", 120),
     "few": Stage(
-        "{python} -m benchmarks.encoder --inputs 1x206 1x1024 --precisions bf16 fp8 --budget 80 --no-baselines {tiles} "
+        "{python} -m benchmarks.encoder --inputs 1x206 --precisions bf16 fp8 --budget 80 --no-baselines {tiles} "
         "--out {out}/few",
         100,
     ),

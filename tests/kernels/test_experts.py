@@ -117,12 +117,12 @@ def test_few_experts_whose_weights_are_copied(device, options, check, poisoned, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("copied", [0, 1])
 def test_the_second_product_knows_the_routing_of_its_own_layer(device, options, copied):
-    """In a chain of dependent launches that changes the routing in one place, as the layers of a model may."""
+    """In a chain of dependent launches whose layers route differently, and write that to one place."""
     width, experts, tokens, layers, both = 512, 32, 64, 40, options(torch.bfloat16)
     weights = [torch.randn(experts, *s, device=device).bfloat16() / 32 for s in ((1024, width), (width, 1024))]
     biases = [torch.randn(experts, n, device=device) for n in (1024, width)]
     y, x = torch.randn(tokens, width, device=device).bfloat16(), torch.randn(tokens, width, device=device)
-    zero, bias = torch.zeros(tokens, experts, device=device), torch.randn(layers, experts, device=device) * 3
+    zero, bias = torch.zeros(tokens, experts, device=device), torch.randn(layers, experts, device=device) * 30
     router, lengths = torch.randn(width, experts, device=device), torch.tensor([50], dtype=torch.int32, device=device)
     expert_idx, gate = torch.empty(tokens, dtype=torch.int32, device=device), torch.empty(tokens, device=device)
     h = torch.empty(tokens, 1024, device=device, dtype=torch.bfloat16)
