@@ -167,8 +167,8 @@ def main() -> None:
             library = [r["us"] for r in rows if r["m"] == 0]
             shown = f"library {library[0]:.2f}; " if library else ""
             shown += "; ".join(
-                f"{r['us']:.2f} (m{r['m']} n{r['n']} k{r['k']} w{r['warps']} s{r['stages']} p{r['parts']} c{r['copied']} "
-                f"walkers{r['walkers']} {r.get('error', 9):.0e})"
+                f"{r['us']:.2f} (m{r['m']} n{r['n']} k{r['k']} w{r['warps']} s{r['stages']} p{r['parts']} "
+                f"c{r['copied']} walkers{r['walkers']} {r.get('error', 9):.0e})"
                 for r in rows[: args.show]
             )
             failed = sum("failed" in r for r in rows)
