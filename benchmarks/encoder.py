@@ -20,6 +20,7 @@ import torch
 from benchmarks import baselines
 from benchmarks.accuracy import Reference, check, deviations
 from benchmarks.card import copy_bandwidth, flops, gemm_peak, timed, weight_bytes
+from benchmarks.cases import EARLY_EXPERTS
 from benchmarks.models import preset, random_model, spread_routers
 from m3asr.engines.cuda import CudaEngine, tiles
 
@@ -69,17 +70,25 @@ def profile(engine: CudaEngine, name: str) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
-def variants(engine: CudaEngine, name: str, data, reference: Reference, late) -> dict[str, float | str]:
-    """Milliseconds with one decision of the engine taken otherwise; of a variant that computes something else, that."""
+def variants(engine: CudaEngine, name: str, data, reference: Reference, late, only) -> dict[str, float | str]:
+    """Milliseconds with one decision of the engine taken otherwise; of a variant that computes something else, that.
+    only: words of which one must be in a variant's name.
+    """
     forward, measured = engine.forward, dict(tiles.MEASURED)
-    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime")}
+    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime", "beside")}
     cases = {"as it is": {}, "no dependent launch": {"pdl": False}}
+    if name.startswith("1x"):
+        cases["the embedding network in a branch of its own"] = {"beside": True}
+    if name == "1x206":
+        cases["all experts asked for early, as in version 4"] = {"experts": EARLY_EXPERTS}
     if tiles.MEASURED:
         cases["tiles by rule, not by measurement"] = {"rule": True}
     if name.startswith("1x"):
         cases |= {f"kernels for {regime} tokens": {"regime": regime} for regime in ("few", "many")}
     rows = {}
     for case, changes in cases.items():
+        if changes and only and not any(word in case for word in only):
+            continue
         if late():
             rows[case] = "no time left"
             continue
@@ -88,6 +97,8 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late) ->
                 setattr(forward, attribute, value)
         if "rule" in changes:
             tiles.MEASURED.clear()
+        for operation, tile in changes.get("experts", {}).items():
+            tiles.MEASURED["few", operation] = {64: tile}
         engine.drop_graphs()
         try:
             error = check(engine, reference, *data[0])["hidden_error_told"]
@@ -177,6 +188,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=Path, help="tiles.json of benchmarks.kernels, in place of the rule")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--no-variants", action="store_true")
+    parser.add_argument("--variants", nargs="+", metavar="WORD", help="only those with one of these words in the name")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument(
         "--compile", type=float, default=0, metavar="SECONDS", help="also torch.compile, at most so long"
@@ -303,8 +315,8 @@ def main() -> None:
                         row["profile"] = profile(engine, name)
                         for kernel, count, us in row["profile"][:14]:
                             print(f"      {us:9.1f} us {count:4d} x {us / count:7.2f}  {kernel[:60]}", flush=True)
-                    if precision == "bf16" and not args.no_variants and not late():
-                        row["variants"] = variants(engine, name, data[name], references[name], late)
+                    if precision in ("bf16", "fp8") and not args.no_variants and not late():
+                        row["variants"] = variants(engine, name, data[name], references[name], late, args.variants)
                         for case, ms in row["variants"].items():
                             shown = f"{ms:9.3f} ms" if isinstance(ms, float) else ms
                             print(f"      {shown}  {case}", flush=True)

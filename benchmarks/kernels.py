@@ -167,7 +167,8 @@ def main() -> None:
             library = [r["us"] for r in rows if r["m"] == 0]
             shown = f"library {library[0]:.2f}; " if library else ""
             shown += "; ".join(
-                f"{r['us']:.2f} (m{r['m']} n{r['n']} k{r['k']} w{r['warps']} s{r['stages']} {r.get('error', 9):.0e})"
+                f"{r['us']:.2f} (m{r['m']} n{r['n']} k{r['k']} w{r['warps']} s{r['stages']} p{r['parts']} "
+                f"c{r['copied']} walkers{r['walkers']} {r.get('error', 9):.0e})"
                 for r in rows[: args.show]
             )
             failed = sum("failed" in r for r in rows)
@@ -178,6 +179,7 @@ def main() -> None:
             torch.cuda.empty_cache()
             (args.out / "kernels.json").write_text(json.dumps(results))
             (args.out / "tiles.json").write_text(as_text(best_tiles(results["cases"])))
+            tiles.read_measured(args.out / "tiles.json")  # the experts' other product is tried with the best of this
     best = {key: {k: v for k, v in value["tiles"][0].items()} for key, value in results["cases"].items()}
     print(json.dumps({key: round(value["us"], 2) for key, value in best.items()}))
 

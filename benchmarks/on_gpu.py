@@ -40,6 +40,22 @@ GPU_TESTS = (
 STAGES = {
     "tests": Stage(f"{{python}} -m pytest {GPU_TESTS} -q -n 12 --dist load -p no:cacheprovider", 220),
     # Tiles, and with them the encoder and its variants: for few tokens, for many, and between.
+    # What a change of the experts for few tokens needs; up twice, since each product is tried beside the other's best.
+    "tests-experts": Stage(
+        "{python} -m pytest tests/kernels/test_experts.py tests/kernels/test_router.py tests/test_cuda_engine.py -q "
+        "-n 12 --dist load -p no:cacheprovider",
+        130,
+    ),
+    "kernels-experts": Stage(
+        "{python} -m benchmarks.kernels --shapes 1x206 --cases expert_up expert_down expert_up --show 8 --budget 90 "
+        "--out {out}/experts",
+        105,
+    ),
+    "experts": Stage(
+        "{python} -m benchmarks.encoder --inputs 1x206 1x1024 --precisions bf16 fp8 --variants branch early rule "
+        "--budget 100 --no-baselines {tiles} --out {out}/experts",
+        120,
+    ),
     "kernels-few": Stage("{python} -m benchmarks.kernels --shapes 1x206 --budget 100 --out {out}/few", 120),
     "few": Stage(
         "{python} -m benchmarks.encoder --inputs 1x206 --precisions bf16 fp8 --budget 80 --no-baselines {tiles} "

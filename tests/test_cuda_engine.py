@@ -359,6 +359,20 @@ def test_graphs_come_and_go_in_pools_that_live(monkeypatch, graphs):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("regime", ["few", "many"])
+@pytest.mark.parametrize("name", ["experts", "other embedding network"])
+def test_an_embedding_network_in_a_branch_of_its_own_changes_nothing(name, regime):
+    engine = CudaEngine(model(CONFIGS[name]), "bf16", "cuda", regime=regime)
+    inputs = batch(), batch(20, (20,))
+    expected = [engine(*given) for given in inputs]
+    engine.forward.beside = True
+    engine.drop_graphs()
+    for _ in range(20):
+        for given, outputs in zip(inputs, expected, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(engine(*given), outputs, strict=True))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [1, 2])
 def test_captures_after_all_graphs_were_dropped(graphs):
     built = model(CONFIGS["experts"])

@@ -190,79 +190,47 @@ def linear(
     columns = weight.shape[-2]
     lengths, frames = glu or mask or (bias, table[1] if table else tokens)
     epilogue = {
+        "b_ptr": bias,
+        "table_ptr": table[0] if table else bias,
+        "lengths_ptr": lengths,
+        "out_ptr": out,
+        "tokens": tokens,
+        "frames": frames,
+        "columns": columns,
+        "scale": 1.0 if residual_scale is None else residual_scale,
         "ACTIVATION": activation,
         "GLU": glu is not None,
         "TABLE": table is not None,
         "RESIDUAL": residual_scale is not None,
         "MASK": mask is not None,
     }
-    scale = 1.0 if residual_scale is None else residual_scale
     if tile == LIBRARY:
         product = torch.matmul(a, weight.transpose(-2, -1))
         rows, width_of_tile = 8, 256
         _finish_kernel[(triton.cdiv(columns, width_of_tile), triton.cdiv(tokens, rows), groups)](
-            product,
-            bias,
-            table[0] if table else bias,
-            lengths,
-            out,
-            tokens,
-            frames,
-            columns,
-            scale,
-            out.shape[-1] * tokens,
-            BLOCK_M=rows,
-            BLOCK_N=width_of_tile,
-            PDL=False,
-            num_warps=4,
-            **epilogue,
-        )
+            product_ptr=product, out_group=out.shape[-1] * tokens, BLOCK_M=rows, BLOCK_N=width_of_tile, PDL=False,
+            num_warps=4, **epilogue,
+        )  # fmt: skip
         return
-    if tile.copied and copyable(a) and copyable(weight):
-        tiles = triton.cdiv(columns, tile.n) * triton.cdiv(tokens, tile.m)
-        _persistent_kernel[(min(tiles, tile.copied * multiprocessors(a.device)),)](
-            TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
-            TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
-            bias,
-            table[0] if table else bias,
-            lengths,
-            out,
-            tokens,
-            frames,
-            columns,
-            scale,
-            WIDTH=width,
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            BLOCK_K=tile.k,
-            DOT=dot,
-            PDL=pdl,
-            **epilogue,
-            **tile.options(pdl),
-        )
-        return
-    grid = (triton.cdiv(columns, tile.n), triton.cdiv(tokens, tile.m), groups)
-    _linear_kernel[grid](
-        a,
-        weight,
-        bias,
-        table[0] if table else bias,
-        lengths,
-        out,
-        tokens,
-        frames,
-        columns,
-        scale,
-        tokens * width,
-        columns * width,
-        out.shape[-1] * tokens,
-        WIDTH=width,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        PARTS=tile.parts,
-        DOT=dot,
-        PDL=pdl,
+    options = {
         **epilogue,
+        "WIDTH": width,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "DOT": dot,
+        "PDL": pdl,
         **tile.options(pdl),
-    )
+    }
+    grid = (triton.cdiv(columns, tile.n), triton.cdiv(tokens, tile.m), groups)
+    if tile.copied and copyable(a) and copyable(weight):
+        _persistent_kernel[(min(grid[0] * grid[1], tile.copied * multiprocessors(a.device)),)](
+            a=TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
+            w=TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
+            **options,
+        )
+        return
+    _linear_kernel[grid](
+        a_ptr=a, w_ptr=weight, a_group=tokens * width, w_group=columns * width, out_group=out.shape[-1] * tokens,
+        PARTS=tile.parts, **options,
+    )  # fmt: skip

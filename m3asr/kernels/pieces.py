@@ -19,6 +19,8 @@ class Tile:
     warps: a shorter chain of dependent matrix instructions, and rows whose norm is summed by few threads each.
     copied: operands come by the card's copy engine. A product then runs so many programs a multiprocessor, which make
     one tile after another and fetch the next one's operands while they finish the last.
+    walkers: for the experts of few tokens, so many programs a multiprocessor walk over the experts that have tokens;
+    0 is a program for each expert, which asks for its weights before the routing is known.
     """
 
     m: int
@@ -28,6 +30,7 @@ class Tile:
     stages: int = 3
     parts: int = 1
     copied: int = 0
+    walkers: int = 0
 
     def options(self, pdl: bool) -> dict:
         """Launch options of Triton."""
@@ -54,7 +57,9 @@ def copyable(tensor: torch.Tensor) -> bool:
 
 @triton.jit
 def release(PDL: tl.constexpr):
-    """Let the next kernel begin its own prologue as soon as there is room for it. First thing in a kernel."""
+    """Let the next kernel begin its own prologue as soon as there is room for it: once each program called this or
+    ended. First thing in a kernel, but for `experts_few`.
+    """
     if PDL:
         cuda.gdc_launch_dependents()
 

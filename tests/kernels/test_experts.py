@@ -8,6 +8,7 @@ from m3asr.engines.cuda.packing import _float8
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
 from m3asr.kernels.pieces import Tile
+from m3asr.kernels.router import route
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXPERTS, WIDTH, HIDDEN = 5, 32, 48
@@ -26,10 +27,45 @@ def routing(kind: str, tokens: int, device) -> torch.Tensor:
     return idx.int()
 
 
+class Layer:
+    """Both products of a layer of experts, with a routing, and what they should make of x."""
+
+    def __init__(self, kind: str, tokens: int, dtype, device):
+        self.w_1 = (torch.randn(EXPERTS, HIDDEN, WIDTH, device=device) / 6).to(dtype)
+        self.w_2 = (torch.randn(EXPERTS, WIDTH, HIDDEN, device=device) / 7).to(dtype)
+        self.b_1, self.b_2 = (torch.randn(EXPERTS, n, device=device) for n in (HIDDEN, WIDTH))
+        self.y, gate = torch.randn(tokens, WIDTH, device=device).to(dtype), torch.rand(tokens, device=device)
+        self.x = torch.randn(tokens, WIDTH, device=device)
+        self.expert_idx = routing(kind, tokens, device)
+        self.valid = valid = self.expert_idx >= 0
+        self.down = {"residual_scale": 0.5, "gate": gate}
+        self.reference = self.x.double()
+        if valid.any():
+            weights = (t.double() for t in (self.w_1, self.b_1, self.w_2, self.b_2))
+            result = ops.moe(self.y[valid].double(), self.expert_idx[valid].long(), *weights, "swish")
+            self.reference[valid] += 0.5 * gate[valid].unsqueeze(-1) * result
+
+    def run_few(self, h, up: Tile, down: Tile, **both):
+        experts_few(self.y, self.w_1, self.b_1, self.expert_idx, h, tile=up, activation="swish", **both)
+        known = up.walkers > 0
+        experts_few(h, self.w_2, self.b_2, self.expert_idx, self.x, tile=down, known=known, **self.down, **both)
+
+    def run_many(self, h, slot_token, tile_expert, tile: Tile, **both):
+        slots = (slot_token, tile_expert)
+        experts_many(self.y, self.w_1, self.b_1, *slots, h, tile=tile, activation="swish", **both)
+        experts_many(h, self.w_2, self.b_2, *slots, self.x, tile=tile, **self.down, **both)
+
+    def check(self, check, dtype):
+        check(self.x, self.reference, dtype)
+        assert torch.equal(self.x[~self.valid].double(), self.reference[~self.valid])
+
+
+KINDS = ["mixed", "one expert", "an empty expert", "padding", "only padding"]
+
+
 def cases():
     """All of them on a GPU; the interpreter, which is slow, takes each routing in float32, each type once."""
-    kinds = ["mixed", "one expert", "an empty expert", "padding", "only padding"]
-    for regime, kind, tokens, dtype in product(["few", "many"], kinds, [1, 37], TYPES):
+    for regime, kind, tokens, dtype in product(["few", "walkers", "many"], KINDS, [1, 37], TYPES):
         usual = dtype == torch.float32 and tokens == 37
         marks = () if usual or (kind == "mixed" and (tokens == 37 or dtype == torch.float32)) else pytest.mark.gpu
         yield pytest.param(dtype, tokens, kind, regime, marks=marks, id=f"{dtype}-{tokens}-{kind}-{regime}")
@@ -37,83 +73,88 @@ def cases():
 
 @pytest.mark.parametrize("dtype, tokens, kind, regime", list(cases()))
 def test_experts(device, options, check, poisoned, tile, dtype, tokens, kind, regime):
-    w_1 = (torch.randn(EXPERTS, HIDDEN, WIDTH, device=device) / 6).to(dtype)
-    w_2 = (torch.randn(EXPERTS, WIDTH, HIDDEN, device=device) / 7).to(dtype)
-    b_1, b_2 = torch.randn(EXPERTS, HIDDEN, device=device), torch.randn(EXPERTS, WIDTH, device=device)
-    y, gate = torch.randn(tokens, WIDTH, device=device).to(dtype), torch.rand(tokens, device=device)
-    x = torch.randn(tokens, WIDTH, device=device)
-    expert_idx = routing(kind, tokens, device)
-    valid = expert_idx >= 0
-    reference = x.double()
-    if valid.any():
-        arguments = (t.double() for t in (w_1, b_1, w_2, b_2))
-        result = ops.moe(y[valid].double(), expert_idx[valid].long(), *arguments, "swish")
-        reference[valid] += 0.5 * gate[valid].unsqueeze(-1) * result
-    both = options(dtype)
-    down = {"residual_scale": 0.5, "gate": gate}
+    layer, both = Layer(kind, tokens, dtype, device), options(dtype)
     if regime == "many":
         slot_token, tile_expert = slots(tokens, EXPERTS, 16, device)
         slot_token.fill_(10**6)
         tile_expert.fill_(10**6)
-        sort_tokens(expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=16), pdl=both["pdl"])
+        sort_tokens(
+            layer.expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=16), pdl=both["pdl"]
+        )
         taken = slot_token.view(-1, 16)[tile_expert >= 0]
-        assert sorted(taken[taken >= 0].tolist()) == valid.nonzero().flatten().tolist()
-        h = poisoned(slot_token.numel(), HIDDEN, dtype=dtype)
-        experts_many(y, w_1, b_1, slot_token, tile_expert, h, tile=tile(), activation="swish", **both)
-        experts_many(h, w_2, b_2, slot_token, tile_expert, x, tile=tile(), **down, **both)
+        assert sorted(taken[taken >= 0].tolist()) == layer.valid.nonzero().flatten().tolist()
+        layer.run_many(poisoned(slot_token.numel(), HIDDEN, dtype=dtype), slot_token, tile_expert, tile(), **both)
     else:
-        h = poisoned(tokens, HIDDEN, dtype=dtype)
-        experts_few(y, w_1, b_1, expert_idx, h, tile=tile(k=32, stages=1), activation="swish", **both)
-        experts_few(h, w_2, b_2, expert_idx, x, tile=tile(k=64, stages=1), **down, **both)
-    check(x, reference, dtype)
-    assert torch.equal(x[~valid].double(), reference[~valid])
+        # More tiles than walkers in the interpreter, whose 3 multiprocessors have few.
+        tiles = (Tile(16, 16, 32, 4, 1, 2, walkers=2), Tile(16, 16, 64, 4, 1, 4, walkers=1))
+        tiles = tiles if regime == "walkers" else (tile(k=32, stages=1), tile(k=64, stages=1))
+        layer.run_few(poisoned(tokens, HIDDEN, dtype=dtype), *tiles, **both)
+    layer.check(check, dtype)
 
 
-@pytest.mark.parametrize("kind", ["mixed", "one expert", "an empty expert", "padding", "only padding"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_experts_by_programs_that_stay(device, options, check, poisoned, tile, kind):
     """As above, more tiles than programs, and fewer; what no slot holds is not read: h starts as NaN."""
     tokens, rows, dtype = 70, 64 if device.type == "cuda" else 16, torch.float16
-    w_1 = (torch.randn(EXPERTS, HIDDEN, WIDTH, device=device) / 6).to(dtype)
-    w_2 = (torch.randn(EXPERTS, WIDTH, HIDDEN, device=device) / 7).to(dtype)
-    b_1, b_2 = torch.randn(EXPERTS, HIDDEN, device=device), torch.randn(EXPERTS, WIDTH, device=device)
-    y, gate = torch.randn(tokens, WIDTH, device=device).to(dtype), torch.rand(tokens, device=device)
-    x = torch.randn(tokens, WIDTH, device=device)
-    expert_idx = routing(kind, tokens, device)
-    valid = expert_idx >= 0
-    reference = x.double()
-    if valid.any():
-        arguments = (t.double() for t in (w_1, b_1, w_2, b_2))
-        result = ops.moe(y[valid].double(), expert_idx[valid].long(), *arguments, "swish")
-        reference[valid] += 0.5 * gate[valid].unsqueeze(-1) * result
-    both, staying = options(dtype), Tile(rows, 16, 32, stages=2, copied=1)
+    layer, both = Layer(kind, tokens, dtype, device), options(dtype)
     slot_token, tile_expert = slots(tokens, EXPERTS, rows, device)
-    sort_tokens(expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=tile(n=32), pdl=both["pdl"])
+    sort_tokens(layer.expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=tile(n=32), pdl=both["pdl"])
     h = poisoned(slot_token.numel(), HIDDEN, dtype=dtype)
-    experts_many(y, w_1, b_1, slot_token, tile_expert, h, tile=staying, activation="swish", **both)
-    experts_many(h, w_2, b_2, slot_token, tile_expert, x, tile=staying, residual_scale=0.5, gate=gate, **both)
-    check(x, reference, dtype)
-    assert torch.equal(x[~valid].double(), reference[~valid])
+    layer.run_many(h, slot_token, tile_expert, Tile(rows, 16, 32, stages=2, copied=1), **both)
+    layer.check(check, dtype)
 
 
 @pytest.mark.parametrize("columns", [16, 64])
 @pytest.mark.parametrize("kind", ["mixed", "one expert", "padding", "only padding"])
-def test_few_experts_whose_weights_are_copied(device, options, check, poisoned, kind, columns):
-    tokens, dtype, both = 21, torch.float16, options(torch.float16)
-    weight, bias = (torch.randn(EXPERTS, HIDDEN, WIDTH, device=device) / 6).to(dtype), torch.randn(EXPERTS, HIDDEN)
-    bias, y = bias.to(device), torch.randn(tokens, WIDTH, device=device).to(dtype)
-    out, gate = torch.randn(tokens, HIDDEN, device=device), torch.rand(tokens, device=device)
-    expert_idx = routing(kind, tokens, device)
-    valid, reference = expert_idx >= 0, out.double()
-    chosen = expert_idx[valid].long()
-    product = (weight[chosen].double() @ y[valid].double().unsqueeze(-1)).squeeze(-1) + bias[chosen]
-    reference[valid] += 0.5 * gate[valid].double().unsqueeze(-1) * product
-    copied = Tile(16, columns, 32, stages=1, copied=1)
-    h = poisoned(tokens, HIDDEN, dtype=dtype)
-    experts_few(y, weight, bias, expert_idx, h, tile=copied, activation="swish", **both)
-    check(h[valid], torch.nn.functional.silu(product), dtype)
-    experts_few(y, weight, bias, expert_idx, out, tile=copied, residual_scale=0.5, gate=gate, **both)
-    check(out, reference, dtype)
-    assert torch.equal(out[~valid].double(), reference[~valid])
+@pytest.mark.parametrize("walkers", [0, 2])
+def test_few_experts_whose_weights_are_copied(device, options, check, poisoned, kind, columns, walkers):
+    layer, dtype = Layer(kind, 21, torch.float16, device), torch.float16
+    tiles = (Tile(16, columns, k, stages=1, copied=1, walkers=walkers) for k in (32, 64))
+    layer.run_few(poisoned(21, HIDDEN, dtype=dtype), *tiles, **options(dtype))
+    layer.check(check, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("copied", [0, 1])
+def test_the_second_product_knows_the_routing_of_its_own_layer(device, options, copied):
+    """In a chain of dependent launches whose layers route differently, and write that to one place."""
+    width, experts, tokens, layers, both = 512, 32, 64, 40, options(torch.bfloat16)
+    weights = [torch.randn(experts, *s, device=device).bfloat16() / 32 for s in ((1024, width), (width, 1024))]
+    biases = [torch.randn(experts, n, device=device) for n in (1024, width)]
+    y, x = torch.randn(tokens, width, device=device).bfloat16(), torch.randn(tokens, width, device=device)
+    zero, bias = torch.zeros(tokens, experts, device=device), torch.randn(layers, experts, device=device) * 30
+    router, lengths = torch.randn(width, experts, device=device), torch.tensor([50], dtype=torch.int32, device=device)
+    expert_idx, gate = torch.empty(tokens, dtype=torch.int32, device=device), torch.empty(tokens, device=device)
+    h = torch.empty(tokens, 1024, device=device, dtype=torch.bfloat16)
+    tiles = [Tile(16, n, k, 4, 1, copied=copied, walkers=3) for n, k in ((32, width), (16, 1024))]
+
+    def run(stop):
+        out = x.clone()
+        for i in range(layers):
+            route(
+                out, router, bias[i], zero, lengths, y, expert_idx, gate, frames=tokens, eps=1e-5, tile=Tile(1, 1),
+                pdl=both["pdl"],
+            )  # fmt: skip
+            stop()
+            experts_few(y, weights[0], biases[0], expert_idx, h, tile=tiles[0], activation="swish", **both)
+            stop()
+            experts_few(
+                h, weights[1], biases[1], expert_idx, out, tile=tiles[1], residual_scale=0.5, gate=gate, known=True,
+                **both,
+            )  # fmt: skip
+            stop()
+        return out
+
+    expected = run(torch.cuda.synchronize)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(lambda: None)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = run(lambda: None)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 def test_sorting_many_tokens(device, options, tile):
@@ -128,7 +169,7 @@ def test_sorting_many_tokens(device, options, tile):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("regime", ["few", "many"])
+@pytest.mark.parametrize("regime", ["few", "walkers", "many"])
 def test_float8_weights_with_a_scale_for_each_row(device, options, check, poisoned, tile, dtype, regime):
     tokens = 21
     rows = torch.logspace(-3, 3, HIDDEN, device=device)
@@ -154,6 +195,8 @@ def test_float8_weights_with_a_scale_for_each_row(device, options, check, poison
         out[slot_token[slot].long()] = h[slot]
     else:
         out = poisoned(tokens, HIDDEN)
-        experts_few(y, packed.weight, packed.bias, expert_idx, out, tile=tile(k=32, stages=1), **both)
+        walking = Tile(16, 16, 32, 4, 1, copied=1, walkers=2)
+        few = walking if regime == "walkers" else tile(k=32, stages=1)
+        experts_few(y, packed.weight, packed.bias, expert_idx, out, tile=few, **both)
     for columns in (slice(0, 8), slice(None), slice(-8, None)):  # each scale is right, not the largest alone
         check(out[valid][:, columns], reference[:, columns], factor=4.0)

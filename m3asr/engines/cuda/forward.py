@@ -7,7 +7,9 @@ with `torch.empty` and every element that is read was written before.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -44,6 +46,7 @@ class Shape:
 class Forward:
     """features, lengths -> log_probs, hidden, out_lengths, best path, by Triton kernels.
 
+    `beside`: the embedding network is a branch of its own, beside the main stack's first sub-layers, up to the router.
     `regime` "few" or "many" fixes the kind of kernels; "auto" chooses by the number of tokens. `trace`, if set, is
     called with ("blocks", block, x), x the block's output before its final norm, and ("routes", block, expert_idx).
     """
@@ -56,6 +59,7 @@ class Forward:
         self.dot = "tf32x3"
         if not self.wide:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
+        self.beside, self._side = False, None
         self.trace = None
         # Where log_probs go, float32, flat: they are larger than all else, and all graphs can share one place.
         self.shared: Tensor | None = None
@@ -74,13 +78,7 @@ class Forward:
         streams = []
         for front in self.weights.subsamplings:
             streams += self._subsample(features, lengths, shape, front)
-        heard = None
-        if self.weights.embed is not None:
-            _, embedding = self._stack(streams[0], shape, self.weights.embed, None)  # float32 (N, D')
-            if self.weights.heard is not None:
-                heard = self._new((shape.tokens, self.weights.heard.weight.shape[0]), torch.float32)
-                tile = self._tiles(shape, embedding.shape[1], embedding.shape[1]).heard
-                self._linear(embedding, self.weights.heard, heard, tile=tile, dot="tf32x3")
+        heard = None if self.weights.heard is None else self._heard(streams[0], shape)
         y, hidden = self._stack(streams[-1], shape, self.weights.main, heard)
         head = self.weights.head
         size = (shape.tokens, head.weight.shape[0])
@@ -105,8 +103,7 @@ class Forward:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.weights.head.weight.device)
 
     def _linear(self, a, layer, out, **options) -> None:
-        options.setdefault("dot", self.dot)
-        linear(a, layer.weight, layer.bias, out, pdl=self.pdl, **options)
+        linear(a, layer.weight, layer.bias, out, **{"dot": self.dot, "pdl": self.pdl, **options})
 
     def _subsample(self, features, lengths, shape: Shape, front: Subsampling) -> list[Tensor]:
         """The residual stream float32 (N, D) of each stack."""
@@ -135,13 +132,32 @@ class Forward:
         self._linear(x.reshape(groups, shape.tokens, -1), front.out, out, tile=tile.subsampling_out)
         return list(out.unbind(0))
 
-    def _stack(self, x: Tensor, shape: Shape, stack: Stack, heard: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _heard(self, x: Tensor, shape: Shape) -> Callable[[int], Tensor]:
+        """The embedding network from its residual stream on: what the router of each block hears, float32 (N, E)."""
+        experts, layer, side = self.config.encoder.moe.num_experts, self.weights.heard, None
+        if self.beside and x.is_cuda:
+            side = self._side = self._side or torch.cuda.Stream(x.device)
+            side.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(side):
+            _, embedding = self._stack(x, shape, self.weights.embed, None)  # float32 (N, D')
+
+        @cache
+        def all_blocks() -> Tensor:
+            if side is not None:
+                torch.cuda.current_stream(x.device).wait_stream(side)
+            out = self._new((shape.tokens, layer.weight.shape[0]), torch.float32)
+            tile = self._tiles(shape, embedding.shape[1], embedding.shape[1]).heard
+            # Where two branches meet nothing starts early: a dependent launch follows one kernel.
+            self._linear(embedding, layer, out, tile=tile, dot="tf32x3", pdl=self.pdl and side is None)
+            return out
+
+        return lambda i: all_blocks().narrow(1, i * experts, experts)
+
+    def _stack(self, x: Tensor, shape: Shape, stack: Stack, heard: Callable | None) -> tuple[Tensor, Tensor]:
         """All blocks and the last norm: -> hidden in the compute type (N, D), hidden float32 (N, D)."""
         config, prior = stack.config, None
         for i, block in enumerate(stack.blocks):
-            experts = config.moe.num_experts if block.router else 0
-            mine = heard[:, i * experts : (i + 1) * experts] if block.router else None
-            x = self._block(x, shape, config, block, prior, mine)
+            x = self._block(x, shape, config, block, prior, partial(heard, i) if block.router else None)
             prior = (*block.final_norm, config.norm_eps)
             if self.trace is not None:
                 self.trace("blocks", block, x)
@@ -154,7 +170,9 @@ class Forward:
         return y, hidden
 
     def _block(self, x, shape: Shape, config, block: Block, prior, heard) -> Tensor:
-        """One block without its final norm, which the next reader applies as its `prior`; x is overwritten."""
+        """One block without its final norm, which the next reader applies as its `prior`; x is overwritten. heard() is
+        asked for when the router needs it.
+        """
         width, scale = x.shape[1], 0.5 if block.macaron_up else 1.0
         mask = (shape.lengths, shape.frames)
         if block.macaron_up:
@@ -173,7 +191,7 @@ class Forward:
         self._up(x, shape, config, "gated", block.pointwise_1, glu, None, glu=mask)
         self._convolution(x, glu, shape, config, block, tile)
         if block.router:
-            self._experts(x, shape, config, block, heard, scale)
+            self._experts(x, shape, config, block, heard(), scale)
             return x
         hidden = block.up.weight.shape[0]
         h = self._new((x.shape[0], hidden))
@@ -239,7 +257,8 @@ class Forward:
         if self._few(shape):
             h = self._new((tokens, hidden), self.experts_dtype)
             experts_few(y, block.up.weight, block.up.bias, expert_idx, h, **up, **both)
-            experts_few(h, block.down.weight, block.down.bias, expert_idx, x, **down, **both)
+            known = tile.expert_up.walkers > 0
+            experts_few(h, block.down.weight, block.down.bias, expert_idx, x, known=known, **down, **both)
             return
         rows = tile.expert_up.m
         slot_token, tile_expert = slots(tokens, experts, rows, x.device)

@@ -1,7 +1,7 @@
 """Tile sizes by operation, number of tokens and type: what was measured, and a rule for everything else.
 
 Two regimes. Few tokens: launches and the latency of one program count, so a program holds the whole inner dimension,
-norms are recomputed where they are needed, and every expert's weights are read once. Many tokens: arithmetic counts,
+norms are recomputed where they are needed, and each expert's weights are read once. Many tokens: arithmetic counts,
 so products loop over the inner dimension, norms are kernels of their own and tokens are sorted by expert.
 """
 
@@ -97,6 +97,13 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
     warps = 4 if rows == 16 and inner <= 1024 else 8
     columns = 64 if tokens > 128 and not wide else columns
     norm_linear = Tile(rows, columns, warps=8, parts=parts_of(whole, 8, wide))
+
+    def experts(columns: int, inner: int) -> Tile:
+        if wide:
+            return Tile(16, 16, k=inner, warps=8, stages=1, parts=parts_of(inner, 8, False), walkers=2)
+        warps = 4 if inner <= 1024 else 8
+        return Tile(16, columns, k=inner, warps=warps, stages=1, parts=parts_of(inner, warps, False), walkers=4)
+
     return Tiles(
         first_convolution=Tile(1, 512, k=1, warps=4),
         next_convolution=Tile(64, 64, k=32 if wide else 128, warps=4, stages=3 if wide else 4),
@@ -110,8 +117,8 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         attention=Tile(16, 64 if wide else 128, warps=4, stages=2),
         depthwise=Tile(1, 1, warps=4),
         router=Tile(1, 1, warps=8) if tokens <= 128 else Tile(16, 1, k=64, warps=4, stages=2),
-        expert_up=Tile(16, 16 if wide else 64, k=whole, warps=4, stages=1),
-        expert_down=Tile(16, 16 if wide or inner > 1024 else 32, k=inner, warps=4, stages=1),
+        expert_up=experts(32, whole),
+        expert_down=experts(16, inner),
         sort=Tile(1, 1024),
         heard=Tile(16, 32, k=64, warps=4),
         head=Tile(rows, 32, k=whole, warps=warps, parts=parts_of(whole, warps, wide)),
