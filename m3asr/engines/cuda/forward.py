@@ -59,7 +59,7 @@ class Forward:
         self.dot = "tf32x3"
         if not self.wide:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
-        self.beside, self._side = False, None
+        self.beside, self._side = True, None
         self.trace = None
         # Where log_probs go, float32, flat: they are larger than all else, and all graphs can share one place.
         self.shared: Tensor | None = None
