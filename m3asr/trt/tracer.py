@@ -412,7 +412,7 @@ class Tracer(Graph):
         return [self.operand(v, dtype) for v in values]
 
 
-# Most of a model's calls are these two, whose results are plain to see, and torch takes them apart into a dozen
+# Most of a model's calls are these, whose results are plain to see, and torch takes them apart into a dozen
 # operations over symbolic sizes to find them. Whatever is not the usual case returns None: torch decides.
 
 
@@ -435,6 +435,29 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn
     return None
 
 
+def _matmul(input, other):
+    if input.dim() == other.dim() > 2 and input.dtype == other.dtype:
+        if _same((*input.shape[:-2], input.shape[-1]), other.shape[:-1]):
+            return torch.empty((*input.shape[:-1], other.shape[-1]), dtype=input.dtype)
+    return None
+
+
+def _masked_fill(input, mask, value):
+    own = input.shape[input.dim() - mask.dim() :]
+    if not mask.dim() or mask.dim() > input.dim() or mask.dtype != torch.bool or isinstance(value, torch.Tensor):
+        return None
+    if all((isinstance(m, int) and m == 1) or _same((m,), (n,)) for m, n in zip(mask.shape, own, strict=True)):
+        return torch.empty_like(input)
+    return None
+
+
+def _same(left, right):
+    """Equal sizes, as numbers or to the letter."""
+    if len(left) != len(right):
+        return False
+    return all(sizes.expression(a) == sizes.expression(b) for a, b in zip(left, right, strict=True))
+
+
 def _same_numbers(sizes, others):
     """Equal sizes, each a plain number."""
     return len(sizes) == len(others) and all(
@@ -442,7 +465,12 @@ def _same_numbers(sizes, others):
     )
 
 
-_PLAIN = {torch.nn.functional.linear: _linear, torch.nn.functional.layer_norm: _layer_norm}
+_PLAIN = {
+    torch.nn.functional.linear: _linear,
+    torch.nn.functional.layer_norm: _layer_norm,
+    torch.matmul: _matmul,
+    torch.ops.aten.masked_fill.Scalar: _masked_fill,
+}
 _BODIES = {}
 COMPOSED = ("torch.nn.functional", "torch.functional")
 
