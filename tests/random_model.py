@@ -25,10 +25,10 @@ VARIANTS = {
 }
 
 
-def random_model(variant: str = "moe", family: str = "3m", seed: int = 0) -> Model:
+def random_model(variant: str = "moe", family: str = "3m", seed: int = 0, blocks: int = 2) -> Model:
     """A small model with weights far from their initial values. variant: of VARIANTS, several joined by +."""
     changes = {key: value for name in variant.split("+") for key, value in VARIANTS[name].items()}
-    base = {"input_dim": 40, "attention_dim": 32, "attention_heads": 2, "num_blocks": 2, "linear_units": 48}
+    base = {"input_dim": 40, "attention_dim": 32, "attention_heads": 2, "num_blocks": blocks, "linear_units": 48}
     moe, embed = changes.pop("moe", {}), changes.pop("embed", {})
     moe = None if moe is None else MoEConfig(**{"num_experts": 4, "hidden_units": 24, **moe})
     embed = None if embed is None else EncoderConfig(**{**base, **changes, **embed})

@@ -24,7 +24,8 @@ CONFIG = FbankConfig(num_mel_bins=40)
 
 @pytest.fixture(scope="module")
 def engine():
-    return CudaEngine(random_model("dense"), "fp32", DEVICE)
+    """Of one block: sound and path are at its two ends, and the interpreter is slow."""
+    return CudaEngine(random_model("dense", blocks=1), "fp32", DEVICE)
 
 
 @pytest.fixture(scope="module")

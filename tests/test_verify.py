@@ -58,9 +58,25 @@ def engine_of(folder):
         if name == "eager":
             return eager
         pytest.importorskip("tensorrt_rtx")
-        from m3asr.engines.tensorrt import InterpretedEngine
+        from m3asr.engines import tensorrt
 
-        return InterpretedEngine(eager.model, profiles=[{"B": (1, 2, 4), "T": (7, 206, 2048)}], **options)
+        decoder = b"".join(value.tobytes() for key, value in weights.items() if key.startswith("decoder."))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tensorrt, "trace_decoder", traced_once(tensorrt.trace_decoder, decoder))
+            return tensorrt.InterpretedEngine(eager.model, profiles=[{"B": (1, 2, 4), "T": (7, 206, 2048)}], **options)
+
+    decoders = {}
+
+    def traced_once(trace, weights):
+        """The changes are in the encoder mostly: a decoder with the same weights is the same network."""
+
+        def traced(decoder, width, *, precision, **options):
+            key = weights, precision
+            if key not in decoders:
+                decoders[key] = trace(decoder, width, precision=precision, **options)
+            return decoders[key]
+
+        return traced
 
     return make
 

@@ -73,9 +73,15 @@ def build(config: ModelConfig, config_digest: str, target: Path) -> None:
         graphs = {"encoder.onnx": _encoder(model)}
         if config.encoder.can_stream:
             graphs["stream.onnx"] = _stream(model)
-        for name, decoder in (("decoder", model.left_decoder), ("reverse_decoder", model.right_decoder)):
-            if decoder is not None:
-                graphs[f"{name}.onnx"] = _decoder(decoder, model)
+        left, right = model.left_decoder, model.right_decoder
+        if left is not None:
+            graphs["decoder.onnx"] = _decoder(left, model)
+        if right is not None and config.decoder.num_blocks == config.decoder.r_num_blocks:
+            # The same graph on other weights; an export takes many seconds.
+            old, new = _name(left, model), _name(right, model)
+            graphs["reverse_decoder.onnx"] = _on_weights(graphs["decoder.onnx"], old, new)
+        elif right is not None:
+            graphs["reverse_decoder.onnx"] = _decoder(right, model)
     for name, graph in graphs.items():
         ir.save(graph, target / name)
     manifest = {
@@ -136,14 +142,31 @@ def _stream(model: Model) -> ir.Model:
 
 def _decoder(decoder: TransformerDecoder, model: Model) -> ir.Model:
     """Inputs hidden (1, S, D), lengths (1,), tokens (N, L)."""
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
     args = (
         torch.zeros(1, 7, model.config.encoder.attention_dim),
         torch.zeros(1, dtype=torch.int32),
         torch.zeros(3, 5, dtype=torch.int64),
     )
     shapes = ({1: Dim.DYNAMIC}, None, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC})
-    return _export(decoder, args, shapes, ["hidden", "lengths", "tokens"], ["log_probs"], f"{prefix}.")
+    return _export(decoder, args, shapes, ["hidden", "lengths", "tokens"], ["log_probs"], _name(decoder, model))
+
+
+def _name(part: nn.Module, model: Model) -> str:
+    """What the names of a part's parameters begin with in the model's state_dict."""
+    return next(name for name, module in model.named_modules() if module is part) + "."
+
+
+def _on_weights(model: ir.Model, old: str, new: str) -> ir.Model:
+    """A copy in which the weights called `old`... are those called `new`..."""
+    model = ir.from_proto(ir.to_proto(model))
+    initializers = model.graph.initializers
+    for name, value in list(initializers.items()):
+        del initializers[name]
+        if name.startswith(old):
+            value.name = new + name.removeprefix(old)
+            _make_external(value, value.name, value.const_value.shape)
+        initializers[value.name] = value
+    return model
 
 
 def _export(module: nn.Module, args, shapes, inputs: list[str], outputs: list[str], prefix: str = "") -> ir.Model:
