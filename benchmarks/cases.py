@@ -35,8 +35,6 @@ SHAPES = {
 ONLY_MANY = ("norm",)
 WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
 DTYPE = torch.bfloat16
-# What won for the experts of few tokens while every expert's weights were asked for before the routing was known.
-EARLY_EXPERTS = {"expert_up": Tile(16, 64, WIDTH, 4, 1, copied=2), "expert_down": Tile(16, 16, 1024, 2, 1, copied=3)}
 
 
 @dataclass
@@ -240,7 +238,7 @@ def make_router(batch, frames, valid, few):
     )
 
 
-def experts_tiles(width: int, down: bool) -> list[Tile]:
+def experts_tiles(width: int) -> list[Tile]:
     """Candidates for a product of the experts of few tokens. Walkers change no machine code, so they change last: of
     12 cuts each of the four processes that compile ahead gets three.
     """
@@ -250,10 +248,7 @@ def experts_tiles(width: int, down: bool) -> list[Tile]:
         *(Tile(16, n, width, warps, 1, parts) for n, warps, parts in cuts),
         *(Tile(16, n, width, warps, 1, copied=1) for n, warps in copied),
     ]
-    return [
-        *(replace(tile, walkers=walkers) for walkers in (1, 2, 3, 4, 6, 8) for tile in tiles),
-        EARLY_EXPERTS["expert_down" if down else "expert_up"],
-    ]
+    return [replace(tile, walkers=walkers) for walkers in (1, 2, 3, 4, 6, 8) for tile in tiles]
 
 
 def make_experts_few(batch, frames, valid, hidden, down):
@@ -270,9 +265,7 @@ def make_experts_few(batch, frames, valid, hidden, down):
     def launch(i, tile):
         first, second = (usual.expert_up, tile) if down else (tile, usual.expert_down)
         experts_few(y, w_1[i], b_1, idx, h, tile=first, activation="swish", pdl=True)
-        experts_few(
-            h, w_2[i], b_2, idx, out, tile=second, residual_scale=0.5, gate=gate, known=first.walkers > 0, pdl=True
-        )
+        experts_few(h, w_2[i], b_2, idx, out, tile=second, residual_scale=0.5, gate=gate, known=True, pdl=True)
 
     def reference():
         rows = idx[here].long()
@@ -285,7 +278,7 @@ def make_experts_few(batch, frames, valid, hidden, down):
 
     hit = int(idx[here].unique().numel())
     return Case(
-        launch, lambda: (out if down else h)[here], reference, experts_tiles(hidden if down else WIDTH, down),
+        launch, lambda: (out if down else h)[here], reference, experts_tiles(hidden if down else WIDTH),
         hit * hidden * WIDTH * 4 + tokens * (WIDTH * 10 + hidden * 4), 4 * tokens * hidden * WIDTH,
         prepare=lambda: out.copy_(x), copies=copies, poison=h,
     )  # fmt: skip

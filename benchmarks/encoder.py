@@ -20,7 +20,6 @@ import torch
 from benchmarks import baselines
 from benchmarks.accuracy import Reference, check, deviations
 from benchmarks.card import copy_bandwidth, flops, gemm_peak, timed, weight_bytes
-from benchmarks.cases import EARLY_EXPERTS
 from benchmarks.models import preset, random_model, spread_routers
 from m3asr.engines.cuda import CudaEngine, tiles
 
@@ -79,8 +78,6 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
     cases = {"as it is": {}, "no dependent launch": {"pdl": False}}
     if name.startswith("1x"):
         cases["the embedding network in a branch of its own"] = {"beside": True}
-    if name == "1x206":
-        cases["all experts asked for early, as in version 4"] = {"experts": EARLY_EXPERTS}
     if tiles.MEASURED:
         cases["tiles by rule, not by measurement"] = {"rule": True}
     if name.startswith("1x"):
@@ -97,8 +94,6 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
                 setattr(forward, attribute, value)
         if "rule" in changes:
             tiles.MEASURED.clear()
-        for operation, tile in changes.get("experts", {}).items():
-            tiles.MEASURED["few", operation] = {64: tile}
         engine.drop_graphs()
         try:
             error = check(engine, reference, *data[0])["hidden_error_told"]

@@ -52,7 +52,7 @@ STAGES = {
         105,
     ),
     "experts": Stage(
-        "{python} -m benchmarks.encoder --inputs 1x206 1x1024 --precisions bf16 fp8 --variants branch early rule "
+        "{python} -m benchmarks.encoder --inputs 1x206 1x1024 --precisions bf16 fp8 --variants branch rule "
         "--budget 100 --no-baselines {tiles} --out {out}/experts",
         120,
     ),

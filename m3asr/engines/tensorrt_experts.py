@@ -80,7 +80,7 @@ def experts(x, expert_idx, w_1, b_1, w_2, b_2, *, activation: str):
 
 @experts.kernel
 def _launch(x, expert_idx, w_1, b_1, w_2, b_2, out, activation, workspace):
-    """Few tokens: each expert's weights are read once. Many: tokens sorted by expert. The cuda engine's kernels."""
+    """Few tokens: weights of experts that have any, read once. Many: sorted by expert. The cuda engine's kernels."""
     from m3asr.engines.cuda.tiles import FEW_TOKENS, tiles_for
     from m3asr.kernels.experts_few import experts_few
     from m3asr.kernels.experts_many import experts_many, most_tiles, sort_tokens

@@ -19,8 +19,7 @@ class Tile:
     warps: a shorter chain of dependent matrix instructions, and rows whose norm is summed by few threads each.
     copied: operands come by the card's copy engine. A product then runs so many programs a multiprocessor, which make
     one tile after another and fetch the next one's operands while they finish the last.
-    walkers: for the experts of few tokens, so many programs a multiprocessor walk over the experts that have tokens;
-    0 is a program for each expert, which asks for its weights before the routing is known.
+    walkers: for the experts of few tokens, so many programs a multiprocessor walk over the experts that have tokens.
     """
 
     m: int

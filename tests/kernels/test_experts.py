@@ -47,8 +47,7 @@ class Layer:
 
     def run_few(self, h, up: Tile, down: Tile, **both):
         experts_few(self.y, self.w_1, self.b_1, self.expert_idx, h, tile=up, activation="swish", **both)
-        known = up.walkers > 0
-        experts_few(h, self.w_2, self.b_2, self.expert_idx, self.x, tile=down, known=known, **self.down, **both)
+        experts_few(h, self.w_2, self.b_2, self.expert_idx, self.x, tile=down, known=True, **self.down, **both)
 
     def run_many(self, h, slot_token, tile_expert, tile: Tile, **both):
         slots = (slot_token, tile_expert)
@@ -65,7 +64,7 @@ KINDS = ["mixed", "one expert", "an empty expert", "padding", "only padding"]
 
 def cases():
     """All of them on a GPU; the interpreter, which is slow, takes each routing in float32, each type once."""
-    for regime, kind, tokens, dtype in product(["few", "walkers", "many"], KINDS, [1, 37], TYPES):
+    for regime, kind, tokens, dtype in product(["few", "many"], KINDS, [1, 37], TYPES):
         usual = dtype == torch.float32 and tokens == 37
         marks = () if usual or (kind == "mixed" and (tokens == 37 or dtype == torch.float32)) else pytest.mark.gpu
         yield pytest.param(dtype, tokens, kind, regime, marks=marks, id=f"{dtype}-{tokens}-{kind}-{regime}")
@@ -87,7 +86,6 @@ def test_experts(device, options, check, poisoned, tile, dtype, tokens, kind, re
     else:
         # More tiles than walkers in the interpreter, whose 3 multiprocessors have few.
         tiles = (Tile(16, 16, 32, 4, 1, 2, walkers=2), Tile(16, 16, 64, 4, 1, 4, walkers=1))
-        tiles = tiles if regime == "walkers" else (tile(k=32, stages=1), tile(k=64, stages=1))
         layer.run_few(poisoned(tokens, HIDDEN, dtype=dtype), *tiles, **both)
     layer.check(check, dtype)
 
@@ -106,10 +104,9 @@ def test_experts_by_programs_that_stay(device, options, check, poisoned, tile, k
 
 @pytest.mark.parametrize("columns", [16, 64])
 @pytest.mark.parametrize("kind", ["mixed", "one expert", "padding", "only padding"])
-@pytest.mark.parametrize("walkers", [0, 2])
-def test_few_experts_whose_weights_are_copied(device, options, check, poisoned, kind, columns, walkers):
+def test_few_experts_whose_weights_are_copied(device, options, check, poisoned, kind, columns):
     layer, dtype = Layer(kind, 21, torch.float16, device), torch.float16
-    tiles = (Tile(16, columns, k, stages=1, copied=1, walkers=walkers) for k in (32, 64))
+    tiles = (Tile(16, columns, k, stages=1, copied=1, walkers=2) for k in (32, 64))
     layer.run_few(poisoned(21, HIDDEN, dtype=dtype), *tiles, **options(dtype))
     layer.check(check, dtype)
 
@@ -169,7 +166,7 @@ def test_sorting_many_tokens(device, options, tile):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("regime", ["few", "walkers", "many"])
+@pytest.mark.parametrize("regime", ["few", "many"])
 def test_float8_weights_with_a_scale_for_each_row(device, options, check, poisoned, tile, dtype, regime):
     tokens = 21
     rows = torch.logspace(-3, 3, HIDDEN, device=device)
@@ -195,8 +192,7 @@ def test_float8_weights_with_a_scale_for_each_row(device, options, check, poison
         out[slot_token[slot].long()] = h[slot]
     else:
         out = poisoned(tokens, HIDDEN)
-        walking = Tile(16, 16, 32, 4, 1, copied=1, walkers=2)
-        few = walking if regime == "walkers" else tile(k=32, stages=1)
+        few = Tile(16, 16, 32, 4, 1, copied=1, walkers=2)
         experts_few(y, packed.weight, packed.bias, expert_idx, out, tile=few, **both)
     for columns in (slice(0, 8), slice(None), slice(-8, None)):  # each scale is right, not the largest alone
         check(out[valid][:, columns], reference[:, columns], factor=4.0)

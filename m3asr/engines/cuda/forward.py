@@ -257,8 +257,7 @@ class Forward:
         if self._few(shape):
             h = self._new((tokens, hidden), self.experts_dtype)
             experts_few(y, block.up.weight, block.up.bias, expert_idx, h, **up, **both)
-            known = tile.expert_up.walkers > 0
-            experts_few(h, block.down.weight, block.down.bias, expert_idx, x, known=known, **down, **both)
+            experts_few(h, block.down.weight, block.down.bias, expert_idx, x, known=True, **down, **both)
             return
         rows = tile.expert_up.m
         slot_token, tile_expert = slots(tokens, experts, rows, x.device)

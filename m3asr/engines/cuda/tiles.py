@@ -1,8 +1,9 @@
 """Tile sizes by operation, number of tokens and type: what was measured, and a rule for everything else.
 
 Two regimes. Few tokens: launches and the latency of one program count, so a program holds the whole inner dimension,
-norms are recomputed where they are needed, and each expert's weights are read once. Many tokens: arithmetic counts,
-so products loop over the inner dimension, norms are kernels of their own and tokens are sorted by expert.
+norms are recomputed where they are needed, and weights of experts that have tokens are read once. Many tokens:
+arithmetic counts, so products loop over the inner dimension, norms are kernels of their own and tokens are sorted by
+expert.
 """
 
 from __future__ import annotations
