@@ -3,7 +3,7 @@
 config.json         the network and its front end (see config.py)
 model.safetensors   weights: float32, float16, or 8 bits each (see quantized.py)
 units.txt           one "symbol id" a line
-lm.arpa.gz          a language model of words for the searches, if there is one
+lm.npz              a language model of words for the searches, if there is one
 cmvn.json           mean and istd a bin; absent if the model normalises its input itself or not at all
 README.md           the model card
 engines/NAME/       what was built from the model for one engine
@@ -70,8 +70,8 @@ class ModelFolder:
         return read_weights(self.path / "model.safetensors")
 
     def lm(self) -> Path | None:
-        """The model's own language model, an ARPA file of words, if it has one."""
-        path = self.path / "lm.arpa.gz"
+        """The model's own language model, of words, if it has one."""
+        path = self.path / "lm.npz"
         return path if path.is_file() else None
 
     def config_digest(self) -> str:

@@ -122,6 +122,43 @@ def test_scores_are_those_of_kenlm(tmp_path):
         assert score == pytest.approx(theirs.score(" ".join(sentence)), abs=1e-4)
 
 
+def test_packed_is_the_same_to_three_digits(tmp_path):
+    rng = np.random.default_rng(8)
+    words = ["a", "b", "c", "longer", "\u00e9t\u00e9"]
+    (tmp_path / "lm.arpa").write_text(random_arpa(rng, words, 4)[0], encoding="utf-8")
+    text = ArpaModel(tmp_path / "lm.arpa")
+    text.write_packed(tmp_path / "lm.npz")
+    packed = ArpaModel(tmp_path / "lm.npz")
+    assert packed.order == text.order
+    for sentence in itertools.product([*words, "other", "</s>"], repeat=3):
+        states = text.start(), packed.start()
+        for word in sentence:
+            assert packed.highest(states[1]) == pytest.approx(text.highest(states[0]), rel=1e-3)
+            (ours, after), (reference, expected) = packed.score(states[1], word), text.score(states[0], word)
+            assert ours == pytest.approx(reference, rel=2e-3, abs=1e-3) and after == expected
+            states = expected, after
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "other", "short", "cycle"])
+def test_a_damaged_packed_file_is_refused(arpa, tmp_path, harm):
+    path = tmp_path / "lm.npz"
+    ArpaModel(arpa).write_packed(path)
+    data = path.read_bytes()
+    with np.load(path) as file:
+        arrays = dict(file)
+    if harm in ("cut", "empty"):
+        path.write_bytes(data[: len(data) // 2] if harm == "cut" else b"")
+    else:
+        arrays |= {
+            "other": {"words": np.array(["a"], dtype=object)},
+            "short": {"log_probs": arrays["log_probs"][:-1]},
+            "cycle": {"suffixes": arrays["suffixes"] + 100},
+        }[harm]
+        np.savez(path, **arrays)
+    with pytest.raises(ModelError, match="lm.npz"):
+        ArpaModel(path)
+
+
 def test_windows_line_ends_and_spaces_for_tabs(arpa):
     arpa.write_bytes(ARPA.replace("\t", " ").replace("\n", "\r\n").encode())
     model = ArpaModel(arpa)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import warnings
 from dataclasses import replace
@@ -14,6 +13,7 @@ import soundfile
 
 import m3asr
 from m3asr.audio import SAMPLE_RATE, load_audio
+from m3asr.decode.arpa import ArpaModel
 from m3asr.errors import AudioError, M3asrError, ModelError
 from m3asr.segment import SegmentOptions
 from m3asr.transcribe import DecodeOptions, Transcriber, UnusableHotword, batches, joined
@@ -286,25 +286,18 @@ def test_a_transcript_is_plain_json(transcriber, speech):
 
 
 def test_a_models_own_language_model_counts_unless_another_or_none_is_asked_for(transcriber, tmp_path):
-    with pytest.raises(ModelError, match="neither an ARPA"):
-        own_lm_of(transcriber, tmp_path, "not a language model")
     arpa = "\\data\\\nngram 1=3\n\n\\1-grams:\n-9\t<unk>\n-99\t<s>\n-1\t</s>\n\n\\end\\\n"
-    lm = own_lm_of(transcriber, tmp_path, arpa)
-    assert (lm.weight, lm.bonus, lm.unit) == (0.3, 0.0, "word")
-    # Of the named one, unit and all are as the options say; a decoder without a beam reads nothing.
     (tmp_path / "other.arpa").write_text(arpa, encoding="utf-8")
-    options = {"lm": str(tmp_path / "other.arpa"), "lm_unit": "token", "lm_weight": 0.1}
-    assert own_lm_of(transcriber, tmp_path, "", **options).unit == "token"
-    assert own_lm_of(transcriber, tmp_path, "", lm="none") is None
-    assert own_lm_of(transcriber, tmp_path, "", decoder="greedy") is None
-    assert own_lm_of(transcriber, tmp_path, "", decoder="greedy", lm="none") is None
-
-
-def own_lm_of(transcriber, tmp_path, text, **options):
-    """The language model in a search with these options, if the model's folder holds `text` as its own."""
-    folder = tmp_path / "model"
-    folder.mkdir(exist_ok=True)
-    with gzip.open(folder / "lm.arpa.gz", "wt", encoding="utf-8") as file:
-        file.write(text)
-    model = Transcriber(replace(transcriber.folder, path=folder), transcriber.engine)
-    return model.scorers(DecodeOptions(**options))[1]
+    ArpaModel(tmp_path / "other.arpa").write_packed(tmp_path / "lm.npz")
+    model = Transcriber(replace(transcriber.folder, path=tmp_path), transcriber.engine)
+    lm = model.scorers(DecodeOptions())[1]
+    assert (lm.weight, lm.bonus, lm.unit) == (0.3, 0.0, "word")
+    assert transcriber.scorers(DecodeOptions()) == (None, None)
+    other = {"lm": str(tmp_path / "other.arpa"), "lm_unit": "token"}
+    assert model.scorers(DecodeOptions(**other))[1].unit == "token"
+    assert model.scorers(DecodeOptions(lm="none"))[1] is None
+    # A decoder without a beam does not even read it.
+    (tmp_path / "lm.npz").write_text("PK")
+    assert model.scorers(DecodeOptions("greedy")) == model.scorers(DecodeOptions("greedy", lm="none")) == (None, None)
+    with pytest.raises(ModelError, match="lm.npz"):
+        model.scorers(DecodeOptions(beam_size=9, lm_weight=0.2))

@@ -1,7 +1,8 @@
 """A small n-gram language model from text: `python3 -m training.ngram TEXT... -o lm.arpa.gz --model MODEL`.
 
-For `m3asr transcribe --lm lm.arpa.gz --lm-unit token`. Needs no package beside those of m3asr, and memory of some
-hundred bytes an n-gram: text of millions of words. For more, KenLM's lmplz makes the same kind of model.
+For `m3asr transcribe --lm lm.arpa.gz --lm-unit token`, or, of words (--unit word -o lm.npz), for a model folder. Needs
+no package beside those of m3asr, and memory of some hundred bytes an n-gram: text of millions of words. For more,
+KenLM's lmplz makes the same kind of model.
 
 The n-grams are of the model's own units (--unit token), which suits a search that goes unit by unit and has no unknown
 words, or of words. Smoothing is interpolated modified Kneser-Ney (Chen and Goodman, "An Empirical Study of Smoothing
@@ -15,6 +16,7 @@ import argparse
 import gzip
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -153,7 +155,7 @@ def perplexity(model: ArpaModel, sentences: Iterable[Sequence[str]], words: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="+", type=Path, help="a sentence a line, or JSON lines with 'text'; also .gz")
-    parser.add_argument("--output", "-o", type=Path, required=True, help="lm.arpa or lm.arpa.gz")
+    parser.add_argument("--output", "-o", type=Path, required=True, help="lm.arpa, lm.arpa.gz, or lm.npz: packed")
     parser.add_argument("--unit", choices=("token", "word"), default="token")
     parser.add_argument("--model", type=Path, help="model folder: whose units, and how words are cut into them")
     parser.add_argument("--order", type=int, default=6, help="the longest n-gram")
@@ -183,7 +185,12 @@ def main() -> None:
         vocabulary = units_of(tokenizer)
         cut = lambda text: [tokenizer.symbols[i] for i in tokenizer.encode(text)]  # noqa: E731
     model = estimate(map(cut, texts), args.order, args.min_counts, vocabulary)
-    write_arpa(model, args.output)
+    if args.output.suffix == ".npz":
+        with tempfile.TemporaryDirectory() as folder:
+            write_arpa(model, Path(folder) / "lm.arpa")
+            ArpaModel(Path(folder) / "lm.arpa").write_packed(args.output)
+    else:
+        write_arpa(model, args.output)
     sizes = " + ".join(str(len(grams)) for grams in model)
     print(f"{len(texts)} sentences, {sizes} n-grams, {args.output.stat().st_size / 1e6:.2f} MB")
     if held_out:

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--speech", type=Path, nargs="+", required=True, help="folders with *.zip and *.jsonl.gz")
     parser.add_argument("--also", type=Path, nargs="+", default=[], help="more of them, of which none is kept for dev")
     parser.add_argument("--texts", type=Path, help="lines nobody spoke, for the decoder alone: text, or JSON with text")
-    parser.add_argument("--out", type=Path, required=True, help="log.jsonl, checkpoint.pt and model/ go here")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="log.jsonl, checkpoint.pt and model/ go here, model-STEP at evaluations"
+    )
     parser.add_argument("--minutes", type=float, default=20.0, help="of the whole run, start and end included")
     parser.add_argument("--size", choices=SIZES, default="compact")
     parser.add_argument("--bits", type=int, choices=(8, 16), default=16, help="a weight in the model folder")
@@ -394,6 +397,8 @@ def main() -> None:
             wer = evaluation(run.average)
             run.model.train()
             run.save()
+            # The last is the best for the voices that it learnt from, and need not be for others.
+            shutil.copytree(args.out / "model", args.out / f"model-{run.step}", dirs_exist_ok=True)
             write(wer=wer)
             run.say(f"step {run.step} WER {wer}")
             next_eval = run.elapsed() + args.eval_seconds

@@ -27,7 +27,7 @@ class DecodeOptions:
     rescoring and joint.
     lm: an n-gram language model, ARPA or KenLM binary, whose log-probabilities count lm_weight, plus lm_bonus for each
     unit: "word" or "token" says what its entries are. Beam, rescoring and joint; KenLM's binary needs the extra `lm`.
-    None takes the model's own, of words, if its folder has one (lm.arpa.gz), and "none" takes none.
+    None takes the model's own, of words, if its folder has one (lm.npz), and "none" takes none.
 
     Raises M3asrError for values outside their range, and for what the chosen decoder cannot use.
     """
