@@ -169,6 +169,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
     out = run("-o", tmp_path / "words.arpa.gz", "--unit", "word", "--order", 2, "--development", 10)
     assert "on 10 sentences left out" in out
+    run("-o", tmp_path / "words.npz", "--unit", "word", "--order", 2, "--development", 10)
+    written, packed = ArpaModel(tmp_path / "words.arpa.gz"), ArpaModel(tmp_path / "words.npz")
+    assert packed.score(packed.start(), "买")[0] == pytest.approx(written.score(written.start(), "买")[0], rel=1e-3)
     with pytest.raises(SystemExit):
         run("-o", tmp_path / "none.arpa")
     assert "--model" in capsys.readouterr().err
