@@ -39,9 +39,9 @@ def _convert(net, x, expert_idx, w_1, b_1, w_2, b_2, activation):
 def _in_layers(net, x, expert_idx, w_1, b_1, w_2, b_2, activation):
     """All experts on all tokens, all but the chosen one masked: static shapes, no sorting, nothing data-dependent.
 
-    Every expert's weights are read: with few tokens, whose experts are fewer, some two times too many. The mask stands on the hidden layer, so
-    that the second product sums over experts: zeros add nothing, and a masked NaN or infinity is gone. With many
-    tokens the experts come in groups, which bounds the memory and not the work.
+    Every expert's weights are read: with few tokens, whose experts are fewer, some two times too many. The mask stands
+    on the hidden layer, so that the second product sums over experts: zeros add nothing, and a masked NaN or infinity
+    is gone. With many tokens the experts come in groups, which bounds the memory and not the work.
     """
     experts, hidden, _ = w_1.shape
     largest = net.sizes.largest(x.shape[0]) * experts * hidden * 4
