@@ -291,7 +291,7 @@ def test_a_models_own_language_model_counts_unless_another_or_none_is_asked_for(
     ArpaModel(tmp_path / "other.arpa").write_packed(tmp_path / "lm.npz")
     model = Transcriber(replace(transcriber.folder, path=tmp_path), transcriber.engine)
     lm = model.scorers(DecodeOptions())[1]
-    assert (lm.weight, lm.bonus, lm.unit) == (0.3, 0.0, "word")
+    assert (lm.weight, lm.bonus, lm.unit) == (0.3, 0.5, "word")
     assert transcriber.scorers(DecodeOptions()) == (None, None)
     other = {"lm": str(tmp_path / "other.arpa"), "lm_unit": "token"}
     assert model.scorers(DecodeOptions(**other))[1].unit == "token"

@@ -42,7 +42,7 @@ class DecodeOptions:
     hotword_score: float = 3.0
     lm: str | None = None
     lm_weight: float = 0.3
-    lm_bonus: float = 0.0
+    lm_bonus: float = 0.5
     lm_unit: str = "word"
 
     def __post_init__(self):
