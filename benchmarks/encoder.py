@@ -77,7 +77,7 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
     usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime", "beside")}
     cases = {"as it is": {}, "no dependent launch": {"pdl": False}}
     if name.startswith("1x"):
-        cases["the embedding network in a branch of its own"] = {"beside": True}
+        cases["the embedding network before the main stack, no branch of its own"] = {"beside": False}
     if tiles.MEASURED:
         cases["tiles by rule, not by measurement"] = {"rule": True}
     if name.startswith("1x"):
