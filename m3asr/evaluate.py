@@ -103,23 +103,28 @@ class ResultsFile:
 
 def run_settings(transcriber: Transcriber, options: DecodeOptions, segmentation: SegmentOptions, digest: str) -> dict:
     """Everything that the texts depend on."""
+    lm = transcriber.lm_of(options)
+    if lm is not None and options.lm is None:
+        lm = f"{Path(lm).name} of the model"
     return {
         "model": transcriber.folder.path.resolve().name,
         "weights": digest,
         "engine": transcriber.engine.name,
         "device": transcriber.engine.device,
         "version": importlib.metadata.version("m3asr") if _installed("m3asr") else "not installed",
-        "decode": {**asdict(options), "decoder": transcriber.decoder_of(options)},
+        "decode": {**asdict(options), "decoder": transcriber.decoder_of(options), "lm": lm},
         "segmentation": asdict(segmentation),
     }
 
 
 def model_digest(folder: ModelFolder) -> str:
-    """SHA-256 of the configuration and the weights."""
+    """SHA-256 of the configuration, the weights and the model's own language model."""
     digest = hashlib.sha256(folder.config.to_json().encode())
-    with open(folder.path / "model.safetensors", "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    for path in (folder.path / "model.safetensors", folder.lm()):
+        if path is not None:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
     return digest.hexdigest()
 
 

@@ -251,16 +251,18 @@ class Transcriber:
             raise ModelError("the model has no attention decoder: choose the decoder greedy or beam")
         return decoder
 
+    def lm_of(self, options: DecodeOptions) -> str | None:
+        """The language model that these options mean: the named one, the model's own, or none."""
+        if self.decoder_of(options) not in WITH_BEAM or options.lm == NO_LM:
+            return None
+        own = self.folder.lm()
+        return options.lm or (str(own) if own else None)
+
     def scorers(self, options: DecodeOptions) -> tuple[ContextGraph | None, NgramLM | None]:
         """What options and model folder add to a prefix beam search. Warns UnusableHotword, the first time."""
-        if self.decoder_of(options) not in WITH_BEAM:
-            return None, None
         context = self._context(options.hotwords, options.hotword_score) if options.hotwords else None
-        own = self.folder.lm() if options.lm is None else None
-        if own is not None:
-            return context, self._lm(str(own), options.lm_weight, options.lm_bonus, "word")
-        named = options.lm not in (None, NO_LM)
-        return context, self._lm(options.lm, options.lm_weight, options.lm_bonus, options.lm_unit) if named else None
+        lm, unit = self.lm_of(options), options.lm_unit if options.lm else "word"
+        return context, self._lm(lm, options.lm_weight, options.lm_bonus, unit) if lm else None
 
     def _new_context(self, hotwords: tuple[str, ...], score: float) -> ContextGraph | None:
         tokenizer, phrases = self.folder.tokenizer, []
