@@ -169,9 +169,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
     out = run("-o", tmp_path / "words.arpa.gz", "--unit", "word", "--order", 2, "--development", 10)
     assert "on 10 sentences left out" in out
-    run("-o", tmp_path / "words.npz", "--unit", "word", "--order", 2, "--development", 10)
+    (tmp_path / "more.txt").write_text("never\nheard\n", encoding="utf-8")
+    more = "--vocabulary", tmp_path / "more.txt", "--unknown", -9
+    run("-o", tmp_path / "words.npz", "--unit", "word", "--order", 2, "--development", 10, *more)
     written, packed = ArpaModel(tmp_path / "words.arpa.gz"), ArpaModel(tmp_path / "words.npz")
-    assert packed.score(packed.start(), "买")[0] == pytest.approx(written.score(written.start(), "买")[0], rel=1e-3)
+    assert packed.score(packed.start(), "买")[0] == pytest.approx(written.score(written.start(), "买")[0], rel=0.02)
+    assert -9 < packed.score(0, "never")[0] < packed.score(0, "买")[0] and packed.score(0, "no")[0] == -9
     with pytest.raises(SystemExit):
         run("-o", tmp_path / "none.arpa")
     assert "--model" in capsys.readouterr().err
