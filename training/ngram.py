@@ -157,8 +157,8 @@ def main() -> None:
     parser.add_argument("texts", nargs="+", type=Path, help="a sentence a line, or JSON lines with 'text'; also .gz")
     parser.add_argument("--output", "-o", type=Path, required=True, help="lm.arpa, lm.arpa.gz, or lm.npz: packed")
     parser.add_argument("--unit", choices=("token", "word"), default="token")
-    parser.add_argument("--vocabulary", type=Path, help="--unit word: words to know though no text has them, one a line")
-    parser.add_argument("--unknown", type=float, help="log10 of an unknown word's probability, in place of the estimate")
+    parser.add_argument("--vocabulary", type=Path, help="--unit word: words to know though no text has them")
+    parser.add_argument("--unknown", type=float, help="log10 of an unknown word's probability, if not as estimated")
     parser.add_argument("--model", type=Path, help="model folder: whose units, and how words are cut into them")
     parser.add_argument("--order", type=int, default=6, help="the longest n-gram")
     parser.add_argument(
