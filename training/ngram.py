@@ -192,9 +192,9 @@ def main() -> None:
     if args.unknown is not None:
         model[0][UNKNOWN,] = 10.0**args.unknown, 1.0
     if args.output.suffix == ".npz":
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, whole_file(args.output) as part, open(part, "wb") as file:
             write_arpa(model, Path(folder) / "lm.arpa")
-            ArpaModel(Path(folder) / "lm.arpa").write_packed(args.output)
+            ArpaModel(Path(folder) / "lm.arpa").write_packed(file)
     else:
         write_arpa(model, args.output)
     sizes = " + ".join(str(len(grams)) for grams in model)

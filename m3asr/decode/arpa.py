@@ -9,11 +9,11 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from m3asr.errors import ModelError
-from m3asr.files import whole_file
 
 UNKNOWN = -100.0  # of a word outside a model that has no <unk>; KenLM's value
 
@@ -72,7 +72,7 @@ class ArpaModel:
         """No word's score is above this."""
         return self._highest[state]
 
-    def write_packed(self, path: Path) -> None:
+    def write_packed(self, file: Path | BinaryIO) -> None:
         """The model as an .npz of arrays, numbers to three digits: what takes long to read as text is read at once."""
         words = np.frombuffer("\n".join(self._word_ids).encode(), np.uint8)
         nodes = sorted(self._children.items(), key=lambda item: item[1])
@@ -86,8 +86,7 @@ class ArpaModel:
             "highest": np.array(self._highest, np.float16),
             "depths": np.array(self._depths, np.uint8),
         }
-        with whole_file(path) as part, open(part, "wb") as file:
-            np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)
 
     def _read_packed(self, path: str | Path) -> None:
         try:
