@@ -171,6 +171,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.unit == "token" and args.model is None:
         parser.error("--unit token needs --model, whose units they are")
+    if args.unit == "token" and args.vocabulary is not None:
+        parser.error("--vocabulary is for --unit word: tokens are the model's units")
 
     sentences = [pair for path in args.texts for pair in read_sentences(path)]
     held_out = [text for path in args.without for _, text in read_sentences(path)]

@@ -123,11 +123,12 @@ def melody(pitch: Tensor, manner: Manner) -> Tensor:
     """Pitch in Hz (B, T), at most VOICED where there is none -> moved, widened, wandering, rough, creaking, gone."""
     voiced = pitch > VOICED
     log = pitch.clamp(min=VOICED).log()
-    mean = (log * voiced).sum(dim=1, keepdim=True) / voiced.sum(dim=1, keepdim=True).clamp(min=1)
+    count = voiced.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (log * voiced).sum(dim=1, keepdim=True) / count
     log = mean + (log - mean) * manner.range + manner.pitch + manner.wander * smooth(*pitch.shape, 30, pitch.device)
     log = log + manner.rough * torch.randn_like(log)
     # Where the sentence's end begins is counted in voiced frames: closing silence has none.
-    spoken = voiced.cumsum(dim=1) / voiced.sum(dim=1, keepdim=True).clamp(min=1)
+    spoken = voiced.cumsum(dim=1) / count
     log = log - math.log(2) * (spoken > 1 - manner.creak)
     moved = (log.exp() / manner.tract).clamp(40.0, 520.0)
     return torch.where(voiced, moved, pitch) * (1 - manner.whisper)
