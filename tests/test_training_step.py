@@ -15,6 +15,7 @@ from torch import nn  # noqa: E402
 
 from m3asr.model import Model  # noqa: E402
 from training import blocks, losses, moe  # noqa: E402
+from training.augment import Augment, AugmentConfig  # noqa: E402
 from training.captured import Captured  # noqa: E402
 from training.data import Texts  # noqa: E402
 from training.kernels import activation, adain, ctc, depthwise, norm, subsampling  # noqa: E402
@@ -109,8 +110,14 @@ def test_activations(device):
 
 
 @pytest.mark.parametrize("frames", [1, 5, 37, 600])
-def test_depthwise(device, frames):
-    check(device, depthwise._Depthwise.apply, depthwise.depthwise, [leaf(2, frames, 72), leaf(72, 15), leaf(72)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_depthwise(device, frames, causal):
+    def run(function, left):
+        return lambda x, w, b, *edge: function(x, w, b, left, *(edge or (None,)))
+
+    left, inputs = (14, [leaf(72)]) if causal else (7, [])
+    kernel, reference = (run(f, left) for f in (depthwise._Depthwise.apply, depthwise.depthwise))
+    check(device, kernel, reference, [leaf(2, frames, 72), leaf(72, 15), leaf(72), *inputs])
 
 
 @pytest.mark.parametrize("channels", [24, 64])
@@ -144,9 +151,9 @@ def test_ctc(device):
     assert not gradient[2].any() and not gradient[1, 22:].any()
 
 
-def pair(seed: Seed):
+def pair(seed: Seed, streaming=False):
     torch.manual_seed(1)
-    model = Model(tiny(50, 0.0, False))
+    model = Model(tiny(50, 0.0, streaming))
     for p in model.parameters():
         nn.init.normal_(p, std=0.1)
     trained = copy.deepcopy(model).to(seed.value.device)
@@ -156,12 +163,13 @@ def pair(seed: Seed):
     return model, trained, routing
 
 
-def test_blocks_equal_the_model():
-    """On the CPU: the same forward and the same gradients, padding apart."""
-    model, trained, _ = pair(Seed(torch.device("cpu"), 1))
-    features, lengths = torch.randn(3, 100, 80), torch.tensor([100, 77, 50], dtype=torch.int32)
-    hidden, out_lengths = model.encode(features, lengths)
-    ours, _ = trained.encode(features, lengths)
+@pytest.mark.parametrize("chunk", [None, 0, 1, 6, 25])
+def test_blocks_equal_the_model(chunk):
+    """On the CPU: the same forward and the same gradients, padding apart; None: no streaming model."""
+    model, trained, _ = pair(Seed(torch.device("cpu"), 1), chunk is not None)
+    features, lengths = torch.randn(3, 100, 80), torch.tensor([95, 77, 50], dtype=torch.int32)
+    hidden, out_lengths = model.encode(features, lengths, chunk or 0)
+    ours, _ = trained.encode(features, lengths, chunk or 0)
     valid = torch.arange(hidden.shape[1]) < out_lengths.unsqueeze(-1)
     torch.testing.assert_close(ours[valid], hidden[valid], rtol=1e-5, atol=1e-5)
     tokens = torch.randint(2, 40, (3, 9))
@@ -177,21 +185,25 @@ def test_blocks_equal_the_model():
 
 
 @pytest.mark.gpu
-def test_captured_steps_equal_launched_ones():
-    """Three shapes in turn, dropout off: losses step by step as without graphs, and near the model's own on the CPU."""
+@pytest.mark.parametrize("streaming", [False, True])
+def test_captured_steps_equal_launched_ones(streaming):
+    """Three shapes in turn, dropout off: losses step by step as without graphs, and near the model's own on the CPU.
+
+    A streaming model's chunk changes from step to step, and the graph follows; two views are compared in both.
+    """
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     device, runs = torch.device("cuda"), []
     for captured in (True, False):
-        model, trained, routing = pair(Seed(device, 1))
+        model, trained, routing = pair(Seed(device, 1), streaming)
         optimizer = Optimizer(trained, 0.01, True)
         optimizer.lr.fill_(2e-3)
 
-        def update(features, lengths, tokens, token_lengths, trained=trained, routing=routing, optimizer=optimizer):
+        def update(features, lengths, *targets, trained=trained, routing=routing, optimizer=optimizer):
             optimizer.zero_grad()
-            inputs = (features, lengths, tokens, token_lengths)
+            *inputs, chunk = features, lengths, *targets
             with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-                loss, parts, _ = losses.batch_loss(trained, routing, *inputs, losses.LossWeights())
+                loss, parts, _ = losses.batch_loss(trained, routing, *inputs, losses.LossWeights(), None, chunk, 2)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step(torch.isfinite(norm))
@@ -206,13 +218,40 @@ def test_captured_steps_equal_launched_ones():
             tokens, token_lengths = torch.randint(2, 40, (4, 12), generator=generator), torch.tensor([5, 12, 3, 8])
             if number == 0:
                 inputs = (features, lengths, tokens, token_lengths)
-                first = losses.batch_loss(model, moe.install(model), *inputs, losses.LossWeights())[1]
-            seen.append(step(*(x.to(device) for x in (features, lengths, tokens, token_lengths)))[0].cpu())
+                routing_there = moe.install(model)
+                first = losses.batch_loss(model, routing_there, *inputs, losses.LossWeights(), None, 7, 2)[1]
+            chunk = torch.full((), (7, 0, 3)[number % 4 % 3], device=device)
+            seen.append(step(*(x.to(device) for x in (features, lengths, tokens, token_lengths)), chunk)[0].cpu())
         assert not captured or len(step.graphs) == 3
         runs.append(torch.stack(seen))
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(runs[0][0], first, rtol=2e-2, atol=1e-3)
     assert (runs[0][6:, 0] < runs[0][:3, 0]).all()  # the same three batches, twice learnt
+
+
+def test_two_views_are_drawn_together():
+    """Nothing where they agree; else what the divergence is, with a gradient for the view that moves, and padding none."""
+    torch.manual_seed(1)
+    logits, valid = torch.randn(2, 3, 5, 7), torch.arange(5) < torch.tensor([[5], [3], [1]])
+    same = torch.log_softmax(logits[:1].expand(2, -1, -1, -1), dim=-1)
+    assert losses.consistency(same, valid) == 0
+    logits.requires_grad_()
+    p, q = torch.log_softmax(logits, dim=-1)
+    total = losses.consistency(torch.stack((p, q)), valid)
+    each = (q.exp() * (q - p) + p.exp() * (p - q)).sum(dim=-1)
+    torch.testing.assert_close(total, each[valid].sum())
+    (gradient,) = torch.autograd.grad(total, logits)
+    torch.testing.assert_close(gradient[0][valid], (p.exp() - q.exp())[valid])
+    assert not gradient[:, ~valid].any()
+
+
+def test_views_share_their_tempo_and_nothing_else():
+    augment = Augment(AugmentConfig(tempo=0.4), torch.device("cpu"), 1)
+    features = torch.arange(200.0).view(1, 200, 1).expand(6, -1, 80)
+    warped = augment.warp_time(features, torch.full((6,), 200), views=2)
+    assert torch.equal(warped[:3], warped[3:]) and not torch.equal(warped[0], warped[1])
+    masked = augment.mask(torch.ones(6, 200, 80), torch.full((6,), 200))
+    assert not torch.equal(masked[:3], masked[3:])
 
 
 def test_text_alone_teaches_the_decoder():
@@ -232,8 +271,9 @@ def test_text_alone_teaches_the_decoder():
     weights = losses.LossWeights()
     without = losses.batch_loss(trained, routing, features, frames, *spoken, weights)[1]
     total, parts, _ = losses.batch_loss(trained, routing, features, frames, *spoken, weights, (tokens, lengths))
-    assert without[-1] == 0 and parts[-1] > 0
-    assert total.item() == pytest.approx(without[0].item() + weights.text * parts[-1].item(), rel=1e-5)
+    text = losses.NAMES.index("text")
+    assert without[text] == 0 and parts[text] > 0
+    assert total.item() == pytest.approx(without[0].item() + weights.text * parts[text].item(), rel=1e-5)
     losses.unheard(trained, tokens, lengths, 0.1).backward()
     assert trained.decoder.decoders[0].self_attn.linear_q.weight.grad.any()
     assert all(p.grad is None for p in trained.encoder.parameters())

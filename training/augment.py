@@ -37,6 +37,7 @@ class AugmentConfig:
     warp: float = 0.5  # rows whose mel filterbank is warped
     max_warp: float = 0.12
     tempo: float = 0.0  # features: the largest natural logarithm of a passing change of tempo
+    masking: float = 1.0  # features: how many times as long the masked stretches are
 
 
 class Augment:
@@ -184,16 +185,18 @@ class Augment:
         pick[index] = torch.randint(len(bank), (len(index),), generator=self.generator, device=self.device)
         return bank[pick]
 
-    def warp_time(self, features: Tensor, lengths: Tensor, knot: int = 40) -> Tensor:
+    def warp_time(self, features: Tensor, lengths: Tensor, views: int = 1, knot: int = 40) -> Tensor:
         """Speech that hurries and drags: each row is read at a speed that wanders, a new one every `knot` frames.
 
-        First and last frame stay where they are, so lengths stay too; rows differ in how far their speed wanders.
+        First and last frame stay where they are, so lengths stay too; rows differ in how far their speed wanders, an
+        utterance's views do not: their frames stay beside each other.
         """
         rows, frames, bins = features.shape
         if not self.config.tempo or frames < 2:
             return features
-        spread = self.uniform(rows, 1, 1) * self.config.tempo
-        speed = self.uniform(rows, 1, frames // knot + 2, low=-1.0, high=1.0) * spread
+        spread = self.uniform(rows // views, 1, 1) * self.config.tempo
+        speed = self.uniform(rows // views, 1, frames // knot + 2, low=-1.0, high=1.0) * spread
+        speed = speed.repeat(views, 1, 1)
         speed = torch.nn.functional.interpolate(speed, size=frames, mode="linear", align_corners=True)[:, 0].exp()
         place = speed.cumsum(dim=1) - speed[:, :1]  # (B, T), 0 at the first frame
         last = (lengths - 1).clamp(min=1).unsqueeze(-1)
@@ -208,8 +211,10 @@ class Augment:
     def mask(self, features: Tensor, lengths: Tensor, max_bins=22, max_frames=30, part=0.08) -> Tensor:
         """SpecAugment (Park et al. 2019): two bands of bins and some stretches of frames become 0, the mean.
 
-        A stretch is at most `max_frames` long and `part` of the utterance; there is about one a second, at most 12.
+        A stretch is at most `max_frames` long and `part` of the utterance, both times the configuration's `masking`;
+        there is about one a second, at most 12.
         """
+        max_frames, part = max_frames * self.config.masking, part * self.config.masking
         rows, frames, bins = features.shape
         bin_, time = torch.arange(bins, device=self.device), torch.arange(frames, device=self.device)
         width = self.uniform(rows, 2, 1) * max_bins

@@ -52,7 +52,6 @@ def supported(block: ConformerBlock) -> bool:
         and block.feed_forward_macaron.activation is F.silu
         and convolution.activation is F.silu
         and convolution.use_layer_norm
-        and not convolution.left_padding
     )
 
 
@@ -86,7 +85,10 @@ def _convolution(module: ConvModule, seed: Seed, x: Tensor, glu_frames: Tensor) 
     """Frames stay in front of channels, so that pointwise convolutions are plain products."""
     first, last, middle = module.pointwise_conv1, module.pointwise_conv2, module.depthwise_conv
     x = masked_glu(linear(x, first.weight.squeeze(-1), first.bias), glu_frames)  # (B, S, D)
-    x = depthwise(x, middle.weight.squeeze(1), middle.bias)
+    left, edge = module.left_padding, None
+    if left:  # what the model has before the first frame: the first product of zeros
+        edge = F.glu(first.bias, dim=0)
+    x = depthwise(x, middle.weight.squeeze(1), middle.bias, left or middle.kernel_size[0] // 2, edge)
     x = residual_norm(x, None, module.norm, seed, 0, silu=True)[1]
     return linear(x, last.weight.squeeze(-1), last.bias)
 
@@ -104,8 +106,8 @@ def _widened(weight: Tensor, bias: Tensor, heads: int, columns=None) -> tuple[Te
 def _attention(module: Attention, x: Tensor, memory: Tensor, mask: Tensor, pos=None, cache=None) -> Tensor:
     """Scores never reach memory. What a key adds to all its scores (`ops.rel_pos_keys`, and whether it is masked) is
     one more column of the keys, where the queries have a 1; the projections make those columns themselves."""
-    if not module.rel_pos or mask.shape[2] > 1:
-        return _plain_attention(module, x, memory, mask, pos)
+    if not module.rel_pos:
+        return _plain_attention(module, x, memory, mask)
     heads, q, k, v, out = module.heads, module.linear_q, module.linear_k, module.linear_v, module.linear_out
     scale = (q.weight.shape[0] // heads) ** -0.5
     u, w = module.pos_bias_u.unsqueeze(1), module.pos_bias_v.unsqueeze(1)  # (H, 1, K)
@@ -123,24 +125,25 @@ def _attention(module: Attention, x: Tensor, memory: Tensor, mask: Tensor, pos=N
     p = module.split(F.linear(pos.float(), module.linear_pos.weight))  # (1, H, S, K)
     p = torch.cat((p, (p * w).sum(dim=-1, keepdim=True)), dim=-1)  # v p^T beside it
     k_rows = k_rows + F.pad(p, (0, EXTRA - 1)).to(k_rows.dtype)
-    # Behind autograd's back: a masked key has no weight, so nothing flows to it either way.
-    k_rows.detach()[..., p.shape[-1] - 1].masked_fill_(~mask[:, :, 0], ops.MASKED)
-    context = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, scale=scale)  # (B, H, S, K + EXTRA)
+    # Behind autograd's back: a masked key has no weight, so nothing flows to it either way. The last query sees all keys.
+    k_rows.detach()[..., p.shape[-1] - 1].masked_fill_(~mask[:, :, -1], ops.MASKED)
+    chunks = None
+    if mask.shape[2] > 1:  # the same for all rows but for the keys that the column has masked already
+        seen = mask.any(dim=0)[0]  # (S, S)
+        chunks = torch.zeros_like(seen, dtype=q_rows.dtype).masked_fill(~seen, ops.MASKED)
+    context = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, chunks, scale=scale)  # (B, H, S, K + EXTRA)
     weight = F.pad(out.weight.unflatten(1, (heads, -1)), (0, EXTRA)).flatten(1)  # zeros for the extra columns
     return linear(context.transpose(1, 2).flatten(2), weight, out.bias)
 
 
-def _plain_attention(module: Attention, x: Tensor, memory: Tensor, mask: Tensor, pos) -> Tensor:
-    """The decoder's two kinds, and attention in chunks as the model has it."""
+def _plain_attention(module: Attention, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+    """The decoder's two kinds, and encoders' without positions."""
     q = module.split(module.linear_q(x))
     k, v = module.split(module.linear_k(memory)), module.split(module.linear_v(memory))
-    bias = None
-    if module.rel_pos:
-        k, bias = ops.rel_pos_keys(k, module.split(module.linear_pos(pos)), module.pos_bias_u, module.pos_bias_v)
     if mask.ndim == 2:  # the decoder's own tokens: causal
         context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    elif bias is not None or mask.shape[2] > 1:
-        context = ops.attention(q, k, v, mask, bias)
+    elif mask.shape[2] > 1:
+        context = ops.attention(q, k, v, mask)
     else:
         one = F.pad(torch.ones_like(q[..., :1]), (0, EXTRA - 1))
         masked = torch.zeros_like(mask, dtype=k.dtype).masked_fill(~mask, ops.MASKED)[:, :, 0, :, None]

@@ -27,14 +27,14 @@ def word_errors(reference: list[str], hypothesis: list[str]) -> int:
 
 
 @torch.inference_mode()
-def greedy_wer(model: Model, batches: list, front_end: Callable, units, show: int = 0) -> float:
+def greedy_wer(model: Model, batches: list, front_end: Callable, units, show: int = 0, chunk: int = 0) -> float:
     """Word error rate in per cent. front_end(batch) -> features (B, T, F) after CMVN, lengths int32 (B,)."""
     errors = words = 0
     model.eval()
     for batch in batches:
         features, lengths = front_end(batch)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=features.device.type == "cuda"):
-            log_probs, _, out_lengths = model(features, lengths)
+            log_probs, _, out_lengths = model(features, lengths, chunk)
         best: Tensor = log_probs.argmax(dim=-1).masked_fill(~ops.frame_mask(out_lengths, log_probs.shape[1]), 0)
         for path, text in zip(best.tolist(), batch.texts, strict=True):
             hypothesis = units.decode(collapse(path))

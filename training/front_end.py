@@ -26,17 +26,17 @@ class FrontEnd:
         self.istd = torch.ones(config.num_mel_bins, device=device)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, speech: Speech, augment: Augment | None) -> tuple[Tensor, Tensor]:
-        """-> features float32 (B, T, F), lengths int32 (B,)."""
-        waveform = batch.render(speech)
+    def __call__(self, batch: Batch, speech: Speech, augment: Augment | None, views: int = 1) -> tuple[Tensor, Tensor]:
+        """-> features float32 (views * B, T, F), lengths int32 (views * B,): all of the first view, then of the next."""
+        waveform, sizes = batch.render(speech).repeat(views, 1), batch.lengths.repeat(views)
         filters = self.filters
         if augment is not None:
-            waveform = augment(waveform, batch.lengths)
+            waveform = augment(waveform, sizes)
             filters = augment.pick_filters(len(waveform), self.bank)
         features = (fbank(waveform * 32768.0, filters, self.config) - self.mean) * self.istd
-        lengths = frame_count(batch.lengths, self.config)
+        lengths = frame_count(sizes, self.config)
         if augment is not None:
-            features = augment.mask(augment.warp_time(features, lengths), lengths)
+            features = augment.mask(augment.warp_time(features, lengths, views), lengths)
         return features, lengths.int()
 
     def measure(self, batches: Iterator[Batch], count: int, speech: Speech, augment: Augment | None) -> None:

@@ -16,7 +16,7 @@ from m3asr.model import Model
 from training import moe
 from training.kernels.ctc import ctc
 
-NAMES = ("total", "ctc", "attention", "embedding_ctc", "sparsity", "importance", "text")
+NAMES = ("total", "ctc", "attention", "embedding_ctc", "sparsity", "importance", "text", "consistency")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class LossWeights:
     sparsity: float = 0.02  # per layer
     importance: float = 0.1  # per layer
     text: float = 0.2  # the decoder without anything to hear
+    consistency: float = 0.2  # of each CTC's own weight, where there are two views
     label_smoothing: float = 0.1
 
 
@@ -51,6 +52,14 @@ def importance(probs: Tensor, valid: Tensor) -> Tensor:
     probs (..., B, S, E), valid bool (B, S) -> (...)."""
     mean = (probs * valid.unsqueeze(-1)).sum(dim=(-3, -2)) / valid.sum()
     return probs.shape[-1] * mean.square().sum(dim=-1)
+
+
+def consistency(log_probs: Tensor, valid: Tensor) -> Tensor:
+    """Sum over views and frames of KL(other view || view), the other one held still (CR-CTC: Yao et al. 2024, arXiv
+    2410.05101). log_probs (..., 2, B, S, V), valid bool (B, S) -> (...)."""
+    other = log_probs.flip(-4).detach()
+    divergence = (other.exp() * (other - log_probs)).sum(dim=-1)  # (..., 2, B, S)
+    return (divergence * valid).sum(dim=(-3, -2, -1))
 
 
 def decoder_tokens(tokens: Tensor, token_lengths: Tensor, sos: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,30 +92,35 @@ def batch_loss(
     token_lengths: Tensor,
     weights: LossWeights,
     text: tuple[Tensor, Tensor] | None = None,
+    chunk: Tensor | int = 0,
+    views: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss, its parts in the order of NAMES (detached), entropy of each layer's expert load (layers,).
 
-    text: tokens and token_lengths of lines that were never spoken, for the decoder alone.
+    text: tokens and token_lengths of lines that were never spoken, for the decoder alone. chunk: what attention sees,
+    as `Model.encode` has it. views: 2 if the second half of the rows is the first half, augmented otherwise.
     """
     config, routing.probs = model.config, []
     embedding = []
     hook = model.encoder.embed.register_forward_hook(lambda module, inputs, output: embedding.append(output))
-    chunk = 0
-    if config.encoder.use_dynamic_chunk and model.training:
-        draw = int(torch.randint(50, ()))
-        chunk = 0 if draw >= 25 else draw + 1
-    hidden, out_lengths = model.encode(features, lengths, chunk)
+    everything_before = torch.full((), -1, device=features.device)
+    hidden, out_lengths = model.encode(features, lengths, chunk, everything_before)
     hook.remove()
     # Both heads in one go: CTC walks through the frames, and its walk takes the same time for twice as many rows.
     logits = torch.cat((model.encoder.out_linear(hidden), model.encoder.embed.out_linear(embedding[0])))
     twice = [torch.cat((x, x)) for x in (tokens, out_lengths, token_lengths)]
-    ctc_loss, embedding_loss = (
-        ctc(torch.log_softmax(logits.float(), dim=-1), *twice).view(2, -1).sum(dim=1) / token_lengths.sum()
-    )
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    count = token_lengths.sum()
+    ctc_losses = ctc(log_probs, *twice).view(2, -1).sum(dim=1) / count  # (2,)
+    frames = ops.frame_mask(out_lengths, hidden.shape[1])
+    differences = torch.zeros_like(ctc_losses)
+    if views == 2:
+        log_probs = log_probs.unflatten(0, (2, 2, -1))  # (heads, views, B, S, V)
+        differences = consistency(log_probs, frames[: len(frames) // 2]) / count
+    ctc_loss, embedding_loss = ctc_losses
     inputs, outputs, valid = decoder_tokens(tokens, token_lengths, config.sos)
     log_probs, _ = model.decode(hidden, out_lengths, inputs)
     attention_loss = attention(log_probs.float(), outputs, valid, weights.label_smoothing)
-    frames = ops.frame_mask(out_lengths, hidden.shape[1])
     if routing.probs:
         probs = torch.stack(routing.probs)  # (layers, B, S, E)
         sparsity_loss, importance_loss = sparsity(probs, frames), importance(probs, frames)  # (layers,)
@@ -121,7 +135,8 @@ def batch_loss(
         + weights.sparsity * sparsity_loss.sum()
         + weights.importance * importance_loss.sum()
         + weights.text * text_loss
+        + weights.consistency * (weights.ctc * differences[0] + weights.embedding_ctc * differences[1])
     )
     routing_parts = sparsity_loss.mean(), importance_loss.mean()
-    parts = (total, ctc_loss, attention_loss, embedding_loss, *routing_parts, text_loss)
+    parts = (total, ctc_loss, attention_loss, embedding_loss, *routing_parts, text_loss, differences[0])
     return total, torch.stack(parts).detach(), entropies

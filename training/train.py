@@ -47,6 +47,9 @@ from training.ngram import read_sentences
 from training.optimizer import Optimizer
 
 
+CHUNK = 16  # frames of 40 ms, for evaluation
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--speech", type=Path, nargs="+", required=True, help="folders with *.zip and *.jsonl.gz")
@@ -59,11 +62,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="compact")
     parser.add_argument("--bits", type=int, choices=(8, 16), default=16, help="a weight in the model folder")
     parser.add_argument("--streaming", action="store_true", help="causal convolution, random attention chunks")
+    parser.add_argument(
+        "--views", type=int, choices=(1, 2), default=1, help="2: each utterance twice in a batch, augmented differently"
+    )
     parser.add_argument("--vocab", type=int, default=384, help="units, the three special ones included")
     parser.add_argument("--batch-seconds", type=float, default=1800.0, help="padded audio a step")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="muon: for the matrices")
     parser.add_argument("--lr", type=float, default=4.8e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=600, help="steps")
+    parser.add_argument("--final-lr", type=float, default=0.0, help="where the rate ends, of its peak")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--clip", type=float, default=2.0, help="largest gradient norm")
@@ -78,6 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--importance", type=float, default=losses.LossWeights.importance)
     parser.add_argument("--embedding-ctc", type=float, default=losses.LossWeights.embedding_ctc)
     parser.add_argument("--text", type=float, default=losses.LossWeights.text, help="weight of --texts")
+    parser.add_argument("--consistency", type=float, default=losses.LossWeights.consistency, help="of two views")
     parser.add_argument(
         "--grow", type=Path, help="folder that training.speak is filling: its parts are taken as they come"
     )
@@ -87,6 +95,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--joined", type=float, default=0.4, help="chance that an utterance is joined to the next")
     parser.add_argument("--tempo", type=float, default=0.0, help="passing changes of tempo, natural log")
+    parser.add_argument("--masking", type=float, default=1.0, help="SpecAugment: how many times as long in time")
     parser.add_argument("--rooms", type=Path, help="folder of measured impulse responses, 16 kHz wav")
     parser.add_argument("--no-augment", action="store_true", help="speech as it is, for trying things out")
     parser.add_argument("--dev", type=int, default=300, help="utterances kept out of training")
@@ -139,7 +148,7 @@ class Run:
         self.parts, self.held_out = Parts(args.grow) if args.grow else None, held_out
 
         rooms = read_rooms(args.rooms, self.device) if args.rooms else None
-        self.augment_config = AugmentConfig(tempo=args.tempo)
+        self.augment_config = AugmentConfig(tempo=args.tempo, masking=args.masking)
         self.make_augment = lambda seed: (
             None if args.no_augment else Augment(self.augment_config, self.device, seed, rooms)
         )
@@ -182,12 +191,15 @@ class Run:
             self.clean = saved["clean"]
         self.config = config
         self.weights = losses.LossWeights(
-            sparsity=args.sparsity, importance=args.importance, embedding_ctc=args.embedding_ctc, text=args.text
+            sparsity=args.sparsity,
+            importance=args.importance,
+            embedding_ctc=args.embedding_ctc,
+            text=args.text,
+            consistency=args.consistency,
         )
         self.lag = torch.ones((), device=self.device)  # 1 - the decay of the averaged weights
         self.captured = Captured(self.update, self.device)
-        # A streaming model draws its chunk on the host, and a graph would keep the one of its capture.
-        self.step_of_shape = self.update if config.encoder.use_dynamic_chunk else self.captured
+        self.views = 1  # args.views once there is augmentation
 
     def say(self, text: str) -> None:
         print(f"[{self.elapsed():7.1f} s] {text}", flush=True)
@@ -207,7 +219,8 @@ class Run:
     def set_schedule(self) -> float:
         """Learning rate, averaging, and how the experts are used, for the time it is; -> learning rate."""
         args, progress = self.args, self.progress()
-        lr = args.lr * min(1.0, (self.step + 1) / args.warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        fallen = args.final_lr + (1.0 - args.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        lr = args.lr * min(1.0, (self.step + 1) / args.warmup) * fallen
         if not self.routed and progress >= args.dense_fraction:
             if args.dense_fraction > 0:
                 moe.copy_first_expert(self.model, self.optimizer)
@@ -237,7 +250,11 @@ class Run:
             self.clean = False
             self.say(f"step {self.step}: augmented from here on")
         augment = self.make_augment(seed + 2)
-        for batch in Planner(*sources, args.batch_seconds, seed, args.joined, args.speeds).prefetched(16, pin):
+        if augment is not None and args.views > 1:
+            self.views = args.views
+            self.captured.clear()
+        seconds = args.batch_seconds / self.views
+        for batch in Planner(*sources, seconds, seed, args.joined, args.speeds).prefetched(16, pin):
             yield batch, augment
 
     def grow(self) -> None:
@@ -254,17 +271,25 @@ class Run:
 
     def train_step(self, batch: Batch, augment: Augment | None) -> Sequence[Tensor]:
         """-> parts of the loss, entropies, gradient norm; nothing of it is waited for."""
-        features, lengths = self.front_end(batch, self.speech, augment)
+        features, lengths = self.front_end(batch, self.speech, augment, self.views)
         text = self.texts.draw() if self.texts else ()
-        return self.step_of_shape(features, lengths, batch.tokens, batch.token_lengths, *text)
+        tokens, token_lengths = batch.tokens.repeat(self.views, 1), batch.token_lengths.repeat(self.views)
+        return self.captured(features, lengths, tokens, token_lengths, self.chunk(), *text)
 
-    def update(self, features: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *text: Tensor):
+    def chunk(self) -> Tensor:
+        """Frames that attention takes at a time, () on the device: all of them, or in half of a streaming model's steps
+        1 to 25 (specification 3.4)."""
+        draw = int(torch.randint(50, ())) if self.config.encoder.use_dynamic_chunk else 50
+        return torch.full((), 0 if draw >= 25 else draw + 1, device=self.device)  # waits for nothing, unlike a copy
+
+    def update(self, features, lengths, tokens, token_lengths, chunk: Tensor, *text: Tensor):
         """Everything of a step behind the features."""
         self.dropout_seed.advance()
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
+            batch = features, lengths, tokens, token_lengths
             loss, parts, entropies = losses.batch_loss(
-                self.model, self.routings[0], features, lengths, tokens, token_lengths, self.weights, text or None
+                self.model, self.routings[0], *batch, self.weights, text or None, chunk, self.views
             )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
@@ -332,6 +357,8 @@ class Evaluation:
                 return (features - run.front_end.mean) * run.front_end.istd, lengths
 
             results[name] = round(greedy_wer(model, batches, front_end, run.units, show if not augmented else 0), 2)
+            if run.config.encoder.use_dynamic_chunk and not augmented:
+                results[f"{name}_chunks"] = round(greedy_wer(model, batches, front_end, run.units, chunk=CHUNK), 2)
         return results
 
 
