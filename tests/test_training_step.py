@@ -230,7 +230,7 @@ def test_captured_steps_equal_launched_ones(streaming):
 
 
 def test_two_views_are_drawn_together():
-    """Nothing where they agree; else what the divergence is, with a gradient for the view that moves, and padding none."""
+    """Nothing where they agree; else their divergence, with a gradient for the view that moves, and padding none."""
     torch.manual_seed(1)
     logits, valid = torch.randn(2, 3, 5, 7), torch.arange(5) < torch.tensor([[5], [3], [1]])
     same = torch.log_softmax(logits[:1].expand(2, -1, -1, -1), dim=-1)

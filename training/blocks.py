@@ -125,7 +125,8 @@ def _attention(module: Attention, x: Tensor, memory: Tensor, mask: Tensor, pos=N
     p = module.split(F.linear(pos.float(), module.linear_pos.weight))  # (1, H, S, K)
     p = torch.cat((p, (p * w).sum(dim=-1, keepdim=True)), dim=-1)  # v p^T beside it
     k_rows = k_rows + F.pad(p, (0, EXTRA - 1)).to(k_rows.dtype)
-    # Behind autograd's back: a masked key has no weight, so nothing flows to it either way. The last query sees all keys.
+    # Behind autograd's back: a masked key has no weight, so nothing flows to it either way. The last query sees every
+    # key that any sees.
     k_rows.detach()[..., p.shape[-1] - 1].masked_fill_(~mask[:, :, -1], ops.MASKED)
     chunks = None
     if mask.shape[2] > 1:  # the same for all rows but for the keys that the column has masked already

@@ -27,7 +27,7 @@ class FrontEnd:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, speech: Speech, augment: Augment | None, views: int = 1) -> tuple[Tensor, Tensor]:
-        """-> features float32 (views * B, T, F), lengths int32 (views * B,): all of the first view, then of the next."""
+        """-> features float32 (views * B, T, F), lengths int32 (views * B,): the first view of all, then the next."""
         waveform, sizes = batch.render(speech).repeat(views, 1), batch.lengths.repeat(views)
         filters = self.filters
         if augment is not None:

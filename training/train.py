@@ -46,7 +46,6 @@ from training.network import SIZES, read_folder, write_folder
 from training.ngram import read_sentences
 from training.optimizer import Optimizer
 
-
 CHUNK = 16  # frames of 40 ms, for evaluation
 
 

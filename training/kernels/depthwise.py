@@ -33,8 +33,10 @@ def _convolve_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """y[b, s, d] = bias[d] + sum_k w[d, k] x[b, s + k - LEFT, d], where x[b, s < 0, d] = edge[d]; FLIPPED: s - k + LEFT,
-    the gradient's way."""
+    """y[b, s, d] = bias[d] + sum_k w[d, k] x[b, s + k - LEFT, d], where x[b, s < 0, d] = edge[d].
+
+    FLIPPED: s - k + LEFT, the gradient's way.
+    """
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     base = tl.program_id(2).to(tl.int64) * frames * channels
