@@ -254,6 +254,19 @@ def test_views_share_their_tempo_and_nothing_else():
     assert not torch.equal(masked[:3], masked[3:])
 
 
+def test_blur_stays_within_an_utterance():
+    augment = Augment(AugmentConfig(smear=0.5), torch.device("cpu"), 1)
+    features = torch.randn(4, 50, 80).cumsum(dim=1)
+    features[:, 30:] = torch.nan  # padding
+    blurred = augment.blur(features, torch.full((4,), 30))[:, :30]
+    assert blurred.isfinite().all()
+    changed = (blurred != features[:, :30]).any(dim=(1, 2))
+    assert changed.sum() == 2
+    assert (blurred.diff(dim=1).square().mean(dim=(1, 2)) < features[:, :30].diff(dim=1).square().mean(dim=(1, 2)))[
+        changed
+    ].all()
+
+
 def test_text_alone_teaches_the_decoder():
     """Lines nobody spoke: a loss of their own, gradients for the decoder and none for the encoder."""
 

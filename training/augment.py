@@ -37,6 +37,7 @@ class AugmentConfig:
     warp: float = 0.5  # rows whose mel filterbank is warped
     max_warp: float = 0.12
     tempo: float = 0.0  # features: the largest natural logarithm of a passing change of tempo
+    smear: float = 0.0  # features: rows whose frames run into their neighbours, as in careless speech
     masking: float = 1.0  # features: how many times as long the masked stretches are
 
 
@@ -207,6 +208,22 @@ class Augment:
         share = (place - left).clamp(0.0, 1.0).unsqueeze(-1)
         index = left.unsqueeze(-1).expand(-1, -1, bins)
         return torch.lerp(features.gather(1, index), features.gather(1, index + 1), share)
+
+    def blur(self, features: Tensor, lengths: Tensor, reach: int = 6, largest: float = 2.5) -> Tensor:
+        """Some rows' frames become Gaussian means of those up to `reach` around, deviation up to `largest` frames."""
+        index = self.some(len(features), self.config.smear)
+        if not len(index):
+            return features
+        offset = torch.arange(-reach, reach + 1, device=self.device)
+        deviation = self.uniform(len(index), 1, low=0.3, high=largest)
+        weight = torch.softmax(-0.5 * (offset / deviation).square(), dim=1)  # (rows, taps)
+        rows, time = features[index], torch.arange(features.shape[1], device=self.device)
+        last = (lengths[index] - 1).clamp(min=0).unsqueeze(-1)
+        total = torch.zeros_like(rows)
+        for tap, shift in enumerate(range(-reach, reach + 1)):
+            place = torch.minimum((time + shift).clamp(min=0), last).unsqueeze(-1)  # what is past the end goes on
+            total += weight[:, tap].view(-1, 1, 1) * rows.gather(1, place.expand_as(rows))
+        return features.index_copy(0, index, total)
 
     def mask(self, features: Tensor, lengths: Tensor, max_bins=22, max_frames=30, part=0.08) -> Tensor:
         """SpecAugment (Park et al. 2019): two bands of bins and some stretches of frames become 0, the mean.

@@ -36,7 +36,8 @@ class FrontEnd:
         features = (fbank(waveform * 32768.0, filters, self.config) - self.mean) * self.istd
         lengths = frame_count(sizes, self.config)
         if augment is not None:
-            features = augment.mask(augment.warp_time(features, lengths, views), lengths)
+            features = augment.blur(augment.warp_time(features, lengths, views), lengths)
+            features = augment.mask(features, lengths)
         return features, lengths.int()
 
     def measure(self, batches: Iterator[Batch], count: int, speech: Speech, augment: Augment | None) -> None:

@@ -94,6 +94,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--joined", type=float, default=0.4, help="chance that an utterance is joined to the next")
     parser.add_argument("--tempo", type=float, default=0.0, help="passing changes of tempo, natural log")
+    parser.add_argument("--smear", type=float, default=0.0, help="rows whose frames run into each other")
     parser.add_argument("--masking", type=float, default=1.0, help="SpecAugment: how many times as long in time")
     parser.add_argument("--rooms", type=Path, help="folder of measured impulse responses, 16 kHz wav")
     parser.add_argument("--no-augment", action="store_true", help="speech as it is, for trying things out")
@@ -147,7 +148,7 @@ class Run:
         self.parts, self.held_out = Parts(args.grow) if args.grow else None, held_out
 
         rooms = read_rooms(args.rooms, self.device) if args.rooms else None
-        self.augment_config = AugmentConfig(tempo=args.tempo, masking=args.masking)
+        self.augment_config = AugmentConfig(tempo=args.tempo, smear=args.smear, masking=args.masking)
         self.make_augment = lambda seed: (
             None if args.no_augment else Augment(self.augment_config, self.device, seed, rooms)
         )
