@@ -24,7 +24,7 @@ class AugmentConfig:
     """The part of a batch that each step touches, and how strongly."""
 
     reverberation: float = 0.45
-    measured_rooms: float = 0.25  # of the reverberated rows, if measured impulse responses are given
+    given_rooms: float = 0.5  # of the reverberated rows, if impulse responses are given
     echo: float = 0.3  # of the reverberated rows: a wall far away, or the next loudspeaker of a row of them
     noise: float = 0.45
     babble: float = 0.15
@@ -88,7 +88,7 @@ class Augment:
     # ----- steps: (rows to change, all rows, lengths of the rows to change) -> changed rows
 
     def reverberate(self, x: Tensor, _, lengths: Tensor) -> Tensor:
-        """Convolution with a room: exponentially decaying noise (Polack's model) or a measured response, and echoes."""
+        """Convolution with a room: exponentially decaying noise (Polack's model) or a given response, and echoes."""
         size, rows = ROOM, x.shape[0]
         time = torch.arange(size, device=self.device) / RATE
         t60 = self.uniform(rows, 1, low=math.log(0.1), high=math.log(1.6)).exp()
@@ -102,7 +102,7 @@ class Augment:
         tail = tail * (1.0 / (ratio * tail.square().sum(dim=-1, keepdim=True).clamp(min=1e-9))).sqrt()
         tail[:, 0] = 1.0
         if self.rooms is not None:
-            use = round(rows * self.config.measured_rooms)
+            use = round(rows * self.config.given_rooms)
             pick = torch.randint(len(self.rooms), (use,), generator=self.generator, device=self.device)
             tail[:use] = self.rooms[pick]
         late = torch.rand(rows, 1, generator=self.generator, device=self.device) < self.config.echo
@@ -264,7 +264,7 @@ def fast_size(size: int, multiple: int = 1) -> int:
 
 
 def read_rooms(folder: Path, device: torch.device) -> Tensor | None:
-    """Measured impulse responses (16 kHz wav) -> (rooms, ROOM), the loudest sample first and 1."""
+    """Impulse responses (16 kHz wav) -> (rooms, ROOM), the loudest sample first and 1."""
     import soundfile
 
     rooms = []

@@ -96,7 +96,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tempo", type=float, default=0.0, help="passing changes of tempo, natural log")
     parser.add_argument("--smear", type=float, default=0.0, help="rows whose frames run into each other")
     parser.add_argument("--masking", type=float, default=1.0, help="SpecAugment: how many times as long in time")
-    parser.add_argument("--rooms", type=Path, help="folder of measured impulse responses, 16 kHz wav")
+    parser.add_argument(
+        "--rooms", type=Path, help="folder of impulse responses, 16 kHz wav: measured, or of training.rooms"
+    )
     parser.add_argument("--no-augment", action="store_true", help="speech as it is, for trying things out")
     parser.add_argument("--dev", type=int, default=300, help="utterances kept out of training")
     parser.add_argument("--human", type=Path, help="folder with manifest.jsonl and flac files: only evaluated")
