@@ -26,7 +26,10 @@ def response(random: np.random.Generator) -> np.ndarray:
     size = low * (high / low) ** (random.random() * random.uniform(0.7, 1.0, 3))  # m
     absorption = np.exp(random.uniform(math.log(0.03), math.log(0.4), 6))
     walls = pyroomacoustics.make_materials(
-        **{name: float(a) for name, a in zip(("east", "west", "north", "south", "floor", "ceiling"), absorption)}
+        **{
+            name: float(a)
+            for name, a in zip(("east", "west", "north", "south", "floor", "ceiling"), absorption, strict=True)
+        }
     )
     room = pyroomacoustics.ShoeBox(size, fs=RATE, materials=walls, max_order=LARGEST_ORDER, air_absorption=True)
     ear = random.uniform(0.2, size - 0.2)
