@@ -161,7 +161,7 @@ def need_tensorrt(what: str) -> None:
 
 
 def check_chunks(config: ModelConfig, chunk_size: int, left_chunks: int = -1) -> None:
-    """Raises ModelError for chunks that the model would not work in: engines are not told so and ignore them."""
+    """Raises ModelError for chunks that the model does not work in: an engine would ignore them without a word."""
     if chunk_size > 0 and not config.encoder.use_dynamic_chunk:
         raise ModelError("--chunk-size: this model was not trained on dynamic chunks (use_dynamic_chunk is false)")
     fixed = config.encoder.static_chunk_size > 0 and not config.encoder.use_dynamic_chunk
