@@ -106,7 +106,7 @@ def run_settings(transcriber: Transcriber, options: DecodeOptions, segmentation:
     lm = transcriber.lm_of(options)
     if lm is not None and options.lm is None:
         lm = f"{Path(lm).name} of the model"
-    return {
+    settings = {
         "model": transcriber.folder.path.resolve().name,
         "weights": digest,
         "engine": transcriber.engine.name,
@@ -115,6 +115,7 @@ def run_settings(transcriber: Transcriber, options: DecodeOptions, segmentation:
         "decode": {**asdict(options), "decoder": transcriber.decoder_of(options), "lm": lm},
         "segmentation": asdict(segmentation),
     }
+    return settings | transcriber.chunks  # empty for whole utterances, whose older results are still found
 
 
 def model_digest(folder: ModelFolder) -> str:

@@ -29,7 +29,7 @@ from m3asr.decode import (
     word_times,
 )
 from m3asr.decode.options import NO_LM, WITH_BEAM
-from m3asr.engines import Engine, load_engine
+from m3asr.engines import Engine, check_chunks, load_engine
 from m3asr.errors import AudioError, M3asrError, MissingExtra, ModelError
 from m3asr.features import fbank, pad_batch
 from m3asr.folder import ModelFolder
@@ -79,9 +79,14 @@ class _Piece(NamedTuple):
 class Transcriber:
     """A model on an engine, ready for recordings. Make one with `m3asr.load`."""
 
-    def __init__(self, folder: ModelFolder, engine: Engine):
+    def __init__(self, folder: ModelFolder, engine: Engine, *, chunk_size: int = 0, left_chunks: int = -1):
+        """chunk_size, left_chunks: see `load`."""
+        check_chunks(folder.config, chunk_size, left_chunks)
         self.folder = folder
         self.engine = engine
+        whole = chunk_size <= 0 and left_chunks < 0
+        # How recordings are seen, as the engine takes it; empty for whole segments.
+        self.chunks: dict[str, int] = {} if whole else {"chunk_size": chunk_size, "left_chunks": left_chunks}
         self.batch_frames: int = getattr(engine, "batch_frames", BATCH_FRAMES)
         # Made once for all batches: a language model takes seconds to read.
         self._context = lru_cache(maxsize=8)(self._new_context)
@@ -180,10 +185,11 @@ class Transcriber:
 
     def recognise(self, features: Sequence[np.ndarray], options: DecodeOptions) -> list[DecodeResult]:
         """Features (T, F) of several utterances, normalised if the model wants that -> one result each."""
-        if self.decoder_of(options) == "greedy" and not options.blank_penalty and hasattr(self.engine, "best_path"):
+        greedy = self.decoder_of(options) == "greedy" and not options.blank_penalty
+        if greedy and not self.chunks and hasattr(self.engine, "best_path"):
             # Of a large batch the log-probabilities take longer to leave the device than to compute.
             return ctc_best_path(*self.engine.best_path(*pad_batch(features)), self.folder.config.blank)
-        log_probs, hidden, lengths = self.engine(*pad_batch(features))
+        log_probs, hidden, lengths = self.engine(*pad_batch(features), **self.chunks)
         return self.decode(log_probs, hidden, lengths, options)
 
     def decode(self, log_probs, hidden, lengths, options: DecodeOptions) -> list[DecodeResult]:
@@ -365,14 +371,24 @@ def _unspaced(character: str) -> bool:
     return unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA"))
 
 
-def load(path: str | Path | None = None, engine: str = "auto", *, threads: int = 0) -> Transcriber:
+def load(
+    path: str | Path | None = None,
+    engine: str = "auto",
+    *,
+    threads: int = 0,
+    chunk_size: int = 0,
+    left_chunks: int = -1,
+) -> Transcriber:
     """Load a model folder (None: the model shipped with the package) on an engine ("auto", "onnx", "eager").
 
-    threads: CPU threads, 0 leaves it to the engine. Raises ModelError for a folder that cannot be used, MissingExtra
-    for an engine that is not installed.
+    threads: CPU threads, 0 leaves it to the engine. chunk_size: encoder frames (of 40 ms, as a rule) that see each
+    other and `left_chunks` chunks before them, -1 all, as in a stream; 0 for whole segments. A `Stream` has options of
+    its own and takes no notice. Raises ModelError for a folder that cannot be used or a model that was not trained on
+    dynamic chunks, MissingExtra for an engine that is not installed.
     """
     folder = ModelFolder.read(path)
-    return Transcriber(folder, load_engine(folder, engine, threads=threads))
+    loaded = load_engine(folder, engine, threads=threads)
+    return Transcriber(folder, loaded, chunk_size=chunk_size, left_chunks=left_chunks)
 
 
 def name_of(audio: AudioSource) -> str:

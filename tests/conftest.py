@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported: the tests' arrays are small, and other processes test beside this one.
@@ -22,35 +23,47 @@ import pytest  # noqa: E402
 from golden import GOLDEN  # noqa: E402
 
 
-class _Folders(dict):
-    """Golden checkpoints as model folders, converted when first asked for, once for all processes of a run: an onnx
-    engine takes many seconds to build."""
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`made_once(name, make)`: the folder that `make(path)` writes, whole or not at all, when it is first asked for.
 
-    def __init__(self, root: Path):
-        super().__init__()
-        self._root = root
+    Once for all processes of a run: an onnx engine takes many seconds to build. Only to be read: change a copy.
+    """
+    base = tmp_path_factory.getbasetemp()  # of this process; those of one run lie side by side
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made-once"
+    root.mkdir(exist_ok=True)
 
-    def __missing__(self, name: str) -> Path:
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
         import fcntl
 
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the file closes
+            if not (root / name).exists():
+                make(root / name)
+        return root / name
+
+    return folder
+
+
+class _Golden(dict):
+    """Folders by the checkpoint's name, converted when first asked for."""
+
+    def __init__(self, made_once):
+        super().__init__()
+        self._made_once = made_once
+
+    def __missing__(self, name: str) -> Path:
         from m3asr.checkpoint import read_checkpoint
         from m3asr.convert import write_model_folder
 
-        with (self._root / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the file closes
-            if not (self._root / name).exists():
-                write_model_folder(read_checkpoint(GOLDEN / name), self._root / name)
-        self[name] = self._root / name
+        self[name] = self._made_once(name, lambda path: write_model_folder(read_checkpoint(GOLDEN / name), path))
         return self[name]
 
 
 @pytest.fixture(scope="session")
-def golden_folders(tmp_path_factory) -> dict[str, Path]:
+def golden_folders(made_once) -> dict[str, Path]:
     """Golden checkpoints as model folders with their onnx engine, by name. Only to be read: change a copy."""
-    base = tmp_path_factory.getbasetemp()  # of this process; those of one run lie side by side
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "golden"
-    root.mkdir(exist_ok=True)
-    return _Folders(root)
+    return _Golden(made_once)
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])

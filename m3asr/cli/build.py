@@ -134,7 +134,7 @@ def _build_cuda(model: Path, precision: str) -> None:
 
 
 def _build_tensorrt(model: Path, options: dict, prior: Path | None, calibration: list[Path]) -> None:
-    from m3asr.engines import need_tensorrt
+    from m3asr.engines import check_chunks, need_tensorrt
     from m3asr.folder import ModelFolder
 
     need_tensorrt("building the tensorrt engine")
@@ -143,7 +143,7 @@ def _build_tensorrt(model: Path, options: dict, prior: Path | None, calibration:
 
     folder, before = ModelFolder.read(model), time.perf_counter()
     options["profiles"] = options["profiles"] or list(PROFILES)
-    check_chunks(folder, options["chunk_size"])
+    check_chunks(folder.config, options["chunk_size"], options["left_chunks"])
     if prior is not None:
         options["prior"] = read_prior(prior, folder.config.vocab_size)
     options["calibration"] = calibration_batches(folder, options["precision"], calibration)
@@ -156,11 +156,6 @@ def _build_tensorrt(model: Path, options: dict, prior: Path | None, calibration:
         print("profile " + ",".join(f"{name}={':'.join(map(str, sizes[name]))}" for name in sizes))
     print(f"{time.perf_counter() - before:.1f} s")
     err.print(f"wrote {target}", markup=False, soft_wrap=True)
-
-
-def check_chunks(folder, chunk_size: int) -> None:
-    if chunk_size > 0 and not folder.config.encoder.use_dynamic_chunk:
-        raise M3asrError("--chunk-size: this model was not trained on dynamic chunks (use_dynamic_chunk is false)")
 
 
 def read_profile(text: str) -> dict[str, tuple[int, int, int]]:

@@ -21,7 +21,10 @@ def complain(error: M3asrError) -> None:
 
 
 def what_runs(transcriber) -> str:
-    return f"model {transcriber.folder.path.name}, engine {transcriber.engine.name} on {transcriber.engine.device}"
+    """Model, engine and device, and the chunks if the encoder is asked to work in them."""
+    model, engine = transcriber.folder.path.name, transcriber.engine
+    chunks = "".join(f", {name.replace('_', ' ')} {value}" for name, value in transcriber.chunks.items())
+    return f"model {model}, engine {engine.name} on {engine.device}{chunks}"
 
 
 @contextmanager

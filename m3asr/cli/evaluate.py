@@ -16,11 +16,13 @@ from m3asr.cli.console import complain, err, progress_bar, warnings_as_lines, wh
 from m3asr.cli.options import (
     BeamOption,
     BlankPenaltyOption,
+    ChunkSizeOption,
     CtcWeightOption,
     DecoderName,
     EngineName,
     HotwordScoreOption,
     HotwordsOption,
+    LeftChunksOption,
     LmBonusOption,
     LmOption,
     LmUnitOption,
@@ -90,6 +92,8 @@ def evaluate(
     lm_unit: LmUnitOption = DecodeOptions.lm_unit,
     vad: VadOption = True,
     max_seconds: MaxSecondsOption = SegmentOptions.max_seconds,
+    chunk_size: ChunkSizeOption = 0,
+    left_chunks: LeftChunksOption = -1,
     threads: ThreadsOption = 0,
     quiet: QuietOption = False,
 ) -> None:
@@ -135,7 +139,7 @@ def evaluate(
     with warnings_as_lines():
         for name in dict.fromkeys(choice.value for choice in engine or [EngineName.auto]):
             before = time.perf_counter()
-            transcriber = load(model, name, threads=threads)
+            transcriber = load(model, name, threads=threads, chunk_size=chunk_size, left_chunks=left_chunks)
             load_seconds = time.perf_counter() - before
             if not quiet:
                 err.print(what_runs(transcriber), style="dim", markup=False, soft_wrap=True)
@@ -190,6 +194,10 @@ def _table(rows: list[dict]) -> Table:
     table = Table("list", "engine", "decoder", "utts", "words", "WER %", "95 %", "by speaker", "sub", "del", "ins")
     table.add_column("CER %")
     table.add_column("RTFx")
+    in_chunks = "chunk_size" in rows[0]
+    if in_chunks:
+        table.add_column("chunk")
+        table.add_column("left chunks")
     for row in rows:
         table.add_row(
             str(Path(*Path(row["manifest"]).parts[-2:])),
@@ -203,8 +211,14 @@ def _table(rows: list[dict]) -> Table:
             *(str(row[kind]) for kind in ("substitutions", "deletions", "insertions")),
             _percent(row["cer"]),
             "-" if row["rtfx"] is None else f"{row['rtfx']:.1f}",
+            *(_chunks(row) if in_chunks else ()),
         )
     return table
+
+
+def _chunks(row: dict) -> tuple[str, str]:
+    size = f"{row['chunk_size']} frames" if row["chunk_size"] else "the model's"
+    return size, "all" if row["left_chunks"] < 0 else str(row["left_chunks"])
 
 
 def _percent(rate: float | None) -> str:

@@ -11,10 +11,12 @@ import typer
 from m3asr.cli.console import err, what_runs
 from m3asr.cli.options import (
     BeamOption,
+    ChunkSizeOption,
     CtcWeightOption,
     DecoderOption,
     EngineName,
     EngineOption,
+    LeftChunksOption,
     ReverseWeightOption,
 )
 from m3asr.decode import DecodeOptions
@@ -36,17 +38,14 @@ def infer(
     beam_size: BeamOption = 10,
     ctc_weight: CtcWeightOption = None,
     reverse_weight: ReverseWeightOption = None,
-    chunk_size: Annotated[int, typer.Option(help="Encoder frames a chunk; 0 means the whole utterance.")] = 0,
-    left_chunks: Annotated[int, typer.Option(help="Chunks before its own that a frame sees; -1 means all.")] = -1,
+    chunk_size: ChunkSizeOption = 0,
+    left_chunks: LeftChunksOption = -1,
 ) -> None:
     """Run an engine on stored features, for comparison with other implementations."""
     if output is None and decoder is None:
         raise M3asrError("nothing to do: name an output file with -o, or a decoder with --decoder")
     options = DecodeOptions(decoder.value if decoder else None, beam_size, ctc_weight, reverse_weight)
-    transcriber = load(model, engine.value)
-    encoder = transcriber.folder.config.encoder
-    if chunk_size > 0 and not encoder.use_dynamic_chunk:
-        raise M3asrError("--chunk-size: this model was not trained on dynamic chunks (use_dynamic_chunk is false)")
+    transcriber = load(model, engine.value, chunk_size=chunk_size, left_chunks=left_chunks)
     err.print(what_runs(transcriber), style="dim", markup=False, soft_wrap=True)
     feats, lengths = read_features(features, transcriber.folder)
     log_probs, hidden, out_lengths = transcriber.engine(

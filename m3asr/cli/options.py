@@ -54,6 +54,17 @@ LmOption = Annotated[
 LmWeightOption = Annotated[float, typer.Option("--lm-weight")]
 LmBonusOption = Annotated[float, typer.Option("--lm-bonus", help="Added for each word, or token.")]
 LmUnitOption = Annotated[str, typer.Option("--lm-unit", help="What the language model counts: word or token.")]
+ChunkSizeOption = Annotated[
+    int,
+    typer.Option(
+        "--chunk-size",
+        min=0,
+        help="Encoder frames (of 40 ms, as a rule) a chunk, as a stream would hear them; 0 means the whole utterance.",
+    ),
+]
+LeftChunksOption = Annotated[
+    int, typer.Option("--left-chunks", min=-1, help="Chunks before its own that a frame sees; -1 means all.")
+]
 MaxSecondsOption = Annotated[
     float, typer.Option("--max-seconds", help="Longer recordings are cut at pauses, into at most this long segments.")
 ]

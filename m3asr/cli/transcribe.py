@@ -13,6 +13,7 @@ from m3asr.cli.console import complain, err, progress_bar, warnings_as_lines, wh
 from m3asr.cli.options import (
     BeamOption,
     BlankPenaltyOption,
+    ChunkSizeOption,
     CtcWeightOption,
     DecoderOption,
     EngineName,
@@ -20,6 +21,7 @@ from m3asr.cli.options import (
     FormatName,
     HotwordScoreOption,
     HotwordsOption,
+    LeftChunksOption,
     LmBonusOption,
     LmOption,
     LmUnitOption,
@@ -73,6 +75,8 @@ def transcribe(
     lm_unit: LmUnitOption = DecodeOptions.lm_unit,
     vad: VadOption = True,
     max_seconds: MaxSecondsOption = SegmentOptions.max_seconds,
+    chunk_size: ChunkSizeOption = 0,
+    left_chunks: LeftChunksOption = -1,
     threads: ThreadsOption = 0,
     quiet: QuietOption = False,
 ) -> None:
@@ -104,7 +108,7 @@ def transcribe(
     )
     segmentation = SegmentOptions(vad=vad, max_seconds=max_seconds)
     format_name = format.value if format else "kaldi" if wav_scp is not None else "text"
-    transcriber = load(model, engine.value, threads=threads)
+    transcriber = load(model, engine.value, threads=threads, chunk_size=chunk_size, left_chunks=left_chunks)
     if not quiet:
         err.print(what_runs(transcriber), style="dim", markup=False, soft_wrap=True)
     n_failed = 0

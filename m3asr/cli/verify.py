@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from m3asr.cli.build import ExpertsName, PrecisionName, calibration_batches, check_chunks
+from m3asr.cli.build import ExpertsName, PrecisionName, calibration_batches
 from m3asr.cli.console import err, warnings_as_lines
-from m3asr.engines import NAMES, load_engine, need_tensorrt
+from m3asr.cli.options import ChunkSizeOption, LeftChunksOption
+from m3asr.engines import NAMES, check_chunks, load_engine, need_tensorrt
 from m3asr.errors import M3asrError, MissingExtra
 from m3asr.files import whole_file
 from m3asr.folder import ModelFolder
@@ -64,8 +65,8 @@ def verify(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, max=60.0, help="How much of each recording is used.")] = 10.0,
     compat: Annotated[bool, typer.Option("--compat", help="Lengths and padding exactly as the original code.")] = False,
-    chunk_size: Annotated[int, typer.Option(help="Encoder frames a chunk; 0 means the whole utterance.")] = 0,
-    left_chunks: Annotated[int, typer.Option(help="Chunks before its own that a frame sees; -1 means all.")] = -1,
+    chunk_size: ChunkSizeOption = 0,
+    left_chunks: LeftChunksOption = -1,
     json_file: Annotated[
         Optional[Path],  # noqa: UP007, UP045
         typer.Option("--json", help="File for the whole report."),
@@ -94,7 +95,7 @@ def verify(
     if plot_file is not None:
         _need_matplotlib()
     folder = ModelFolder.read(model)
-    check_chunks(folder, chunk_size)
+    check_chunks(folder.config, chunk_size, left_chunks)
     options = {"compat": compat, "chunk_size": chunk_size, "left_chunks": left_chunks}
     with warnings_as_lines():
         utterances = utterances_of(folder, audio, seconds) if audio else synthetic_utterances(folder)

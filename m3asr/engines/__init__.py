@@ -160,6 +160,15 @@ def need_tensorrt(what: str) -> None:
         raise MissingExtra(what, "tensorrt")
 
 
+def check_chunks(config: ModelConfig, chunk_size: int, left_chunks: int = -1) -> None:
+    """Raises ModelError for chunks that the model does not work in: an engine would ignore them without a word."""
+    if chunk_size > 0 and not config.encoder.use_dynamic_chunk:
+        raise ModelError("--chunk-size: this model was not trained on dynamic chunks (use_dynamic_chunk is false)")
+    fixed = config.encoder.static_chunk_size > 0 and not config.encoder.use_dynamic_chunk
+    if left_chunks >= 0 and chunk_size <= 0 and not fixed:
+        raise ModelError("--left-chunks: there are no chunks, the utterance is seen whole; give --chunk-size too")
+
+
 def no_utterances(config: ModelConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What an engine gives for a batch of none: log_probs (0, 0, V), hidden (0, 0, D), lengths (0,)."""
     widths = config.vocab_size, config.encoder.attention_dim

@@ -6,7 +6,12 @@ pytest.importorskip("torch")
 pytest.importorskip("tensorrt_rtx")
 
 import torch
+import trt_rows_functional  # noqa: E402, F401
+import trt_rows_modules  # noqa: E402, F401
+import trt_rows_pointwise  # noqa: E402, F401
 import trt_rows_rare  # noqa: E402, F401
+import trt_rows_reductions  # noqa: E402, F401
+import trt_rows_shapes  # noqa: E402, F401
 from torch.utils._pytree import tree_leaves
 from trt_rows import ROWS  # noqa: E402
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from trt_rows import IMAGE, X, bools, f, ints, pos, row
+from trt_rows import IMAGE, X, bools, f, ints, module, pos, row
 
 aten = torch.ops.aten
 
@@ -103,3 +103,34 @@ row("torch.tensor(sizes)", lambda x: torch.tensor([x.shape[0], x.shape[1] * 2]),
 row("torch.tensor(size, dtype=)", lambda x: x / torch.tensor(x.shape[1], dtype=torch.float32).sqrt(), X)
 row("torch._shape_as_tensor", lambda x: torch._shape_as_tensor(x), X)
 row("nn.InstanceNorm2d(as constructed)", nn.InstanceNorm2d(4), IMAGE)
+
+# seldom used
+row("torch.cumprod", lambda x: torch.cumprod(x, 1), X)
+row("torch.cummax", lambda x: torch.cummax(x, 1), X)
+row("torch.cummin", lambda x: torch.cummin(x, -1), X)
+row("torch.logcumsumexp", lambda x: torch.logcumsumexp(x, 1), X)
+row("torch.scatter_reduce", lambda x, i: x.scatter_reduce(1, i, x * 2, "amax"), f("B", 6), ints(0, 6, "B", 6))
+row("torch.scatter_reduce(mean)", lambda x, i: x.scatter_reduce(1, i, x * 2, "mean"), f("B", 6), ints(0, 6, "B", 6))
+row("Tensor.index_put(accumulate)", lambda x, i: x.index_put((i,), x[:2] * 1, True), f(4, 5), ints(0, 4, 2))
+row("F.embedding_bag", lambda i, w: F.embedding_bag(i, w, mode="sum"), ints(0, 9, "B", 5), f(9, 4))
+row("F.max_pool2d(indices)", lambda x: F.max_pool2d(x, 2, 1, 1, return_indices=True), IMAGE)
+row("F.avg_pool2d(divisor)", lambda x: F.avg_pool2d(x, 3, 2, divisor_override=5), IMAGE)
+row("F.avg_pool2d(ceil)", lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), f("B", 2, 11, 12))
+row("F.interpolate(area)", lambda x: F.interpolate(x, size=(3, 5), mode="area"), f("B", 2, 7, 9))
+row("F.fold", lambda x: F.fold(x, (4, 4), (2, 2)), f("B", 8, 9))
+row("torch.searchsorted", lambda x: torch.searchsorted(torch.tensor([-1.0, 0.0, 1.0]), x), X)
+row("torch.bucketize", lambda x: torch.bucketize(x, torch.tensor([-1.0, 0.0, 1.0])), X)
+row("torch.quantile", lambda x: torch.quantile(x, 0.3, dim=-1), f("B", 7))
+row("torch.bitwise_and(int)", lambda a, b: a & b, ints(-99, 99, "B", 6), ints(-99, 99, 6))
+row("torch.bitwise_xor(int)", lambda a, b: a ^ b, ints(-99, 99, "B", 6, dtype="int32"), ints(-99, 99, 6, dtype="int32"))
+row("torch.bitwise_left_shift", lambda a: a << 3, ints(-99, 99, "B", 6))
+row("torch.bitwise_right_shift", lambda a: a >> 2, ints(-99, 99, "B", 6))
+row("torch.as_strided", lambda x: torch.as_strided(x, (2, 3), (2, 1), 1), f("B", 9))
+row("Tensor.__getitem__(constant mask)", lambda x: x[:, :, torch.tensor([1, 0, 1, 1, 0, 0]) > 0], X)
+row("Tensor.item", lambda x: x * x.sum().item(), X)
+row("torch.cov", torch.cov, f(4, 7))
+row("torch.cross", lambda x, y: torch.cross(x, y, dim=-1), f("B", 3), f("B", 3))
+row("F.cross_entropy", lambda x, i: F.cross_entropy(x, i), f("B", 5), ints(0, 5, "B"))
+module("nn.LSTM(projection)", lambda: nn.LSTM(6, 5, proj_size=3), X)
+module("nn.Transformer", lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), f("B", "T", 8), f("B", 5, 8))
+module("nn.EmbeddingBag", lambda: nn.EmbeddingBag(9, 4), ints(0, 9, "B", 5))
