@@ -75,19 +75,24 @@ def products(tokens: int) -> list[Tile]:
     if tokens <= 1024:
         tiles = grid((16, 32), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
         return [LIBRARY, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4))]
-    return [LIBRARY, *grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3,)), *persistent()]
+    kept = [(128, 256, 8), (128, 128, 4), (128, 128, 8), (128, 64, 8), (64, 128, 4)]
+    return [LIBRARY, *(Tile(m, n, 64, warps, 3) for m, n, warps in kept), *persistent()]
 
 
 def persistent() -> list[Tile]:
     """Candidates whose programs stay."""
     return [
-        *(Tile(128, 256, warps=8, stages=s, copied=1) for s in (2, 3)),
-        *(Tile(128, 128, warps=8, stages=s, copied=1) for s in (3, 4)),
-        *(Tile(128, 128, warps=w, stages=2, copied=2) for w in (4, 8)),
+        *(Tile(128, 256, warps=8, stages=s, copied=1, stored=n) for s, n in ((3, 2), (3, 4), (4, 4))),
+        *(Tile(128, 128, warps=4, stages=s, copied=2, stored=n) for s, n in ((2, 2), (3, 2), (3, 4))),
+        *(Tile(128, 128, warps=8, stages=s, copied=c, stored=4) for s, c in ((3, 2), (4, 1))),
+        *(Tile(64, 256, warps=4, stages=2, copied=2, stored=n) for n in (2, 4)),
+        Tile(256, 128, warps=8, stages=3, copied=1, stored=4),
+        Tile(128, 64, warps=4, stages=4, copied=2, stored=2),
+        # Results stored by the threads.
+        Tile(128, 256, warps=8, stages=3, copied=1),
+        Tile(128, 128, warps=8, stages=4, copied=1),
         *(Tile(128, 64, warps=4, stages=s, copied=2) for s in (3, 4)),
-        *(Tile(64, 128, warps=4, stages=s, copied=2) for s in (3, 4)),
-        Tile(64, 256, warps=8, stages=3, copied=1),
-        Tile(64, 256, warps=4, stages=2, copied=2),
+        Tile(64, 128, warps=4, stages=3, copied=2),
     ]
 
 
@@ -336,7 +341,7 @@ def make_experts_many(batch, frames, valid, hidden, down):
 
     hit = int(idx[here].unique().numel())
     candidates = (
-        [*grid((64, 128), (128, 256), (4, 8), stages=(3, 4)), *persistent()]
+        [*grid((64,), (128, 256), (4, 8), stages=(3, 4)), Tile(128, 128, warps=8), *persistent()]
         if tokens > 1024
         else grid((16, 32, 64), (64, 128), (4,), k=(64, 128), stages=(3, 4))
     )

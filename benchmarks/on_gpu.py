@@ -64,8 +64,8 @@ STAGES = {
     ),
     "kernels-many": Stage("{python} -m benchmarks.kernels --shapes 64x1024 16x1024 --budget 190 --out {out}/many", 210),
     "many": Stage(
-        "{python} -m benchmarks.encoder --inputs 16x1024 64x1024 --precisions bf16 --budget 120 --no-baselines {tiles} "
-        "--out {out}/many",
+        "{python} -m benchmarks.encoder --inputs 16x1024 64x1024 --precisions bf16 --variants package --budget 120 "
+        "--no-baselines {tiles} --out {out}/many",
         130,
     ),
     "kernels-between": Stage(

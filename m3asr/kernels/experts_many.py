@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from m3asr.kernels.pieces import Tile, activate, copyable, dot, multiprocessors, release, wait
+from m3asr.kernels.pieces import (
+    Tile,
+    activate,
+    copyable,
+    dot,
+    multiprocessors,
+    release,
+    slices,
+    storable,
+    wait,
+)
 
 
 @triton.jit
@@ -146,6 +156,7 @@ def _experts_persistent_kernel(
     a_ptr,
     a,
     w,
+    out,
     b_ptr,
     slot_token_ptr,
     tile_expert_ptr,
@@ -160,6 +171,7 @@ def _experts_persistent_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SLICES: tl.constexpr,
     GATHER: tl.constexpr,
     GATE: tl.constexpr,
     DOT: tl.constexpr,
@@ -167,6 +179,7 @@ def _experts_persistent_kernel(
 ):
     release(PDL)
     wait(PDL)
+    SLICE: tl.constexpr = BLOCK_N // (SLICES if SLICES else 1)
     t = tl.arange(0, BLOCK_T)
     used_tiles = tl.sum((tl.load(tile_expert_ptr + t, mask=t < tiles, other=-1) >= 0).to(tl.int32), axis=0)
     tiles_n = tl.cdiv(columns, BLOCK_N)
@@ -184,18 +197,30 @@ def _experts_persistent_kernel(
             else:
                 rows_of_a = a.load([row, start])
             acc = dot(rows_of_a, tl.trans(w.load([expert * columns + col, start])), acc, DOT)
-        cols = col + tl.arange(0, BLOCK_N)
-        acc += tl.load(b_ptr + expert * columns + cols, mask=cols < columns, other=0.0)[None, :]
-        acc = activate(acc, ACTIVATION)
-        out_mask = (token >= 0)[:, None] & (cols < columns)[None, :]
-        if GATHER:
-            out_at = out_ptr + slots.to(tl.int64)[:, None] * columns + cols[None, :]
-        else:
-            out_at = out_ptr + token.to(tl.int64)[:, None] * columns + cols[None, :]
-            if GATE:
-                acc *= tl.load(gate_ptr + token, mask=token >= 0, other=0.0)[:, None]
-            acc = tl.load(out_at, mask=out_mask, other=0.0) + scale * acc
-        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+        if GATE:
+            gate = tl.load(gate_ptr + token, mask=token >= 0, other=0.0)
+        parts = slices(acc, SLICES if SLICES else 1)
+        for i in tl.static_range(SLICES if SLICES else 1):
+            first = col + i * SLICE
+            cols = first + tl.arange(0, SLICE)
+            part = parts[i] + tl.load(b_ptr + expert * columns + cols, mask=cols < columns, other=0.0)[None, :]
+            part = activate(part, ACTIVATION)
+            mask = (token >= 0)[:, None] & (cols < columns)[None, :]
+            if GATHER and SLICES:
+                out.store([row, first], part.to(out_ptr.dtype.element_ty))
+            elif GATHER:
+                out_at = out_ptr + slots.to(tl.int64)[:, None] * columns + cols[None, :]
+                tl.store(out_at, part.to(out_ptr.dtype.element_ty), mask=mask)
+            else:
+                if GATE:
+                    part *= gate[:, None]
+                out_at = out_ptr + token.to(tl.int64)[:, None] * columns + cols[None, :]
+                if SLICES:
+                    # The cache adds: one summand an element, so in no order, and the program waits for nothing.
+                    tl.atomic_add(out_at, scale * part, mask=mask, sem="relaxed")
+                else:
+                    part = tl.load(out_at, mask=mask, other=0.0) + scale * part
+                    tl.store(out_at, part, mask=mask)
 
 
 def experts_many(
@@ -212,12 +237,13 @@ def experts_many(
     experts, columns, width = weight.shape
     assert slot_token.numel() == tile_expert.numel() * tile.m, "the tokens were sorted for another tile height"
     flat = weight.view(experts * columns, width)
-    if tile.copied and copyable(a) and copyable(flat):
+    if tile.copied and copyable(a) and copyable(flat) and storable(out):
         most = triton.cdiv(columns, tile.n) * tile_expert.numel()
         _experts_persistent_kernel[(min(most, tile.copied * multiprocessors(a.device)),)](
             a,
             TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
             TensorDescriptor.from_tensor(flat, [tile.n, tile.k]),
+            TensorDescriptor.from_tensor(out, [tile.m, tile.n // max(1, tile.stored)]),
             bias,
             slot_token,
             tile_expert,
@@ -232,6 +258,7 @@ def experts_many(
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
             ACTIVATION=activation,
+            SLICES=tile.stored,
             GATHER=residual_scale is None,
             GATE=gate is not None,
             DOT=dot,

@@ -62,7 +62,8 @@ def read_measured(path: Path) -> None:
         known.update({int(tokens): Tile(**tile) for tokens, tile in rows.items()})
 
 
-read_measured(Path(__file__).parent / "measured.json")
+PACKAGE = Path(__file__).parent / "measured.json"
+read_measured(PACKAGE)
 
 
 def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
