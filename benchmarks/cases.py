@@ -193,7 +193,8 @@ def make_depthwise(batch, frames, valid, few):
         lambda i, tile: depthwise(
             x, weight, bias, out, frames=frames, left=7, activation="swish", tile=tile, norm=(w, b, 1e-5), pdl=True
         ),
-        lambda: out, reference, grid((1, 2, 4, 8, 16), (1,), (2, 4, 8)),
+        lambda: out, reference,
+        grid((1, 2), (1,), (2, 4, 8)) + grid((4, 8, 16), (1,), (2, 4, 8), parts=(1, 2)),
         tokens * WIDTH * 4, tokens * WIDTH * 2 * TAPS, poison=out,
     )  # fmt: skip
 
