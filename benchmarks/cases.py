@@ -170,7 +170,12 @@ def make_attention(batch, frames, valid, few):
         mask = ops.frame_mask(lengths, frames)[:, None, None]
         return ops.attention(q, k, v, mask, key_bias[:, None, :frames]).transpose(1, 2).flatten(2)[:, :valid]
 
-    candidates = grid((16, 32, 64) if few else (64, 128), (32, 64, 128), (4, 8), stages=(2, 3))
+    if few:
+        candidates = grid((16, 32, 64), (32, 64, 128), (4, 8), stages=(2, 3))
+    else:
+        copied = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2)]
+        candidates = [Tile(*mn, warps=w, stages=s, copied=1) for *mn, w, s in copied]
+        candidates += grid((64,), (64, 128), (4,), stages=(2, 3)) + grid((128,), (64,), (8,), stages=(2,))
     work = batch * 4 * valid * valid * WIDTH
     return Case(
         lambda i, tile: attention(qkv, lengths, out, heads=HEADS, tile=tile, key_bias=key_bias, pdl=True),
