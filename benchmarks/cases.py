@@ -32,7 +32,7 @@ SHAPES = {
     "64x1024": (64, 256, 255),
 }
 # Cases whose kernels are for many tokens alone.
-ONLY_MANY = ("norm",)
+ONLY_MANY = ("norm", "sort")
 WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
 DTYPE = torch.bfloat16
 
@@ -357,6 +357,28 @@ def make_experts_many(batch, frames, valid, hidden, down):
     )  # fmt: skip
 
 
+def make_sort(batch, frames, valid):
+    """The counts that tiles of several parts use are the router's, of 64 tokens each."""
+    tokens, rows, count_rows = batch * frames, 128, 64
+    idx = routed(batch, frames, valid)
+    slot_token, tile_expert = slots(tokens, EXPERTS, rows, "cuda")
+    one_hot = F.one_hot(idx.long() + 1, EXPERTS + 1)[:, 1:]
+    counts = one_hot.view(-1, count_rows, EXPERTS).sum(1).int(), count_rows
+
+    def launch(i, tile):
+        sort_tokens(
+            idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=tile, pdl=True,
+            counts=counts if tile.parts > 1 else None,
+        )  # fmt: skip
+
+    candidates = grid((1,), (4096, 16384), (16,)) + grid((1,), (512, 1024, 2048), (4, 8), parts=(4, 8, 16))
+    return Case(
+        launch, lambda: slot_token[(tile_expert >= 0).repeat_interleave(rows) & (slot_token >= 0)],
+        lambda: torch.cat([(idx == e).nonzero().flatten() for e in range(EXPERTS)]),
+        candidates, tokens * 8, 0, prepare=lambda: (slot_token.fill_(-7), tile_expert.fill_(-7)),
+    )  # fmt: skip
+
+
 def make_convolution(batch, frames, valid, few, first):
     time_in = (frames - 1) * 4 + 7
     t1, f1, f2 = (time_in - 1) // 2, (BINS - 1) // 2, ((BINS - 1) // 2 - 1) // 2
@@ -435,6 +457,7 @@ CASES = {
     "depthwise": lambda s, h, few: make_depthwise(*s, few),
     "norm": lambda s, h, few: make_norm(*s, few),
     "router": lambda s, h, few: make_router(*s, few),
+    "sort": lambda s, h, few: make_sort(*s),
     "expert_up": lambda s, h, few: (make_experts_few if few else make_experts_many)(*s, h, False),
     "expert_down": lambda s, h, few: (make_experts_few if few else make_experts_many)(*s, h, True),
     "first_convolution": lambda s, h, few: make_convolution(*s, few, True),

@@ -68,17 +68,92 @@ def _sort_kernel(
             tl.store(tile_expert_ptr + start + own, tl.full((BLOCK_T,), -1, tl.int32), mask=start + own < tiles)
 
 
+@triton.jit
+def _counted_sort_kernel(
+    expert_ptr,
+    counts_ptr,
+    slot_token_ptr,
+    tile_expert_ptr,
+    tokens,
+    tiles,
+    counted,
+    count_rows,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`_sort_kernel` with a share of the tokens a program; counts (counted, EXPERTS), of count_rows tokens each."""
+    release(PDL)
+    expert, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    share = tl.cdiv(counted, parts)
+    first = part * share
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    earlier = tl.zeros((BINS,), tl.int32)
+    wait(PDL)
+    for start in range(0, counted, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        mask = (c < counted)[:, None] & (bins < EXPERTS)[None, :]
+        found = tl.load(counts_ptr + c[:, None] * EXPERTS + bins[None, :], mask=mask, other=0)
+        counts += tl.sum(found, axis=0)
+        earlier += tl.sum(tl.where((c < first)[:, None], found, 0), axis=0)
+    blocks = (counts + BLOCK_M - 1) // BLOCK_M
+    before = tl.sum(tl.where(bins < expert, blocks, 0), axis=0)
+    count = tl.sum(tl.where(bins == expert, counts, 0), axis=0)
+    mine = (count + BLOCK_M - 1) // BLOCK_M
+    done = before * BLOCK_M + tl.sum(tl.where(bins == expert, earlier, 0), axis=0)
+    end = tl.minimum((first + share) * count_rows, tokens)
+    for start in range(first * count_rows, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        here = tl.load(expert_ptr + t, mask=t < end, other=-1) == expert
+        rank = tl.cumsum(here.to(tl.int32), axis=0) - 1
+        tl.store(slot_token_ptr + done + rank, t, mask=here)
+        done += tl.sum(here.to(tl.int32), axis=0)
+    if part == 0:
+        unused = before * BLOCK_M + count + tl.arange(0, BLOCK_M)
+        tl.store(slot_token_ptr + unused, tl.full((BLOCK_M,), -1, tl.int32), mask=unused < (before + mine) * BLOCK_M)
+        own = tl.arange(0, BLOCK_T)
+        for start in range(0, mine, BLOCK_T):
+            tl.store(tile_expert_ptr + before + start + own, expert + tl.zeros_like(own), mask=start + own < mine)
+        if expert == EXPERTS - 1:
+            for start in range(before + mine, tiles, BLOCK_T):
+                tl.store(tile_expert_ptr + start + own, tl.full((BLOCK_T,), -1, tl.int32), mask=start + own < tiles)
+
+
 def most_tiles(tokens: int, experts: int, rows: int) -> int:
     """How many tiles of `rows` slots the worst routing needs: each expert may leave one tile part empty."""
     return min(tokens, triton.cdiv(tokens, rows) + experts)
 
 
-def sort_tokens(expert_idx, slot_token, tile_expert, *, experts, rows, tile: Tile, pdl=False) -> None:
+def sort_tokens(expert_idx, slot_token, tile_expert, *, experts, rows, tile: Tile, counts=None, pdl=False) -> None:
     """expert_idx int32 (N,) -> slot_token int32 (tiles * rows,), tile_expert int32 (tiles,); -1 where there is none.
 
     Tokens of one expert keep their order. tiles = `most_tiles(N, experts, rows)`; slots of tiles without an expert
     are not written.
+    counts = (what `router.route` counted, of so many tokens each): then tile.parts programs share an expert's work.
     """
+    if counts is not None:
+        _counted_sort_kernel[(experts, tile.parts)](
+            expert_idx,
+            counts[0],
+            slot_token,
+            tile_expert,
+            expert_idx.numel(),
+            tile_expert.numel(),
+            counts[0].shape[0],
+            counts[1],
+            EXPERTS=experts,
+            BINS=triton.next_power_of_2(experts),
+            BLOCK_M=rows,
+            BLOCK_T=tile.n,
+            BLOCK_C=256,
+            PDL=pdl,
+            **tile.options(pdl),
+        )
+        return
     _sort_kernel[(experts,)](
         expert_idx,
         slot_token,

@@ -268,6 +268,11 @@ def linear(
     tile = LIBRARY rounds the product to the compute type once more, and ignores `dot`. A persistent tile is one
     only for operands that the copy engine takes (`pieces.copyable`).
     """
+    if a.dim() == 3 and tile.copied:
+        # Programs that stay fill the card with one group.
+        for each in zip(a, weight, bias, out, strict=True):
+            linear(*each, tile=tile, activation=activation, residual_scale=residual_scale, dot=dot, pdl=pdl)
+        return
     groups = a.shape[0] if a.dim() == 3 else 1
     tokens, width = a.shape[-2:]
     columns = weight.shape[-2]

@@ -169,6 +169,23 @@ def test_sorting_many_tokens(device, options, tile):
         assert mine[mine >= 0].tolist() == (expert_idx == e).nonzero().flatten().tolist()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens, count_rows, parts", [(1, 16, 4), (300, 1, 2), (1000, 16, 5)])
+def test_sorting_by_counts_is_sorting(device, options, poisoned, tile, kind, tokens, count_rows, parts):
+    """More programs than counts, counts that no program's share divides, more than one step a program."""
+    expert_idx = routing(kind, tokens, device)
+    counts = torch.stack([torch.bincount(part[part >= 0], minlength=EXPERTS) for part in expert_idx.split(count_rows)])
+    results = []
+    for counted in (None, (counts.int(), count_rows)):
+        slot_token, tile_expert = (poisoned(len(t), dtype=torch.int32) for t in slots(tokens, EXPERTS, 16, device))
+        sort_tokens(
+            expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=64, parts=parts), counts=counted,
+            pdl=options(torch.float32)["pdl"],
+        )  # fmt: skip
+        results.append((slot_token, tile_expert))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("regime", ["few", "many"])
 def test_float8_weights_with_a_scale_for_each_row(device, options, check, poisoned, tile, dtype, regime):

@@ -243,10 +243,12 @@ class Forward:
         experts, hidden, _ = block.up.weight.shape
         tile = self._tiles(shape, width, hidden)
         y, gate = self._new(x.shape, self.experts_dtype), self._new((tokens,), torch.float32)
-        expert_idx = self._new((tokens,), torch.int32)
+        expert_idx, counts = self._new((tokens,), torch.int32), None
+        if tile.sort.parts > 1 and not self._few(shape):
+            counts = self._new((-(-tokens // tile.router.m), experts), torch.int32)
         route(
             x, block.router.weight, block.router.bias, heard, shape.lengths, y, expert_idx, gate, frames=shape.frames,
-            eps=config.norm_eps, tile=tile.router, scale=block.router_scale, pdl=self.pdl,
+            eps=config.norm_eps, tile=tile.router, scale=block.router_scale, counts=counts, pdl=self.pdl,
         )  # fmt: skip
         if self.trace is not None:
             self.trace("routes", block, expert_idx)
@@ -261,7 +263,10 @@ class Forward:
             return
         rows = tile.expert_up.m
         slot_token, tile_expert = slots(tokens, experts, rows, x.device)
-        sort_tokens(expert_idx, slot_token, tile_expert, experts=experts, rows=rows, tile=tile.sort, pdl=self.pdl)
+        sort_tokens(
+            expert_idx, slot_token, tile_expert, experts=experts, rows=rows, tile=tile.sort, pdl=self.pdl,
+            counts=None if counts is None else (counts, tile.router.m),
+        )  # fmt: skip
         h = self._new((slot_token.numel(), hidden), self.experts_dtype)
         experts_many(y, block.up.weight, block.up.bias, slot_token, tile_expert, h, **up, **both)
         experts_many(h, block.down.weight, block.down.bias, slot_token, tile_expert, x, **down, **both)
