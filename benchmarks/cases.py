@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from m3asr import ops
 from m3asr.engines.cuda.tiles import tiles_for
 from m3asr.kernels.attention import attention
+from m3asr.kernels.best import best_path
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
@@ -32,7 +33,7 @@ SHAPES = {
     "64x1024": (64, 256, 255),
 }
 # Cases whose kernels are for many tokens alone.
-ONLY_MANY = ("norm", "sort")
+ONLY_MANY = ("norm", "sort", "best")
 WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
 DTYPE = torch.bfloat16
 
@@ -432,6 +433,17 @@ def make_head(batch, frames, valid, few, kind):
             lambda: out, lambda: torch.log_softmax(x, -1),
             grid((1,), (1024, 2048, 8192), (4, 8, 16)), x.numel() * 8, 0, prepare=lambda: out.copy_(x),
         )  # fmt: skip
+    if kind == "best":
+        a, weight = tensor(tokens, WIDTH), tensor(VOCABULARY, WIDTH, scale=WIDTH**-0.5)
+        bias = tensor(VOCABULARY, dtype=torch.float32)
+        best, peak = torch.empty(tokens, device="cuda").int(), torch.empty(tokens, device="cuda")
+        candidates = [Tile(128, 256, warps=8, stages=3, copied=1)]
+        candidates += [Tile(128, 128, warps=w, stages=3, copied=2) for w in (4, 8)]
+        return Case(
+            lambda i, tile: best_path(a, weight, bias, best, peak, tile=tile, pdl=True),
+            lambda: peak, lambda: torch.log_softmax(a.float() @ weight.float().t() + bias, -1).amax(-1),
+            candidates, (a.numel() + weight.numel()) * 2, 2 * tokens * VOCABULARY * WIDTH, poison=peak,
+        )  # fmt: skip
     groups, columns, width = (2, WIDTH, 9 * WIDTH) if kind == "subsampling_out" else (1, VOCABULARY, WIDTH)
     a, weight = tensor(groups, tokens, width), tensor(groups, columns, width, scale=width**-0.5)
     bias, out = tensor(groups, columns, dtype=torch.float32), tensor(groups, tokens, columns, dtype=torch.float32)
@@ -464,6 +476,7 @@ CASES = {
     "next_convolution": lambda s, h, few: make_convolution(*s, few, False),
     "subsampling_out": lambda s, h, few: make_head(*s, few, "subsampling_out"),
     "head": lambda s, h, few: make_head(*s, few, "head"),
+    "best": lambda s, h, few: make_head(*s, few, "best"),
     "log_softmax": lambda s, h, few: make_head(*s, few, "log_softmax"),
 }
 

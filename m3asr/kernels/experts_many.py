@@ -267,8 +267,11 @@ def _experts_persistent_kernel(
         if GATHER:
             a_at = a_ptr + tl.where(token >= 0, token, 0)[:, None] * WIDTH + tl.arange(0, BLOCK_K)[None, :]
         for start in range(0, WIDTH, BLOCK_K):
-            if GATHER:
+            if GATHER and WIDTH % BLOCK_K == 0:
                 rows_of_a = tl.load(a_at + start)
+            elif GATHER:
+                inside = start + tl.arange(0, BLOCK_K) < WIDTH
+                rows_of_a = tl.load(a_at + start, mask=inside[None, :], other=0.0)
             else:
                 rows_of_a = a.load([row, start])
             acc = dot(rows_of_a, tl.trans(w.load([expert * columns + col, start])), acc, DOT)
