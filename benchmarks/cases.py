@@ -243,7 +243,11 @@ def make_router(batch, frames, valid, few):
         reference,
         [*grid((1,), (1,), (4, 8, 16)), *grid((16,), (1,), (4,), k=(64, 128), stages=(2,))]
         if few
-        else [*grid((16, 32, 64), (1,), (4, 8), k=(64, 128), stages=(2, 3)), *grid((1,), (1,), (4,))],
+        else [
+            *grid((16, 32, 64), (1,), (4, 8), k=(64, 128), stages=(2, 3)),
+            *grid((16,), (1,), (4, 8), k=(256,), stages=(2,)),
+            Tile(1, 1, warps=4, stages=1),
+        ],
         tokens * WIDTH * 6 + WIDTH * EXPERTS * 4,
         2 * tokens * WIDTH * EXPERTS,
         poison=gate,
@@ -348,7 +352,11 @@ def make_experts_many(batch, frames, valid, hidden, down):
 
     hit = int(idx[here].unique().numel())
     candidates = (
-        [*grid((64,), (128, 256), (4, 8), stages=(3, 4)), Tile(128, 128, warps=8), *persistent()]
+        [
+            *grid((64,), (128, 256), (4, 8), stages=(3, 4)),
+            Tile(128, 128, warps=8),
+            *(t for t in persistent() if t.m <= 128),
+        ]
         if tokens > 1024
         else grid((16, 32, 64), (64, 128), (4,), k=(64, 128), stages=(3, 4))
     )
