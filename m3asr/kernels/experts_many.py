@@ -293,12 +293,12 @@ def _experts_persistent_kernel(
                 if GATE:
                     part *= gate[:, None]
                 out_at = out_ptr + token.to(tl.int64)[:, None] * columns + cols[None, :]
-                if SLICES:
+                if SLICES and out_ptr.dtype.element_ty == tl.float32:
                     # The cache adds: one summand an element, so in no order, and the program waits for nothing.
                     tl.atomic_add(out_at, scale * part, mask=mask, sem="relaxed")
                 else:
                     part = tl.load(out_at, mask=mask, other=0.0) + scale * part
-                    tl.store(out_at, part, mask=mask)
+                    tl.store(out_at, part.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def experts_many(

@@ -203,10 +203,9 @@ def _stored_kernel(
             to = first // 2 if GLU else first
             if RESIDUAL and ADDS:
                 out.atomic_add([row, to], scale * part)
-            elif RESIDUAL:
-                # The interpreter's copies do not add.
-                out.store([row, to], out.load([row, to]) + scale * part)
             else:
+                if RESIDUAL:
+                    part = out.load([row, to]).to(tl.float32) + scale * part
                 out.store([row, to], part.to(out_ptr.dtype.element_ty))
 
 
@@ -323,7 +322,7 @@ def linear(
             _stored_kernel[programs](
                 out=TensorDescriptor.from_tensor(out, [tile.m, stored]),
                 table=TensorDescriptor.from_tensor(positions, [tile.m, sliced]), third=columns // 3, SLICES=tile.stored,
-                ADDS=a.is_cuda, **options,
+                ADDS=a.is_cuda and out.dtype == torch.float32, **options,  # the interpreter's copies do not add
             )  # fmt: skip
         else:
             _persistent_kernel[programs](**options)
