@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from m3asr import ops
 from m3asr.engines.cuda.tiles import tiles_for
 from m3asr.kernels.attention import attention
+from m3asr.kernels.best import best_path
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
@@ -32,7 +33,7 @@ SHAPES = {
     "64x1024": (64, 256, 255),
 }
 # Cases whose kernels are for many tokens alone.
-ONLY_MANY = ("norm",)
+ONLY_MANY = ("norm", "sort", "best")
 WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
 DTYPE = torch.bfloat16
 
@@ -75,19 +76,24 @@ def products(tokens: int) -> list[Tile]:
     if tokens <= 1024:
         tiles = grid((16, 32), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
         return [LIBRARY, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4))]
-    return [LIBRARY, *grid((64, 128), (64, 128, 256), (4, 8), k=(64,), stages=(3,)), *persistent()]
+    kept = [(128, 256, 8), (128, 128, 4), (128, 128, 8), (128, 64, 8), (64, 128, 4)]
+    return [LIBRARY, *(Tile(m, n, 64, warps, 3) for m, n, warps in kept), *persistent()]
 
 
 def persistent() -> list[Tile]:
     """Candidates whose programs stay."""
     return [
-        *(Tile(128, 256, warps=8, stages=s, copied=1) for s in (2, 3)),
-        *(Tile(128, 128, warps=8, stages=s, copied=1) for s in (3, 4)),
-        *(Tile(128, 128, warps=w, stages=2, copied=2) for w in (4, 8)),
+        *(Tile(128, 256, warps=8, stages=s, copied=1, stored=n) for s, n in ((3, 2), (3, 4), (4, 4))),
+        *(Tile(128, 128, warps=4, stages=s, copied=2, stored=n) for s, n in ((2, 2), (3, 2), (3, 4))),
+        *(Tile(128, 128, warps=8, stages=s, copied=c, stored=4) for s, c in ((3, 2), (4, 1))),
+        *(Tile(64, 256, warps=4, stages=2, copied=2, stored=n) for n in (2, 4)),
+        Tile(256, 128, warps=8, stages=3, copied=1, stored=4),
+        Tile(128, 64, warps=4, stages=4, copied=2, stored=2),
+        # Results stored by the threads.
+        Tile(128, 256, warps=8, stages=3, copied=1),
+        Tile(128, 128, warps=8, stages=4, copied=1),
         *(Tile(128, 64, warps=4, stages=s, copied=2) for s in (3, 4)),
-        *(Tile(64, 128, warps=4, stages=s, copied=2) for s in (3, 4)),
-        Tile(64, 256, warps=8, stages=3, copied=1),
-        Tile(64, 256, warps=4, stages=2, copied=2),
+        Tile(64, 128, warps=4, stages=3, copied=2),
     ]
 
 
@@ -165,7 +171,12 @@ def make_attention(batch, frames, valid, few):
         mask = ops.frame_mask(lengths, frames)[:, None, None]
         return ops.attention(q, k, v, mask, key_bias[:, None, :frames]).transpose(1, 2).flatten(2)[:, :valid]
 
-    candidates = grid((16, 32, 64) if few else (64, 128), (32, 64, 128), (4, 8), stages=(2, 3))
+    if few:
+        candidates = grid((16, 32, 64), (32, 64, 128), (4, 8), stages=(2, 3))
+    else:
+        copied = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2)]
+        candidates = [Tile(*mn, warps=w, stages=s, copied=1) for *mn, w, s in copied]
+        candidates += grid((64,), (64, 128), (4,), stages=(2, 3)) + grid((128,), (64,), (8,), stages=(2,))
     work = batch * 4 * valid * valid * WIDTH
     return Case(
         lambda i, tile: attention(qkv, lengths, out, heads=HEADS, tile=tile, key_bias=key_bias, pdl=True),
@@ -188,7 +199,8 @@ def make_depthwise(batch, frames, valid, few):
         lambda i, tile: depthwise(
             x, weight, bias, out, frames=frames, left=7, activation="swish", tile=tile, norm=(w, b, 1e-5), pdl=True
         ),
-        lambda: out, reference, grid((1, 2, 4, 8, 16), (1,), (2, 4, 8)),
+        lambda: out, reference,
+        grid((1, 2), (1,), (2, 4, 8)) + grid((4, 8, 16), (1,), (2, 4, 8), parts=(1, 2)),
         tokens * WIDTH * 4, tokens * WIDTH * 2 * TAPS, poison=out,
     )  # fmt: skip
 
@@ -231,7 +243,11 @@ def make_router(batch, frames, valid, few):
         reference,
         [*grid((1,), (1,), (4, 8, 16)), *grid((16,), (1,), (4,), k=(64, 128), stages=(2,))]
         if few
-        else [*grid((16, 32, 64), (1,), (4, 8), k=(64, 128), stages=(2, 3)), *grid((1,), (1,), (4,))],
+        else [
+            *grid((16, 32, 64), (1,), (4, 8), k=(64, 128), stages=(2, 3)),
+            *grid((16,), (1,), (4, 8), k=(256,), stages=(2,)),
+            Tile(1, 1, warps=4, stages=1),
+        ],
         tokens * WIDTH * 6 + WIDTH * EXPERTS * 4,
         2 * tokens * WIDTH * EXPERTS,
         poison=gate,
@@ -336,13 +352,39 @@ def make_experts_many(batch, frames, valid, hidden, down):
 
     hit = int(idx[here].unique().numel())
     candidates = (
-        [*grid((64, 128), (128, 256), (4, 8), stages=(3, 4)), *persistent()]
+        [
+            *grid((64,), (128, 256), (4, 8), stages=(3, 4)),
+            Tile(128, 128, warps=8),
+            *(t for t in persistent() if t.m <= 128),
+        ]
         if tokens > 1024
         else grid((16, 32, 64), (64, 128), (4,), k=(64, 128), stages=(3, 4))
     )
     return Case(
         launch, result, reference, candidates, hit * columns * width * 2 + tokens * 2 * (columns + width),
         2 * tokens * columns * width, prepare=prepare, copies=copies,
+    )  # fmt: skip
+
+
+def make_sort(batch, frames, valid):
+    """The counts that tiles of several parts use are the router's, of 64 tokens each."""
+    tokens, rows, count_rows = batch * frames, 128, 64
+    idx = routed(batch, frames, valid)
+    slot_token, tile_expert = slots(tokens, EXPERTS, rows, "cuda")
+    one_hot = F.one_hot(idx.long() + 1, EXPERTS + 1)[:, 1:]
+    counts = one_hot.view(-1, count_rows, EXPERTS).sum(1).int(), count_rows
+
+    def launch(i, tile):
+        sort_tokens(
+            idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=tile, pdl=True,
+            counts=counts if tile.parts > 1 else None,
+        )  # fmt: skip
+
+    candidates = grid((1,), (4096, 16384), (16,)) + grid((1,), (512, 1024, 2048), (4, 8), parts=(4, 8, 16))
+    return Case(
+        launch, lambda: slot_token[(tile_expert >= 0).repeat_interleave(rows) & (slot_token >= 0)],
+        lambda: torch.cat([(idx == e).nonzero().flatten() for e in range(EXPERTS)]),
+        candidates, tokens * 8, 0, prepare=lambda: (slot_token.fill_(-7), tile_expert.fill_(-7)),
     )  # fmt: skip
 
 
@@ -399,6 +441,17 @@ def make_head(batch, frames, valid, few, kind):
             lambda: out, lambda: torch.log_softmax(x, -1),
             grid((1,), (1024, 2048, 8192), (4, 8, 16)), x.numel() * 8, 0, prepare=lambda: out.copy_(x),
         )  # fmt: skip
+    if kind == "best":
+        a, weight = tensor(tokens, WIDTH), tensor(VOCABULARY, WIDTH, scale=WIDTH**-0.5)
+        bias = tensor(VOCABULARY, dtype=torch.float32)
+        best, peak = torch.empty(tokens, device="cuda").int(), torch.empty(tokens, device="cuda")
+        candidates = [Tile(128, 256, warps=8, stages=3, copied=1)]
+        candidates += [Tile(128, 128, warps=w, stages=3, copied=2) for w in (4, 8)]
+        return Case(
+            lambda i, tile: best_path(a, weight, bias, best, peak, tile=tile, pdl=True),
+            lambda: peak, lambda: torch.log_softmax(a.float() @ weight.float().t() + bias, -1).amax(-1),
+            candidates, (a.numel() + weight.numel()) * 2, 2 * tokens * VOCABULARY * WIDTH, poison=peak,
+        )  # fmt: skip
     groups, columns, width = (2, WIDTH, 9 * WIDTH) if kind == "subsampling_out" else (1, VOCABULARY, WIDTH)
     a, weight = tensor(groups, tokens, width), tensor(groups, columns, width, scale=width**-0.5)
     bias, out = tensor(groups, columns, dtype=torch.float32), tensor(groups, tokens, columns, dtype=torch.float32)
@@ -424,12 +477,14 @@ CASES = {
     "depthwise": lambda s, h, few: make_depthwise(*s, few),
     "norm": lambda s, h, few: make_norm(*s, few),
     "router": lambda s, h, few: make_router(*s, few),
+    "sort": lambda s, h, few: make_sort(*s),
     "expert_up": lambda s, h, few: (make_experts_few if few else make_experts_many)(*s, h, False),
     "expert_down": lambda s, h, few: (make_experts_few if few else make_experts_many)(*s, h, True),
     "first_convolution": lambda s, h, few: make_convolution(*s, few, True),
     "next_convolution": lambda s, h, few: make_convolution(*s, few, False),
     "subsampling_out": lambda s, h, few: make_head(*s, few, "subsampling_out"),
     "head": lambda s, h, few: make_head(*s, few, "head"),
+    "best": lambda s, h, few: make_head(*s, few, "best"),
     "log_softmax": lambda s, h, few: make_head(*s, few, "log_softmax"),
 }
 

@@ -79,6 +79,7 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
     if name.startswith("1x"):
         cases["the embedding network before the main stack, no branch of its own"] = {"beside": False}
     if tiles.MEASURED:
+        cases["the package's own tiles"] = {"package": True}
         cases["tiles by rule, not by measurement"] = {"rule": True}
     if name.startswith("1x"):
         cases |= {f"kernels for {regime} tokens": {"regime": regime} for regime in ("few", "many")}
@@ -92,8 +93,10 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
         for attribute, value in {**usual, **changes}.items():
             if attribute in usual:
                 setattr(forward, attribute, value)
-        if "rule" in changes:
+        if "rule" in changes or "package" in changes:
             tiles.MEASURED.clear()
+        if "package" in changes:
+            tiles.read_measured(tiles.PACKAGE)
         engine.drop_graphs()
         try:
             error = check(engine, reference, *data[0])["hidden_error_told"]

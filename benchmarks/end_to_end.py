@@ -53,8 +53,10 @@ def on_cpu(folder: ModelFolder, name: str, threads: int) -> Texts:
     return texts
 
 
-def on_gpu(model: str, precision: str) -> Texts:
-    """`model` is a preset or a model folder, which needs no build here: its weights are packed at once."""
+def on_gpu(model: str, precision: str, best_alone: bool) -> Texts:
+    """`model` is a preset or a model folder, which needs no build here: its weights are packed at once. best_alone: no
+    log-probabilities are written.
+    """
     from benchmarks.models import PRESETS, preset, random_model, spread_routers
     from m3asr.engines.cuda import CudaEngine
     from m3asr.engines.cuda.waveforms import WaveformRecogniser
@@ -72,6 +74,7 @@ def on_gpu(model: str, precision: str) -> Texts:
         engine, blank = CudaEngine(folder, precision), folder.config.blank
         cmvn = None if folder.cmvn is None else (folder.cmvn.mean, folder.cmvn.istd)
         config, words = folder.config.fbank, folder.tokenizer.decode
+    engine.forward.best_alone = best_alone
     recogniser = WaveformRecogniser(engine, config, cmvn)
 
     def texts(batches):
@@ -119,10 +122,16 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=5.0, help="seconds for each batch size")
     parser.add_argument("--repeats", type=int, default=50, help="of the single clip")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--tiles", type=Path, help="tiles.json of benchmarks.kernels, over the package's")
+    parser.add_argument("--log-probs", action="store_true", help="cuda: all log-probabilities are made, and not read")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     sound = clips(args.audio or sorted(map(str, EXAMPLES.glob("*.flac"))), args.seconds, 2 * max(args.batches))
     here, rows = available(), []
+    if args.tiles is not None:
+        from m3asr.engines.cuda import tiles
+
+        tiles.read_measured(args.tiles)
     for name in args.engines:
         if here[name][1]:
             rows.append({"engine": name, "refused": here[name][1]})
@@ -134,7 +143,7 @@ def main() -> None:
             continue
         for precision in args.precisions if name == "cuda" else ("fp32",):
             if name == "cuda":
-                texts = on_gpu(args.model or str(ModelFolder.read().path), precision)
+                texts = on_gpu(args.model or str(ModelFolder.read().path), precision, not args.log_probs)
             else:
                 texts = on_cpu(ModelFolder.read(args.model), name, args.threads)
             row = {"engine": name, "device": here[name][0], "precision": precision, "batches": {}}

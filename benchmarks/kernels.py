@@ -168,7 +168,7 @@ def main() -> None:
             shown = f"library {library[0]:.2f}; " if library else ""
             shown += "; ".join(
                 f"{r['us']:.2f} (m{r['m']} n{r['n']} k{r['k']} w{r['warps']} s{r['stages']} p{r['parts']} "
-                f"c{r['copied']} walkers{r['walkers']} {r.get('error', 9):.0e})"
+                f"c{r['copied']} walkers{r['walkers']} stored{r['stored']} {r.get('error', 9):.0e})"
                 for r in rows[: args.show]
             )
             failed = sum("failed" in r for r in rows)

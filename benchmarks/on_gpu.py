@@ -64,8 +64,8 @@ STAGES = {
     ),
     "kernels-many": Stage("{python} -m benchmarks.kernels --shapes 64x1024 16x1024 --budget 190 --out {out}/many", 210),
     "many": Stage(
-        "{python} -m benchmarks.encoder --inputs 16x1024 64x1024 --precisions bf16 --budget 120 --no-baselines {tiles} "
-        "--out {out}/many",
+        "{python} -m benchmarks.encoder --inputs 16x1024 64x1024 --precisions bf16 --variants package --budget 120 "
+        "--no-baselines {tiles} --out {out}/many",
         130,
     ),
     "kernels-between": Stage(
@@ -87,7 +87,14 @@ STAGES = {
         "--out {out}/encoder",
         210,
     ),
-    "end-to-end": Stage("{python} -m benchmarks.end_to_end --engines cuda --model seed --out {out}/seed", 100),
+    "end-to-end": Stage("{python} -m benchmarks.end_to_end --engines cuda --model seed {tiles} --out {out}/seed", 100),
+    # The package's tiles, then those found, then those and the best path without log-probabilities, as it is.
+    "end-to-end-many": Stage(
+        'go="{python} -m benchmarks.end_to_end --engines cuda --model seed --precisions bf16 --batches 16 64 '
+        '--budget 3 --repeats 3"; $go --log-probs --out {out}/before; $go --log-probs {tiles} --out {out}/tiles; '
+        "$go {tiles} --out {out}/best",
+        150,
+    ),
     "end-to-end-shipped": Stage("{python} -m benchmarks.end_to_end --engines cuda --out {out}/shipped", 100),
     "command-line": Stage(
         f"rm -rf {{scratch}} && cp -r {SHIPPED} {{scratch}} || exit 1; for precision in fp32 bf16; do "

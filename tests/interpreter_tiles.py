@@ -24,7 +24,14 @@ def few_programs(monkeypatch):
             name: dataclasses.replace(getattr(rule, name), n=64)
             for name in ("up", "qkv", "gated", "down", "out", "expert_up", "expert_down")
         }
-        return dataclasses.replace(rule, **rows, **wide, attention=dataclasses.replace(rule.attention, m=16, n=16))
+        copies = {}
+        if args[0] == "many":
+            # As on the cards that have a copy engine; the other ways have tests of their own.
+            copies = {"copied": 1, "stored": 2}
+            wide = {name: dataclasses.replace(tile, **copies) for name, tile in wide.items()}
+            rows |= {"sort": Tile(1, 64, parts=2), "depthwise": Tile(2, 32, parts=2)}
+        attention = dataclasses.replace(rule.attention, m=16, n=16, **copies)
+        return dataclasses.replace(rule, **rows, **wide, attention=attention)
 
     monkeypatch.setattr(tiles, "PROGRAMS", 1)
     monkeypatch.setattr(tiles, "tiles_for", larger)

@@ -129,6 +129,21 @@ def test_half_precision(device, precision, regime):
 
 
 @pytest.mark.parametrize("regime", ["few", "many"])
+def test_the_best_path_without_log_probabilities(device, regime):
+    engine = CudaEngine(model(CONFIGS["experts"]), "fp16", device, regime=regime)
+    graph = engine.graph_for(2, 45)
+    with torch.inference_mode():
+        graph.features.normal_()
+        log_probs, *usual = engine.forward(graph.features, graph.lengths)
+        nothing, *alone = engine.forward(graph.features, graph.lengths, best_alone=True)
+    assert (nothing is None) == (regime == "many")
+    for one, two in zip(usual[:-1], alone[:-1], strict=True):
+        assert torch.equal(one, two)
+    torch.testing.assert_close(usual[-1], alone[-1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(log_probs.argmax(-1), alone[-2].long())
+
+
+@pytest.mark.parametrize("regime", ["few", "many"])
 def test_experts_in_eight_bits(device, monkeypatch, regime):
     """The model whose experts have the rounded weights, but for float16 in front of them and bfloat16 elsewhere."""
     built = model(CONFIGS["experts"])

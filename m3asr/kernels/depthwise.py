@@ -7,7 +7,31 @@ import math
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, activate, at_least_16, normalise, release, wait
+from m3asr.kernels.pieces import Tile, activate, at_least_16, mean_of, normalise, release, wait
+
+
+@triton.jit
+def _joined(rows, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT tensors (G, D), from the FIRST of the tuple, as one (G, D, COUNT); each thread keeps what it has."""
+    if COUNT == 1:
+        whole = tl.expand_dims(rows[FIRST], 2)
+    else:
+        left, right = _joined(rows, FIRST, COUNT // 2), _joined(rows, FIRST + COUNT // 2, COUNT // 2)
+        both = tl.permute(tl.join(left, right), (0, 1, 3, 2))
+        whole = tl.reshape(both, (left.shape[0], left.shape[1], COUNT))
+    return whole
+
+
+@triton.jit
+def _apart(whole, COUNT: tl.constexpr):
+    """(G, D, COUNT) -> the tensors (G, D) that `_joined` had."""
+    if COUNT == 1:
+        rows = (tl.reshape(whole, (whole.shape[0], whole.shape[1])),)
+    else:
+        halves = tl.reshape(whole, (whole.shape[0], whole.shape[1], 2, COUNT // 2))
+        left, right = tl.split(tl.permute(halves, (0, 1, 3, 2)))
+        rows = _apart(left, COUNT // 2) + _apart(right, COUNT // 2)
+    return rows
 
 
 @triton.jit
@@ -30,6 +54,7 @@ def _depthwise_kernel(
     BLOCK_D: tl.constexpr,
     BEFORE: tl.constexpr,
     NORM: tl.constexpr,
+    JOINED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -68,11 +93,20 @@ def _depthwise_kernel(
     if NORM:
         norm_w = tl.load(norm_w_ptr + d[None, :], mask=d_in, other=0.0)
         norm_b = tl.load(norm_b_ptr + d[None, :], mask=d_in, other=0.0)
+    if NORM and JOINED:
+        # One sum over the threads for all rows, not one a row after another.
+        x = _joined(sums, 0, BLOCK_M)
+        mean = mean_of(tl.sum(x, axis=1), WIDTH)
+        x = tl.where(d_in[:, :, None], x - mean[:, None, :], 0.0)
+        variance = mean_of(tl.sum(x * x, axis=1), WIDTH)
+        sums = _apart(x * (1.0 / tl.sqrt(variance + eps))[:, None, :], BLOCK_M)
     out_at = out_ptr + first.to(tl.int64)[:, None] * WIDTH + d[None, :]
     for m in tl.static_range(BLOCK_M):
         y = sums[m]
+        if NORM and not JOINED:
+            y = normalise(y, d_in, WIDTH, eps)
         if NORM:
-            y = normalise(y, d_in, WIDTH, eps) * norm_w + norm_b
+            y = y * norm_w + norm_b
         y = activate(y, ACTIVATION).to(out_ptr.dtype.element_ty)
         tl.store(out_at + m * WIDTH, y, mask=run_in[:, None] & d_in)
 
@@ -83,7 +117,8 @@ def depthwise(x, weight, bias, out, *, frames, left, activation, tile: Tile, bef
     x (N, D), N = B * frames, in the compute type; weight float32 (taps, D), bias float32 (D,); out (N, D).
     before float32 (D,): what stands before the first frame instead of zeros.
     norm = (weight, bias, eps): a layer norm over D; a batch norm is folded into weight and bias by the caller.
-    A program takes tile.n runs of tile.m rows, or of as many below that divide S.
+    A program takes tile.n runs of tile.m rows, or of as many below that divide S. With tile.parts above 1 it sums
+    for the norms of a run's rows together.
     """
     tokens, width = x.shape
     norm_w, norm_b, eps = norm if norm else (bias, bias, 0.0)
@@ -107,6 +142,7 @@ def depthwise(x, weight, bias, out, *, frames, left, activation, tile: Tile, bef
         BLOCK_D=at_least_16(width),
         BEFORE=before is not None,
         NORM=norm is not None,
+        JOINED=tile.parts > 1,
         ACTIVATION=activation,
         PDL=pdl,
         **tile.options(pdl),

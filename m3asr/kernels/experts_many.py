@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from m3asr.kernels.pieces import Tile, activate, copyable, dot, multiprocessors, release, wait
+from m3asr.kernels.pieces import (
+    Tile,
+    activate,
+    copyable,
+    dot,
+    multiprocessors,
+    release,
+    slices,
+    storable,
+    wait,
+)
 
 
 @triton.jit
@@ -58,17 +68,92 @@ def _sort_kernel(
             tl.store(tile_expert_ptr + start + own, tl.full((BLOCK_T,), -1, tl.int32), mask=start + own < tiles)
 
 
+@triton.jit
+def _counted_sort_kernel(
+    expert_ptr,
+    counts_ptr,
+    slot_token_ptr,
+    tile_expert_ptr,
+    tokens,
+    tiles,
+    counted,
+    count_rows,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`_sort_kernel` with a share of the tokens a program; counts (counted, EXPERTS), of count_rows tokens each."""
+    release(PDL)
+    expert, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    share = tl.cdiv(counted, parts)
+    first = part * share
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    earlier = tl.zeros((BINS,), tl.int32)
+    wait(PDL)
+    for start in range(0, counted, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        mask = (c < counted)[:, None] & (bins < EXPERTS)[None, :]
+        found = tl.load(counts_ptr + c[:, None] * EXPERTS + bins[None, :], mask=mask, other=0)
+        counts += tl.sum(found, axis=0)
+        earlier += tl.sum(tl.where((c < first)[:, None], found, 0), axis=0)
+    blocks = (counts + BLOCK_M - 1) // BLOCK_M
+    before = tl.sum(tl.where(bins < expert, blocks, 0), axis=0)
+    count = tl.sum(tl.where(bins == expert, counts, 0), axis=0)
+    mine = (count + BLOCK_M - 1) // BLOCK_M
+    done = before * BLOCK_M + tl.sum(tl.where(bins == expert, earlier, 0), axis=0)
+    end = tl.minimum((first + share) * count_rows, tokens)
+    for start in range(first * count_rows, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        here = tl.load(expert_ptr + t, mask=t < end, other=-1) == expert
+        rank = tl.cumsum(here.to(tl.int32), axis=0) - 1
+        tl.store(slot_token_ptr + done + rank, t, mask=here)
+        done += tl.sum(here.to(tl.int32), axis=0)
+    if part == 0:
+        unused = before * BLOCK_M + count + tl.arange(0, BLOCK_M)
+        tl.store(slot_token_ptr + unused, tl.full((BLOCK_M,), -1, tl.int32), mask=unused < (before + mine) * BLOCK_M)
+        own = tl.arange(0, BLOCK_T)
+        for start in range(0, mine, BLOCK_T):
+            tl.store(tile_expert_ptr + before + start + own, expert + tl.zeros_like(own), mask=start + own < mine)
+        if expert == EXPERTS - 1:
+            for start in range(before + mine, tiles, BLOCK_T):
+                tl.store(tile_expert_ptr + start + own, tl.full((BLOCK_T,), -1, tl.int32), mask=start + own < tiles)
+
+
 def most_tiles(tokens: int, experts: int, rows: int) -> int:
     """How many tiles of `rows` slots the worst routing needs: each expert may leave one tile part empty."""
     return min(tokens, triton.cdiv(tokens, rows) + experts)
 
 
-def sort_tokens(expert_idx, slot_token, tile_expert, *, experts, rows, tile: Tile, pdl=False) -> None:
+def sort_tokens(expert_idx, slot_token, tile_expert, *, experts, rows, tile: Tile, counts=None, pdl=False) -> None:
     """expert_idx int32 (N,) -> slot_token int32 (tiles * rows,), tile_expert int32 (tiles,); -1 where there is none.
 
     Tokens of one expert keep their order. tiles = `most_tiles(N, experts, rows)`; slots of tiles without an expert
     are not written.
+    counts = (what `router.route` counted, of so many tokens each): then tile.parts programs share an expert's work.
     """
+    if counts is not None:
+        _counted_sort_kernel[(experts, tile.parts)](
+            expert_idx,
+            counts[0],
+            slot_token,
+            tile_expert,
+            expert_idx.numel(),
+            tile_expert.numel(),
+            counts[0].shape[0],
+            counts[1],
+            EXPERTS=experts,
+            BINS=triton.next_power_of_2(experts),
+            BLOCK_M=rows,
+            BLOCK_T=tile.n,
+            BLOCK_C=256,
+            PDL=pdl,
+            **tile.options(pdl),
+        )
+        return
     _sort_kernel[(experts,)](
         expert_idx,
         slot_token,
@@ -146,6 +231,7 @@ def _experts_persistent_kernel(
     a_ptr,
     a,
     w,
+    out,
     b_ptr,
     slot_token_ptr,
     tile_expert_ptr,
@@ -160,6 +246,7 @@ def _experts_persistent_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SLICES: tl.constexpr,
     GATHER: tl.constexpr,
     GATE: tl.constexpr,
     DOT: tl.constexpr,
@@ -167,6 +254,7 @@ def _experts_persistent_kernel(
 ):
     release(PDL)
     wait(PDL)
+    SLICE: tl.constexpr = BLOCK_N // (SLICES if SLICES else 1)
     t = tl.arange(0, BLOCK_T)
     used_tiles = tl.sum((tl.load(tile_expert_ptr + t, mask=t < tiles, other=-1) >= 0).to(tl.int32), axis=0)
     tiles_n = tl.cdiv(columns, BLOCK_N)
@@ -179,23 +267,38 @@ def _experts_persistent_kernel(
         if GATHER:
             a_at = a_ptr + tl.where(token >= 0, token, 0)[:, None] * WIDTH + tl.arange(0, BLOCK_K)[None, :]
         for start in range(0, WIDTH, BLOCK_K):
-            if GATHER:
+            if GATHER and WIDTH % BLOCK_K == 0:
                 rows_of_a = tl.load(a_at + start)
+            elif GATHER:
+                inside = start + tl.arange(0, BLOCK_K) < WIDTH
+                rows_of_a = tl.load(a_at + start, mask=inside[None, :], other=0.0)
             else:
                 rows_of_a = a.load([row, start])
             acc = dot(rows_of_a, tl.trans(w.load([expert * columns + col, start])), acc, DOT)
-        cols = col + tl.arange(0, BLOCK_N)
-        acc += tl.load(b_ptr + expert * columns + cols, mask=cols < columns, other=0.0)[None, :]
-        acc = activate(acc, ACTIVATION)
-        out_mask = (token >= 0)[:, None] & (cols < columns)[None, :]
-        if GATHER:
-            out_at = out_ptr + slots.to(tl.int64)[:, None] * columns + cols[None, :]
-        else:
-            out_at = out_ptr + token.to(tl.int64)[:, None] * columns + cols[None, :]
-            if GATE:
-                acc *= tl.load(gate_ptr + token, mask=token >= 0, other=0.0)[:, None]
-            acc = tl.load(out_at, mask=out_mask, other=0.0) + scale * acc
-        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+        if GATE:
+            gate = tl.load(gate_ptr + token, mask=token >= 0, other=0.0)
+        parts = slices(acc, SLICES if SLICES else 1)
+        for i in tl.static_range(SLICES if SLICES else 1):
+            first = col + i * SLICE
+            cols = first + tl.arange(0, SLICE)
+            part = parts[i] + tl.load(b_ptr + expert * columns + cols, mask=cols < columns, other=0.0)[None, :]
+            part = activate(part, ACTIVATION)
+            mask = (token >= 0)[:, None] & (cols < columns)[None, :]
+            if GATHER and SLICES:
+                out.store([row, first], part.to(out_ptr.dtype.element_ty))
+            elif GATHER:
+                out_at = out_ptr + slots.to(tl.int64)[:, None] * columns + cols[None, :]
+                tl.store(out_at, part.to(out_ptr.dtype.element_ty), mask=mask)
+            else:
+                if GATE:
+                    part *= gate[:, None]
+                out_at = out_ptr + token.to(tl.int64)[:, None] * columns + cols[None, :]
+                if SLICES and out_ptr.dtype.element_ty == tl.float32:
+                    # The cache adds: one summand an element, so in no order, and the program waits for nothing.
+                    tl.atomic_add(out_at, scale * part, mask=mask, sem="relaxed")
+                else:
+                    part = tl.load(out_at, mask=mask, other=0.0) + scale * part
+                    tl.store(out_at, part.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def experts_many(
@@ -212,12 +315,13 @@ def experts_many(
     experts, columns, width = weight.shape
     assert slot_token.numel() == tile_expert.numel() * tile.m, "the tokens were sorted for another tile height"
     flat = weight.view(experts * columns, width)
-    if tile.copied and copyable(a) and copyable(flat):
+    if tile.copied and copyable(a) and copyable(flat) and storable(out):
         most = triton.cdiv(columns, tile.n) * tile_expert.numel()
         _experts_persistent_kernel[(min(most, tile.copied * multiprocessors(a.device)),)](
             a,
             TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
             TensorDescriptor.from_tensor(flat, [tile.n, tile.k]),
+            TensorDescriptor.from_tensor(out, [tile.m, tile.n // max(1, tile.stored)]),
             bias,
             slot_token,
             tile_expert,
@@ -232,6 +336,7 @@ def experts_many(
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
             ACTIVATION=activation,
+            SLICES=tile.stored,
             GATHER=residual_scale is None,
             GATE=gate is not None,
             DOT=dot,

@@ -7,7 +7,20 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from m3asr.kernels.pieces import Tile, copyable, dot, dot_parts, finished, multiprocessors, release, wait
+from m3asr.kernels.pieces import (
+    Tile,
+    activate,
+    copyable,
+    dot,
+    dot_parts,
+    finished,
+    gated,
+    multiprocessors,
+    release,
+    slices,
+    storable,
+    wait,
+)
 
 # In place of a tile: the product is the device library's (cuBLAS), and what follows it a kernel of its own.
 LIBRARY = Tile(0, 0)
@@ -128,6 +141,75 @@ def _persistent_kernel(
 
 
 @triton.jit
+def _stored_kernel(
+    a,
+    w,
+    out,
+    table,
+    b_ptr,
+    table_ptr,
+    lengths_ptr,
+    out_ptr,
+    tokens,
+    frames,
+    columns,
+    third,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr,
+    TABLE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    MASK: tl.constexpr,
+    ADDS: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`_persistent_kernel` with `finished` a slice of columns at a time, each stored, or added, by the copy engine."""
+    release(PDL)
+    wait(PDL)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    tiles = tl.cdiv(tokens, BLOCK_M) * tiles_n
+    SLICE: tl.constexpr = BLOCK_N // SLICES
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row, col = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, WIDTH, BLOCK_K):
+            acc = dot(a.load([row, start]), tl.trans(w.load([col, start])), acc, DOT)
+        rows = row + tl.arange(0, BLOCK_M)
+        if GLU or MASK:
+            valid = (rows % frames) < tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)
+        parts = slices(acc, SLICES)
+        for i in tl.static_range(SLICES):
+            first = col + i * SLICE
+            cols = first + tl.arange(0, SLICE)
+            part = parts[i] + tl.load(b_ptr + cols, mask=cols < columns, other=0.0)[None, :]
+            if TABLE:
+                # Two thirds of the tiles have nothing to add and pass by. Copies give zeros above the table and below,
+                # so a tile over several utterances adds one copy for each, and all but one are zero in a row.
+                if (first >= third) & (first < 2 * third):
+                    for utterance in tl.range(0, (row % frames + BLOCK_M - 1) // frames + 1, num_stages=1):
+                        position = row % frames - utterance * frames
+                        part += table.load([position, first - third]).to(tl.float32)
+            if GLU:
+                part = gated(part, BLOCK_M, SLICE)
+            part = activate(part, ACTIVATION)
+            if GLU or MASK:
+                part = tl.where(valid[:, None], part, 0.0)
+            to = first // 2 if GLU else first
+            if RESIDUAL and ADDS:
+                out.atomic_add([row, to], scale * part)
+            else:
+                if RESIDUAL:
+                    part = out.load([row, to]).to(tl.float32) + scale * part
+                out.store([row, to], part.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
 def _finish_kernel(
     product_ptr,
     b_ptr,
@@ -185,6 +267,11 @@ def linear(
     tile = LIBRARY rounds the product to the compute type once more, and ignores `dot`. A persistent tile is one
     only for operands that the copy engine takes (`pieces.copyable`).
     """
+    if a.dim() == 3 and tile.copied:
+        # Programs that stay fill the card with one group.
+        for each in zip(a, weight, bias, out, strict=True):
+            linear(*each, tile=tile, activation=activation, residual_scale=residual_scale, dot=dot, pdl=pdl)
+        return
     groups = a.shape[0] if a.dim() == 3 else 1
     tokens, width = a.shape[-2:]
     columns = weight.shape[-2]
@@ -224,11 +311,21 @@ def linear(
     }
     grid = (triton.cdiv(columns, tile.n), triton.cdiv(tokens, tile.m), groups)
     if tile.copied and copyable(a) and copyable(weight):
-        _persistent_kernel[(min(grid[0] * grid[1], tile.copied * multiprocessors(a.device)),)](
-            a=TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
-            w=TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
-            **options,
-        )
+        programs = (min(grid[0] * grid[1], tile.copied * multiprocessors(a.device)),)
+        options["a"] = TensorDescriptor.from_tensor(a, [tile.m, tile.k])
+        options["w"] = TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
+        sliced = tile.n // max(tile.stored, 1)
+        positions = table[0][:frames] if table else weight
+        aligned = not table or (columns // 3 % sliced == 0 and copyable(positions))  # a slice is of keys or not
+        if tile.stored and storable(out) and aligned:
+            stored = sliced // 2 if glu else sliced
+            _stored_kernel[programs](
+                out=TensorDescriptor.from_tensor(out, [tile.m, stored]),
+                table=TensorDescriptor.from_tensor(positions, [tile.m, sliced]), third=columns // 3, SLICES=tile.stored,
+                ADDS=a.is_cuda and out.dtype == torch.float32, **options,  # the interpreter's copies do not add
+            )  # fmt: skip
+        else:
+            _persistent_kernel[programs](**options)
         return
     _linear_kernel[grid](
         a_ptr=a, w_ptr=weight, a_group=tokens * width, w_group=columns * width, out_group=out.shape[-1] * tokens,

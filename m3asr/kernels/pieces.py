@@ -20,6 +20,8 @@ class Tile:
     copied: operands come by the card's copy engine. A product then runs so many programs a multiprocessor, which make
     one tile after another and fetch the next one's operands while they finish the last.
     walkers: for the experts of few tokens, so many programs a multiprocessor walk over the experts that have tokens.
+    stored: results, too, go by the copy engine, in so many slices of a tile's columns, a power of two: while they are
+    under way the program multiplies on, and each slice needs few registers and little shared memory.
     """
 
     m: int
@@ -30,6 +32,7 @@ class Tile:
     parts: int = 1
     copied: int = 0
     walkers: int = 0
+    stored: int = 0
 
     def options(self, pdl: bool) -> dict:
         """Launch options of Triton."""
@@ -51,7 +54,13 @@ def multiprocessors(device: torch.device) -> int:
 
 def copyable(tensor: torch.Tensor) -> bool:
     """Whether the copy engine takes tiles of this matrix: numbers of 16 bits, rows of whole 16 bytes."""
-    return tensor.dim() == 2 and tensor.element_size() == 2 and tensor.stride(0) % 8 == 0 and tensor.stride(1) == 1
+    return tensor.element_size() == 2 and storable(tensor)
+
+
+def storable(tensor: torch.Tensor) -> bool:
+    """Whether the copy engine writes tiles of this matrix: rows of whole 16 bytes."""
+    size = tensor.element_size()
+    return tensor.dim() == 2 and tensor.stride(0) * size % 16 == 0 and tensor.stride(1) == 1 and size in (2, 4)
 
 
 @triton.jit
@@ -100,6 +109,18 @@ def gated(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Gated linear unit of columns that alternate value, gate: (BLOCK_M, BLOCK_N) -> (BLOCK_M, BLOCK_N / 2)."""
     value, gate = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_N // 2, 2)))
     return value * tl.sigmoid(gate)
+
+
+@triton.jit
+def slices(x, COUNT: tl.constexpr):
+    """x (M, N) cut into COUNT tensors (M, N / COUNT), left to right; a power of two."""
+    if COUNT == 1:
+        parts = (x,)
+    else:
+        halves = tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        parts = slices(left, COUNT // 2) + slices(right, COUNT // 2)
+    return parts
 
 
 @triton.jit

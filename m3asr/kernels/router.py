@@ -22,6 +22,7 @@ def _router_kernel(
     y_ptr,
     expert_ptr,
     gate_ptr,
+    counts_ptr,
     tokens,
     frames,
     heard_stride,
@@ -33,6 +34,7 @@ def _router_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    COUNTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
@@ -88,17 +90,24 @@ def _router_kernel(
     gate = 1.0 / tl.sum(tl.exp(logits - top[:, None]), axis=1)
     # Padding goes to no expert: it costs no weights, and no result depends on it.
     valid = (rows % frames) < tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)
-    tl.store(expert_ptr + rows, tl.where(valid, expert, -1), mask=rows < tokens)
+    expert = tl.where(valid, expert, -1)
+    tl.store(expert_ptr + rows, expert, mask=rows < tokens)
+    if COUNTS:
+        hits = tl.sum((expert[:, None] == e[None, :]).to(tl.int32), axis=0)
+        tl.store(counts_ptr + tl.program_id(0) * EXPERTS + e, hits, mask=e_in)
     tl.store(gate_ptr + rows, tl.where(valid, gate, 0.0), mask=rows < tokens)
 
 
-def route(x, weight, bias, heard, lengths, y, expert_idx, gate, *, frames, eps, tile: Tile, scale=1.0, pdl=False):
+def route(
+    x, weight, bias, heard, lengths, y, expert_idx, gate, *, frames, eps, tile: Tile, scale=1.0, counts=None, pdl=False
+) -> None:  # fmt: skip
     """y = normalise(x); the best expert of each token by scale * y weight + bias + heard, and its softmax probability.
 
     x float32 (N, D); weight float32 (D, E), bias float32 (E,): with the norm's own folded in, the largest weight near
     1, so that the halves of all that matter are normal float16 numbers; heard float32 (N, E),
     rows any distance apart: what the embedding network adds; lengths int32 (B,), N = B * frames.
-    Writes y (N, D) in the compute type, expert_idx int32 (N,), -1 past the length, gate float32 (N,), 0 there.
+    Writes y (N, D) in the compute type, expert_idx int32 (N,), -1 past the length, gate float32 (N,), 0 there, and, if
+    given, counts int32 (N / tile.m rounded up, E): how many of so many tokens go to each expert.
     """
     tokens, width = x.shape
     _router_kernel[(triton.cdiv(tokens, tile.m),)](
@@ -110,6 +119,7 @@ def route(x, weight, bias, heard, lengths, y, expert_idx, gate, *, frames, eps, 
         y,
         expert_idx,
         gate,
+        gate if counts is None else counts,
         tokens,
         frames,
         heard.stride(0),
@@ -121,6 +131,7 @@ def route(x, weight, bias, heard, lengths, y, expert_idx, gate, *, frames, eps, 
         BLOCK_M=tile.m,
         BLOCK_D=at_least_16(width),
         BLOCK_K=tile.k,
+        COUNTS=counts is not None,
         PDL=pdl,
         **tile.options(pdl),
     )

@@ -5,6 +5,7 @@ import torch
 
 from m3asr import ops
 from m3asr.kernels.attention import attention
+from m3asr.kernels.pieces import Tile
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -62,3 +63,25 @@ def test_the_folded_positions_are_the_checkpoints_scores(device, options, check,
     attention(qkv, lengths, out, heads=heads, tile=tile(16, 16), key_bias=key_bias, **options(torch.float32))
     for b, length in enumerate(lengths.tolist()):
         check(out[b, :length], reference[b, :length], factor=2.0)
+
+
+@pytest.mark.parametrize("frames, columns, biased", [(1, 16, True), (40, 16, True), (40, 32, True), (40, 16, False)])
+def test_attention_to_copied_operands(device, options, check, poisoned, frames, columns, biased):
+    """What stands past a length must not matter: large numbers, those of the next utterance, nothing after the last."""
+    heads, head_width, dtype = 2, 32, torch.float16
+    lengths = torch.tensor([frames, max(frames - 3, 1), 0, max(frames - 9, 1)], dtype=torch.int32, device=device)
+    qkv = torch.randn(4, frames, 3 * heads * head_width, device=device).to(dtype)
+    for b, length in enumerate(lengths.tolist()):
+        qkv[b, length:] = 6e4
+    key_bias = torch.randn(heads, 64, device=device) if biased else None
+    out = poisoned(4, frames, heads * head_width, dtype=dtype)
+    tile = Tile(64 if device.type == "cuda" else 16, columns, warps=4, stages=2, copied=1)
+    attention(qkv, lengths, out, heads=heads, tile=tile, key_bias=key_bias, **options(dtype))
+    for b, length in enumerate(lengths.tolist()):
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(0, 1).double() for t in qkv[b, :length].chunk(3, dim=-1))
+        scores = q @ k.transpose(-2, -1) + (key_bias[:, None, :length].double() if biased else 0.0)
+        reference = (torch.softmax(scores / head_width**0.5, -1) @ v).transpose(0, 1).flatten(1)
+        assert torch.isfinite(out[b]).all()
+        if length:
+            check(out[b, :length], reference, dtype)
+    assert not out[2].any()

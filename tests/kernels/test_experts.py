@@ -91,14 +91,18 @@ def test_experts(device, options, check, poisoned, tile, dtype, tokens, kind, re
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_experts_by_programs_that_stay(device, options, check, poisoned, tile, kind):
-    """As above, more tiles than programs, and fewer; what no slot holds is not read: h starts as NaN."""
+@pytest.mark.parametrize("stored", [0, 2])
+def test_experts_by_programs_that_stay(device, options, check, poisoned, tile, kind, stored):
+    """As above, more tiles than programs, and fewer; what no slot holds is not read: h starts as NaN. stored: results
+    go by the copy engine, two slices a tile.
+    """
     tokens, rows, dtype = 70, 64 if device.type == "cuda" else 16, torch.float16
     layer, both = Layer(kind, tokens, dtype, device), options(dtype)
     slot_token, tile_expert = slots(tokens, EXPERTS, rows, device)
     sort_tokens(layer.expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=tile(n=32), pdl=both["pdl"])
     h = poisoned(slot_token.numel(), HIDDEN, dtype=dtype)
-    layer.run_many(h, slot_token, tile_expert, Tile(rows, 16, 32, stages=2, copied=1), **both)
+    columns = 32 if stored else 16
+    layer.run_many(h, slot_token, tile_expert, Tile(rows, columns, 32, stages=2, copied=1, stored=stored), **both)
     layer.check(check, dtype)
 
 
@@ -163,6 +167,23 @@ def test_sorting_many_tokens(device, options, tile):
     for e in range(EXPERTS):
         mine = groups[tile_expert == e].flatten()
         assert mine[mine >= 0].tolist() == (expert_idx == e).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens, count_rows, parts", [(1, 16, 4), (300, 1, 2), (1000, 16, 5)])
+def test_sorting_by_counts_is_sorting(device, options, poisoned, tile, kind, tokens, count_rows, parts):
+    """More programs than counts, counts that no program's share divides, more than one step a program."""
+    expert_idx = routing(kind, tokens, device)
+    counts = torch.stack([torch.bincount(part[part >= 0], minlength=EXPERTS) for part in expert_idx.split(count_rows)])
+    results = []
+    for counted in (None, (counts.int(), count_rows)):
+        slot_token, tile_expert = (poisoned(len(t), dtype=torch.int32) for t in slots(tokens, EXPERTS, 16, device))
+        sort_tokens(
+            expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=64, parts=parts), counts=counted,
+            pdl=options(torch.float32)["pdl"],
+        )  # fmt: skip
+        results.append((slot_token, tile_expert))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -91,9 +91,36 @@ def test_linear(device, options, check, poisoned, tile, dtype, k, parts, kind):
     linear(a, weight, bias, out, tile=tile(k=k, parts=parts) if k else LIBRARY, **arguments, **options(dtype))
     # The library's product is rounded before its epilogue.
     check(out, reference, dtype, factor=1.0 if k else 2.0)
-    if k == 16 and kind == "swish":
+    if k == 16 and kind in ("swish", "groups"):
         # Programs that stay, more tiles than programs; float32, which they do not cover, goes the usual way.
         out = poisoned(*reference.shape, dtype=dtype)
         staying = Tile(64 if device.type == "cuda" else 16, 16, 32, stages=2, copied=1)
         linear(a, weight, bias, out, tile=staying, **arguments, **options(dtype))
         check(out, reference, dtype)
+
+
+@pytest.mark.parametrize("kind", ["swish", "table", "glu", "residual", "masked residual"])
+@pytest.mark.parametrize("stored", [1, 2, 4])
+def test_results_stored_by_copies(device, options, check, poisoned, kind, stored):
+    """More tiles than programs, tiles over several utterances and past the last, slices past the last column."""
+    dtype, rows, frames, width = torch.float16, 64 if device.type == "cuda" else 16, 9, 48
+    columns = 96 if kind == "table" else 80
+    a = torch.randn(11 * frames, width, device=device).to(dtype)
+    weight = (torch.randn(columns, width, device=device) / 7).to(dtype)
+    bias = torch.randn(columns, device=device)
+    lengths = torch.tensor([9, 3, 0, 1, 8, 9, 9, 5, 2, 9, 6], dtype=torch.int32, device=device)
+    table = (torch.randn(20, columns // 3, device=device).to(dtype), frames) if kind == "table" else None
+    glu = (lengths, frames) if kind == "glu" else None
+    arguments = {"table": table, "glu": glu, "activation": "swish" if kind == "swish" else "none"}
+    reference = epilogue(a.double() @ weight.double().t() + bias, arguments["activation"], table, glu)
+    out = poisoned(*reference.shape, dtype=dtype)
+    if "residual" in kind:
+        out = torch.randn(reference.shape, device=device)
+        arguments["residual_scale"] = 0.5
+        if kind.startswith("masked"):
+            arguments["mask"] = (lengths, frames)
+            reference = reference * ops.frame_mask(lengths, frames).flatten().unsqueeze(-1)
+        reference = out.double() + 0.5 * reference
+    tile = Tile(rows, 32 * stored, 32, stages=2, copied=1, stored=stored)
+    linear(a, weight, bias, out, tile=tile, **arguments, **options(dtype))
+    check(out, reference, dtype)

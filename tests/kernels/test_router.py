@@ -17,9 +17,10 @@ def test_route(device, options, check, poisoned, tile, rows, experts):
     valid = (torch.arange(frames, device=device) < lengths[:, None]).flatten()
     y, gate = poisoned(tokens, width, dtype=torch.bfloat16), poisoned(tokens)
     expert_idx = poisoned(tokens, dtype=torch.int32)
+    counts = poisoned(-(-tokens // rows), experts, dtype=torch.int32)
     route(
         x, weight / 4, bias, heard, lengths, y, expert_idx, gate, frames=frames, eps=1e-12, tile=tile(rows),
-        scale=4.0, pdl=options(torch.float32)["pdl"],
+        scale=4.0, counts=counts, pdl=options(torch.float32)["pdl"],
     )  # fmt: skip
     normed = F.layer_norm(x.double(), (width,), eps=1e-12)
     probability, expected = torch.softmax(normed @ weight.double() + bias + heard, -1).max(-1)
@@ -27,6 +28,8 @@ def test_route(device, options, check, poisoned, tile, rows, experts):
     assert torch.equal(expert_idx[valid].long(), expected[valid])
     assert (expert_idx[~valid] == -1).all() and not gate[~valid].any()
     check(gate[valid], probability[valid])
+    for i, chosen in enumerate(expert_idx.split(rows)):
+        assert counts[i].tolist() == [int((chosen == e).sum()) for e in range(experts)]
 
 
 @pytest.mark.parametrize("rows", [1, 16], ids=lambda r: f"rows{r}")

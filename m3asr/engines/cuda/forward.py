@@ -18,6 +18,7 @@ from m3asr.config import ModelConfig
 from m3asr.engines.cuda import tiles
 from m3asr.engines.cuda.packing import EXPERTS_TYPES, TYPES, Block, Stack, Subsampling, Weights
 from m3asr.kernels.attention import attention
+from m3asr.kernels.best import best_path
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
@@ -25,6 +26,7 @@ from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
 from m3asr.kernels.norm_linear import norm_linear
+from m3asr.kernels.pieces import copyable
 from m3asr.kernels.router import route
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
@@ -46,6 +48,7 @@ class Shape:
 class Forward:
     """features, lengths -> log_probs, hidden, out_lengths, best path, by Triton kernels.
 
+    `best_alone`: where the best path is all that is wanted, log-probabilities are not written.
     `beside`: the embedding network is a branch of its own, beside the main stack's first sub-layers, up to the router.
     `regime` "few" or "many" fixes the kind of kernels; "auto" chooses by the number of tokens. `trace`, if set, is
     called with ("blocks", block, x), x the block's output before its final norm, and ("routes", block, expert_idx).
@@ -59,12 +62,12 @@ class Forward:
         self.dot = "tf32x3"
         if not self.wide:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
-        self.beside, self._side = True, None
+        self.beside, self.best_alone, self._side = True, True, None
         self.trace = None
         # Where log_probs go, float32, flat: they are larger than all else, and all graphs can share one place.
         self.shared: Tensor | None = None
 
-    def __call__(self, features: Tensor, lengths: Tensor, chunk: tuple[int, int] | None = None):
+    def __call__(self, features: Tensor, lengths: Tensor, chunk: tuple[int, int] | None = None, best_alone=False):
         """features float32 (B, T, F), lengths int32 (B,) -> log_probs float32 (B, S, V), hidden float32 (B, S, D),
         out_lengths int32 (B,), the best symbols int32 (B, S) and their log-probabilities float32 (B, S).
 
@@ -81,12 +84,17 @@ class Forward:
         heard = None if self.weights.heard is None else self._heard(streams[0], shape)
         y, hidden = self._stack(streams[-1], shape, self.weights.main, heard)
         head = self.weights.head
+        best, peaks = self._new((shape.tokens,), torch.int32), self._new((shape.tokens,), torch.float32)
+        if best_alone and self.best_alone and not self._few(shape) and copyable(y) and copyable(head.weight):
+            tile = self._tiles(shape, hidden.shape[1], hidden.shape[1]).best
+            best_path(y, head.weight, head.bias, best, peaks, tile=tile, dot=self.dot, pdl=self.pdl)
+            hidden, best, peaks = (t.unflatten(0, (shape.batch, frames)) for t in (hidden, best, peaks))
+            return None, hidden, out_lengths, best, peaks
         size = (shape.tokens, head.weight.shape[0])
         log_probs = self._new(size, torch.float32) if self.shared is None else self.shared[: math.prod(size)].view(size)
         tile = self._tiles(shape, hidden.shape[1], hidden.shape[1])
         # The head reads the hidden sequence in the compute type.
         self._linear(y, head, log_probs, tile=tile.head)
-        best, peaks = self._new((shape.tokens,), torch.int32), self._new((shape.tokens,), torch.float32)
         log_softmax(log_probs, best, peaks, tile=tile.log_softmax, pdl=self.pdl)
         log_probs, hidden, best, peaks = (
             t.unflatten(0, (shape.batch, frames)) for t in (log_probs, hidden, best, peaks)
@@ -243,10 +251,12 @@ class Forward:
         experts, hidden, _ = block.up.weight.shape
         tile = self._tiles(shape, width, hidden)
         y, gate = self._new(x.shape, self.experts_dtype), self._new((tokens,), torch.float32)
-        expert_idx = self._new((tokens,), torch.int32)
+        expert_idx, counts = self._new((tokens,), torch.int32), None
+        if tile.sort.parts > 1 and not self._few(shape):
+            counts = self._new((-(-tokens // tile.router.m), experts), torch.int32)
         route(
             x, block.router.weight, block.router.bias, heard, shape.lengths, y, expert_idx, gate, frames=shape.frames,
-            eps=config.norm_eps, tile=tile.router, scale=block.router_scale, pdl=self.pdl,
+            eps=config.norm_eps, tile=tile.router, scale=block.router_scale, counts=counts, pdl=self.pdl,
         )  # fmt: skip
         if self.trace is not None:
             self.trace("routes", block, expert_idx)
@@ -261,7 +271,10 @@ class Forward:
             return
         rows = tile.expert_up.m
         slot_token, tile_expert = slots(tokens, experts, rows, x.device)
-        sort_tokens(expert_idx, slot_token, tile_expert, experts=experts, rows=rows, tile=tile.sort, pdl=self.pdl)
+        sort_tokens(
+            expert_idx, slot_token, tile_expert, experts=experts, rows=rows, tile=tile.sort, pdl=self.pdl,
+            counts=None if counts is None else (counts, tile.router.m),
+        )  # fmt: skip
         h = self._new((slot_token.numel(), hidden), self.experts_dtype)
         experts_many(y, block.up.weight, block.up.bias, slot_token, tile_expert, h, **up, **both)
         experts_many(h, block.down.weight, block.down.bias, slot_token, tile_expert, x, **down, **both)

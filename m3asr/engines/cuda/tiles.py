@@ -43,6 +43,7 @@ class Tiles:
     heard: Tile
     head: Tile
     log_softmax: Tile
+    best: Tile  # the head where the best path is all that is wanted
 
 
 # (regime, operation) -> {tokens: tile}: the best of those that `benchmarks.kernels` tried, in bfloat16 at the seed's
@@ -62,7 +63,8 @@ def read_measured(path: Path) -> None:
         known.update({int(tokens): Tile(**tile) for tokens, tile in rows.items()})
 
 
-read_measured(Path(__file__).parent / "measured.json")
+PACKAGE = Path(__file__).parent / "measured.json"
+read_measured(PACKAGE)
 
 
 def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
@@ -88,6 +90,9 @@ def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> 
         # One sort serves both, and a tile of another height was never measured.
         known |= {"expert_up": rule.expert_up, "expert_down": rule.expert_down}
     return replace(rule, **known)
+
+
+_BEST = Tile(128, 128, warps=4, stages=3, copied=2)
 
 
 def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
@@ -124,6 +129,7 @@ def few(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         heard=Tile(16, 32, k=64, warps=4),
         head=Tile(rows, 32, k=whole, warps=warps, parts=parts_of(whole, warps, wide)),
         log_softmax=Tile(1, 2048, warps=8),
+        best=_BEST,
     )
 
 
@@ -182,4 +188,5 @@ def many(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         heard=Tile(64 if tokens > 1024 else 16, 64, k=32, warps=4, stages=2),
         head=product(tokens, 8 * width, wide),
         log_softmax=Tile(1, 2048, warps=8),
+        best=_BEST,
     )

@@ -125,7 +125,7 @@ class WaveformGraph(Captured):
         def run():
             waveforms, counts = given[: batch * samples].view(batch, samples), given[batch * samples :]
             features, lengths = recogniser.features(waveforms, counts.view(torch.int32))
-            _, _, out_lengths, best, peaks = engine.forward(features.contiguous(), lengths, chunk)
+            _, _, out_lengths, best, peaks = engine.forward(features.contiguous(), lengths, chunk, best_alone=True)
             return (torch.cat((best.flatten(), peaks.flatten().view(torch.int32), out_lengths)),)
 
         super().__init__(run, device, pool)
