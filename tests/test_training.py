@@ -17,7 +17,8 @@ from m3asr.engines.torch_fbank import fbank, frame_count, frame_size, mel_filter
 from m3asr.model import Model  # noqa: E402
 from training import losses, moe  # noqa: E402
 from training.augment import ROOM, Augment, AugmentConfig, fast_size  # noqa: E402
-from training.data import Parts, Planner, Speech, Utterance, interpolate  # noqa: E402
+from training.average import average  # noqa: E402
+from training.data import Parts, Planner, Speech, Units, Utterance, interpolate  # noqa: E402
 from training.evaluate import collapse, word_errors  # noqa: E402
 from training.kernels.ctc import ctc  # noqa: E402
 from training.network import compact, read_folder, tiny, write_folder  # noqa: E402
@@ -351,3 +352,21 @@ def test_ctc_ignores_padding():
     padded = ctc(log_probs, tokens, torch.tensor([9]), torch.tensor([2]))
     torch.testing.assert_close(alone, padded)
     assert ops.subsampled_lengths(torch.tensor([41]), ((3, 2), (3, 2))).item() == 9
+
+
+def test_average_of_checkpoints(tmp_path):
+    """The mean of the weights, and models of other runs refused."""
+    units = Units.train(["ask what you can do", "go forward ten meters", "and so my fellow"] * 4, 30)
+    mean, states = torch.randn(80), []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = Model(tiny(30, 0.1, False))
+        states.append(model.state_dict())
+        write_folder(tmp_path / f"{seed}", model.config, states[-1], units, mean, torch.ones(80))
+    average(tmp_path / "mean", [tmp_path / "0", tmp_path / "1", tmp_path / "2"], bits=16)
+    for name, value in read_folder(tmp_path / "mean")[0].state_dict().items():
+        torch.testing.assert_close(value, sum(s[name] for s in states) / 3, rtol=2e-3, atol=1e-3)
+    assert (tmp_path / "mean" / "units.txt").read_text() == (tmp_path / "0" / "units.txt").read_text()
+    write_folder(tmp_path / "1", model.config, states[1], units, mean + 1, torch.ones(80))
+    with pytest.raises(ValueError, match="not of the same run"):
+        average(tmp_path / "mean", [tmp_path / "0", tmp_path / "1"])

@@ -1,4 +1,7 @@
-"""Draw a run: `python3 -m training.plot log.jsonl run.png`."""
+"""Draw a run: `python3 -m training.plot log.jsonl run.png`.
+
+A log whose lines name their `run` is of several: their word error rates are drawn beside each other.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,21 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     lines = [json.loads(line) for line in args.log.read_text(encoding="utf-8").splitlines()]
+    if any("run" in line for line in lines):
+        figure, axes = plt.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
+        for axis, name in zip(axes, ("dev", "human"), strict=True):
+            for run in dict.fromkeys(line["run"] for line in lines):
+                tests = [line for line in lines if line["run"] == run and "exported" not in line]
+                times = [t["elapsed"] / 60 for t in tests]
+                colour = axis.plot(times, [t["wer"][name] for t in tests], "o-", label=run)[0].get_color()
+                if f"{name}_chunks" in tests[0]["wer"]:
+                    chunks = [t["wer"][f"{name}_chunks"] for t in tests]
+                    axis.plot(times, chunks, "x:", color=colour, label=f"{run}, in chunks")
+            axis.set(title=f"{name}: word error rate, greedy", xlabel="minutes", ylabel="%", yscale="log")
+            axis.grid(True, which="both", alpha=0.3)
+        axes[0].legend(fontsize=8)
+        figure.savefig(args.image, dpi=100)
+        return
     steps = [line for line in lines if "total" in line]
     tests = [line for line in lines if "wer" in line and "exported" not in line]
     figure, ((loss, wer), (router, speed)) = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)

@@ -1,0 +1,42 @@
+"""The mean of several models' weights, of one run's last evaluations say: `python3 -m training.average OUT FOLDER...`
+
+What single checkpoints learnt of the voices they heard last averages out. Weights are stored as `train` stores them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from training.data import Units
+from training.network import read_folder, write_folder
+
+
+def average(out: Path, folders: list[Path], bits: int = 8) -> int:
+    """-> bytes of the weights. Raises ValueError for models that differ in more than their weights."""
+    model, bpe, mean, istd = read_folder(folders[0])
+    total = {name: value.double() for name, value in model.state_dict().items()}
+    for folder in folders[1:]:
+        other, *rest = read_folder(folder)
+        if other.config != model.config or rest[0] != bpe or not torch.equal(rest[1], mean):
+            raise ValueError(f"{folder} is not of the same run as {folders[0]}: configuration, units or CMVN differ")
+        for name, value in other.state_dict().items():
+            total[name] += value
+    state = {name: (value / len(folders)).to(model.state_dict()[name].dtype) for name, value in total.items()}
+    return write_folder(out, model.config, state, Units(bpe), mean, istd, bits=bits)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="a weight in the model folder")
+    args = parser.parse_args()
+    size = average(args.out, args.folders, args.bits)
+    print(f"{args.out}: the mean of {len(args.folders)} models, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
