@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.card import copy_bandwidth, gemm_peak, timed
-from benchmarks.cases import CASES, DTYPE, ONLY_MANY, SHAPES, Case, make
+from benchmarks.case import DTYPE, ONLY_MANY, SHAPES, Case
+from benchmarks.cases import CASES, make
 from m3asr.engines.cuda import tiles
 from m3asr.kernels.pieces import Tile
 

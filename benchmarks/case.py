@@ -1,0 +1,84 @@
+"""A kernel that `benchmarks.kernels` runs: its data, its reference, its candidates; and the sizes it comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from m3asr.kernels.linear import LIBRARY
+from m3asr.kernels.pieces import Tile
+
+# input -> (utterances, subsampled frames of the bucket, valid frames)
+SHAPES = {
+    "1x206": (1, 64, 50),
+    "1x1024": (1, 256, 255),
+    "1x2048": (1, 512, 511),
+    "16x1024": (16, 256, 255),
+    "64x1024": (64, 256, 255),
+}
+# Cases whose kernels are for many tokens alone.
+ONLY_MANY = ("norm", "sort", "best")
+WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
+DTYPE = torch.bfloat16
+
+
+@dataclass
+class Case:
+    """One kernel at one size. `launch(i, tile)` runs it with the i-th weights; `prepare` makes its output afresh;
+    `result` is what to compare with `reference` after `prepare(); launch(0, tile)`."""
+
+    launch: Callable
+    result: Callable
+    reference: Callable
+    tiles: list[Tile]
+    bytes: float
+    flops: float
+    prepare: Callable = lambda: None
+    copies: int = 1
+    poison: torch.Tensor | None = None  # an output that is only written
+
+
+def tensor(*shape, dtype=DTYPE, scale=1.0):
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def copies_for(size: int) -> int:
+    """Enough weights to overflow the L2 cache, within reason."""
+    return max(2, min(64, int(160e6 / size)))
+
+
+def grid(rows, columns, warps, k=(64,), stages=(1,), parts=(1,)) -> list[Tile]:
+    return [Tile(m, n, kk, w, s, p) for m, n, kk, w, s, p in product(rows, columns, k, warps, stages, parts)]
+
+
+def few_rows(tokens: int) -> tuple[int, ...]:
+    return (16,) if tokens <= 64 else (16, 32, 64)
+
+
+def products(tokens: int) -> list[Tile]:
+    """Candidates for a product of many tokens, the library's among them."""
+    if tokens <= 1024:
+        tiles = grid((16, 32), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
+        return [LIBRARY, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4))]
+    kept = [(128, 256, 8), (128, 128, 4), (128, 128, 8), (128, 64, 8), (64, 128, 4)]
+    return [LIBRARY, *(Tile(m, n, 64, warps, 3) for m, n, warps in kept), *persistent()]
+
+
+def persistent() -> list[Tile]:
+    """Candidates whose programs stay."""
+    return [
+        *(Tile(128, 256, warps=8, stages=s, copied=1, stored=n) for s, n in ((3, 2), (3, 4), (4, 4))),
+        *(Tile(128, 128, warps=4, stages=s, copied=2, stored=n) for s, n in ((2, 2), (3, 2), (3, 4))),
+        *(Tile(128, 128, warps=8, stages=s, copied=c, stored=4) for s, c in ((3, 2), (4, 1))),
+        *(Tile(64, 256, warps=4, stages=2, copied=2, stored=n) for n in (2, 4)),
+        Tile(256, 128, warps=8, stages=3, copied=1, stored=4),
+        Tile(128, 64, warps=4, stages=4, copied=2, stored=2),
+        # Results stored by the threads.
+        Tile(128, 256, warps=8, stages=3, copied=1),
+        Tile(128, 128, warps=8, stages=4, copied=1),
+        *(Tile(128, 64, warps=4, stages=s, copied=2) for s in (3, 4)),
+        Tile(64, 128, warps=4, stages=3, copied=2),
+    ]

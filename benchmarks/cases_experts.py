@@ -1,0 +1,196 @@
+"""The cases of `benchmarks.kernels` that know experts: routing, sorting, and both products."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.case import (
+    DTYPE,
+    EXPERTS,
+    WIDTH,
+    Case,
+    grid,
+    persistent,
+    tensor,
+)
+from m3asr.engines.cuda.tiles import tiles_for
+from m3asr.kernels.experts_few import experts_few
+from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
+from m3asr.kernels.pieces import Tile
+from m3asr.kernels.router import route
+
+
+def routed(batch, frames, valid) -> torch.Tensor:
+    """A choice of experts for each token, of as many as the engine hits with so many tokens (benchmarks.encoder)."""
+    hit = {64: 14, 256: 28, 512: 31}.get(batch * frames, EXPERTS)
+    idx = torch.randperm(EXPERTS, device="cuda")[torch.randint(hit, (batch, frames), device="cuda")]
+    idx[:, valid:] = -1
+    return idx.flatten().int()
+
+
+def make_router(batch, frames, valid, few):
+    tokens = batch * frames
+    x, weight = tensor(tokens, WIDTH, dtype=torch.float32), tensor(WIDTH, EXPERTS, dtype=torch.float32)
+    bias, heard = tensor(EXPERTS, dtype=torch.float32), tensor(tokens, 18 * EXPERTS, dtype=torch.float32)[:, :EXPERTS]
+    lengths = torch.full((batch,), frames, dtype=torch.int32, device="cuda")
+    y, gate = tensor(tokens, WIDTH), tensor(tokens, dtype=torch.float32)
+    idx = torch.empty(tokens, device="cuda", dtype=torch.int32)
+
+    def reference():
+        z = F.layer_norm(x, (WIDTH,))
+        return torch.cat((torch.softmax(z @ weight + bias + heard, -1).amax(-1, keepdim=True), z), 1)
+
+    return Case(
+        lambda i, tile: route(
+            x, weight, bias, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, tile=tile, pdl=True
+        ),
+        lambda: torch.cat((gate.unsqueeze(1), y), 1),
+        reference,
+        [*grid((1,), (1,), (4, 8, 16)), *grid((16,), (1,), (4,), k=(64, 128), stages=(2,))]
+        if few
+        else [
+            *grid((16, 32, 64), (1,), (4, 8), k=(64, 128), stages=(2, 3)),
+            *grid((16,), (1,), (4, 8), k=(256,), stages=(2,)),
+            Tile(1, 1, warps=4, stages=1),
+        ],
+        tokens * WIDTH * 6 + WIDTH * EXPERTS * 4,
+        2 * tokens * WIDTH * EXPERTS,
+        poison=gate,
+    )
+
+
+def experts_tiles(width: int) -> list[Tile]:
+    """Candidates for a product of the experts of few tokens. Walkers change no machine code, so they change last: of
+    12 cuts each of the four processes that compile ahead gets three.
+    """
+    cuts = [(16, 2, 1), (16, 4, 4), (16, 8, 8), (32, 4, 1), (32, 4, 4), (32, 8, 8), (64, 8, 1), (64, 8, 8)]
+    copied = [(16, 2), (32, 2), (32, 4), (64, 4)]
+    tiles = [
+        *(Tile(16, n, width, warps, 1, parts) for n, warps, parts in cuts),
+        *(Tile(16, n, width, warps, 1, copied=1) for n, warps in copied),
+    ]
+    return [replace(tile, walkers=walkers) for walkers in (1, 2, 3, 4, 6, 8) for tile in tiles]
+
+
+def make_experts_few(batch, frames, valid, hidden, down):
+    """Both products, the other one with the best tile that is known: the second begins while the first one runs."""
+    tokens, copies = batch * frames, 3
+    usual = tiles_for("few", tokens, WIDTH, hidden, False)
+    w_1 = tensor(copies, EXPERTS, hidden, WIDTH, scale=WIDTH**-0.5)
+    w_2 = tensor(copies, EXPERTS, WIDTH, hidden, scale=hidden**-0.5)
+    b_1, b_2 = (tensor(EXPERTS, n, dtype=torch.float32) for n in (hidden, WIDTH))
+    y, h, x = tensor(tokens, WIDTH), tensor(tokens, hidden), tensor(tokens, WIDTH, dtype=torch.float32)
+    idx, gate, out = routed(batch, frames, valid), torch.rand(tokens, device="cuda"), x.clone()
+    here = idx >= 0
+
+    def launch(i, tile):
+        first, second = (usual.expert_up, tile) if down else (tile, usual.expert_down)
+        experts_few(y, w_1[i], b_1, idx, h, tile=first, activation="swish", pdl=True)
+        experts_few(h, w_2[i], b_2, idx, out, tile=second, residual_scale=0.5, gate=gate, known=True, pdl=True)
+
+    def reference():
+        rows = idx[here].long()
+        z = torch.stack([w_1[0, e].float() @ v for e, v in zip(rows, y[here].float(), strict=True)])
+        z = F.silu(z + b_1[rows])
+        if not down:
+            return z
+        z = torch.stack([w_2[0, e].float() @ v for e, v in zip(rows, z.to(DTYPE).float(), strict=True)])
+        return x[here] + 0.5 * gate[here, None] * (z + b_2[rows])
+
+    hit = int(idx[here].unique().numel())
+    return Case(
+        launch, lambda: (out if down else h)[here], reference, experts_tiles(hidden if down else WIDTH),
+        hit * hidden * WIDTH * 4 + tokens * (WIDTH * 10 + hidden * 4), 4 * tokens * hidden * WIDTH,
+        prepare=lambda: out.copy_(x), copies=copies, poison=h,
+    )  # fmt: skip
+
+
+def make_experts_many(batch, frames, valid, hidden, down):
+    tokens = batch * frames
+    columns, width = (WIDTH, hidden) if down else (hidden, WIDTH)
+    copies = 3
+    weights = tensor(copies, EXPERTS, columns, width, scale=width**-0.5)
+    bias = tensor(EXPERTS, columns, dtype=torch.float32)
+    a, idx, gate = tensor(tokens, width), routed(batch, frames, valid), torch.rand(tokens, device="cuda")
+    here = idx >= 0
+    x = tensor(tokens, WIDTH, dtype=torch.float32)
+    sorts = {}
+    made = {}
+
+    def launch(i, tile):
+        made["rows"] = tile.m
+        kwargs = {"residual_scale": 0.5, "gate": gate} if down else {"activation": "swish"}
+        slot_token, tile_expert, sorted_a, out = sorts[tile.m]
+        experts_many(
+            sorted_a if down else a, weights[i], bias, slot_token, tile_expert, out, tile=tile, pdl=True, **kwargs
+        )
+
+    def prepare():
+        for rows in (16, 32, 64, 128):
+            slot_token, tile_expert = slots(tokens, EXPERTS, rows, "cuda")
+            slot_token.fill_(-1)
+            sort_tokens(idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=Tile(1, 1024), pdl=False)
+            sorted_a = a[slot_token.clamp(min=0).long()] if down else a
+            size = (slot_token.numel(), columns)
+            out = x.clone() if down else torch.full(size, float("nan"), device="cuda", dtype=DTYPE)
+            sorts[rows] = (slot_token, tile_expert, sorted_a, out)
+
+    prepare()
+
+    def result():
+        slot_token, tile_expert, _, out = sorts[made["rows"]]
+        if down:
+            return out[here]
+        taken = (slot_token.view(tile_expert.numel(), -1) >= 0) & (tile_expert >= 0).unsqueeze(1)
+        taken = taken.flatten()
+        return torch.zeros(tokens, columns, device="cuda").index_copy_(0, slot_token[taken].long(), out[taken].float())[
+            here
+        ]
+
+    def reference():
+        z = torch.zeros(tokens, columns, device="cuda")
+        for e in range(EXPERTS):
+            rows = idx == e
+            z[rows] = a[rows].float() @ weights[0, e].float().t() + bias[e]
+        z = (x + 0.5 * gate[:, None] * z) if down else F.silu(z)
+        return z[here]
+
+    hit = int(idx[here].unique().numel())
+    candidates = (
+        [
+            *grid((64,), (128, 256), (4, 8), stages=(3, 4)),
+            Tile(128, 128, warps=8),
+            *(t for t in persistent() if t.m <= 128),
+        ]
+        if tokens > 1024
+        else grid((16, 32, 64), (64, 128), (4,), k=(64, 128), stages=(3, 4))
+    )
+    return Case(
+        launch, result, reference, candidates, hit * columns * width * 2 + tokens * 2 * (columns + width),
+        2 * tokens * columns * width, prepare=prepare, copies=copies,
+    )  # fmt: skip
+
+
+def make_sort(batch, frames, valid):
+    """The counts that tiles of several parts use are the router's, of 64 tokens each."""
+    tokens, rows, count_rows = batch * frames, 128, 64
+    idx = routed(batch, frames, valid)
+    slot_token, tile_expert = slots(tokens, EXPERTS, rows, "cuda")
+    one_hot = F.one_hot(idx.long() + 1, EXPERTS + 1)[:, 1:]
+    counts = one_hot.view(-1, count_rows, EXPERTS).sum(1).int(), count_rows
+
+    def launch(i, tile):
+        sort_tokens(
+            idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=tile, pdl=True,
+            counts=counts if tile.parts > 1 else None,
+        )  # fmt: skip
+
+    candidates = grid((1,), (4096, 16384), (16,)) + grid((1,), (512, 1024, 2048), (4, 8), parts=(4, 8, 16))
+    return Case(
+        launch, lambda: slot_token[(tile_expert >= 0).repeat_interleave(rows) & (slot_token >= 0)],
+        lambda: torch.cat([(idx == e).nonzero().flatten() for e in range(EXPERTS)]),
+        candidates, tokens * 8, 0, prepare=lambda: (slot_token.fill_(-7), tile_expert.fill_(-7)),
+    )  # fmt: skip
