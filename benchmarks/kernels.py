@@ -116,7 +116,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--regimes", nargs="+", choices=("few", "many"), help="default: the usual one of each shape")
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--jobs", type=int, default=max(4, os.cpu_count() - 4), help="processes that compile")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=min(16, max(4, os.cpu_count() - 4)),
+        help="processes that compile, each with memory of the card",
+    )
     parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is started")
     parser.add_argument("--show", type=int, default=4, help="how many tiles of each case are printed")
     args = parser.parse_args()
