@@ -1,9 +1,10 @@
 """What a stream hears of recordings, by how far it lags: `python -m benchmarks.streams LIST`.
 
 Each recording is played into a `Stream` of its own in packets of a tenth of a second, as `m3asr stream` does it, with
-its rules for the ends of lines; the final texts, joined, are compared with the reference. Beside them the same decoder
-on whole recordings. Latency: seconds from a sound to its text at the latest, computing apart. RTF: seconds of work for
-a second of audio. The engine is onnx on one thread. The last line of the output is one JSON object.
+its rules for the ends of lines; the final texts, joined, are compared with the reference. Windows are measured twice:
+with each line read again as a whole when it ends, which is the default, and without. Beside them whole recordings, and
+every time the default decoder. Latency: seconds from a sound to its (first) text at the latest, computing apart. RTF:
+seconds of work for a second of audio. The engine is onnx on one thread. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 THREADS = 1
@@ -46,34 +48,37 @@ def heard(transcriber: Transcriber, waveform: np.ndarray, options: StreamOptions
     return " ".join(text for text in texts if text), stream.latency
 
 
-def measure(transcriber: Transcriber, utterances: Sequence, decoder: str) -> list[dict]:
-    """A row for whole recordings, then one for each cut that the model allows."""
-    decode = DecodeOptions(decoder)
+def measure(transcriber: Transcriber, utterances: Sequence) -> list[dict]:
+    """A row for whole recordings, then one or two for each cut that the model allows."""
     mode = "chunks" if transcriber.folder.config.encoder.can_stream else "windows"
     rows = []
-    for cut in (None, *CUTS[mode]):
-        options = cut and StreamOptions(mode, cut[0], right=cut[1], decode=decode)
+    for cut, reread in ((None, False), *product(CUTS[mode], (True, False))):
+        options = cut and StreamOptions(mode, cut[0], right=cut[1], reread=reread)
         results, latency = [], None
         for utterance, waveform in track(utterances, f"{mode} {cut}" if cut else "whole", transient=True):
             before = time.perf_counter()
             if options is None:
-                text = transcriber.transcribe(waveform, options=decode).text
+                text = transcriber.transcribe(waveform).text
             else:
                 text, latency = heard(transcriber, waveform, options)
             results.append(Result(utterance, text, len(waveform) / SAMPLE_RATE, time.perf_counter() - before))
         row = summary(results)
         rtf = round(row["work_seconds"] / row["audio_seconds"], 4)
-        rows.append({"mode": mode if cut else "whole", "cut": cut, "latency": latency, "rtf": rtf, **row})
+        decoder = transcriber.decoder_of(DecodeOptions(), live=bool(cut) and not reread)
+        about = {"mode": mode if cut else "whole", "cut": cut, "reread": reread, "decoder": decoder}
+        rows.append({**about, "latency": latency, "rtf": rtf, **row})
     return rows
 
 
-def table(rows: Sequence[dict], decoder: str) -> Table:
-    shown = Table("mode", "frames read", "waited for", "latency s", f"WER %, {decoder}", "95 %", "RTF")
+def table(rows: Sequence[dict]) -> Table:
+    shown = Table("mode", "frames read", "waited for", "again", "decoder", "latency s", "WER %", "95 %", "RTF")
     for row in rows:
         low, high = row["wer_interval_by_utterance"] or (float("nan"), float("nan"))
         shown.add_row(
             row["mode"],
             *([str(x) for x in row["cut"]] if row["cut"] else ["", ""]),
+            "yes" if row["reread"] else "",
+            row["decoder"],
             "" if row["latency"] is None else f"{row['latency']:.2f}",
             f"{100 * row['wer']:.2f}",
             f"{100 * low:.1f}-{100 * high:.1f}",
@@ -86,15 +91,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", type=Path, help="JSONL with texts, or a Kaldi folder: as for m3asr evaluate")
     parser.add_argument("--model", help="model folder; default: the shipped one")
-    parser.add_argument("--decoder", choices=("beam", "rescoring"), default="rescoring")
     args = parser.parse_args()
     try:
         transcriber = load(args.model, "onnx", threads=THREADS)
-        rows = measure(transcriber, read_list(args.list, 1), args.decoder)
+        rows = measure(transcriber, read_list(args.list, 1))
     except M3asrError as error:
         raise SystemExit(f"error: {error}") from None
-    Console(width=120, highlight=False).print(table(rows, args.decoder))
-    about = {"weights": model_digest(transcriber.folder)[:16], "decoder": args.decoder, "threads": THREADS}
+    Console(width=120, highlight=False).print(table(rows))
+    about = {"weights": model_digest(transcriber.folder)[:16], "threads": THREADS}
     packages = ("m3asr", "numpy", "onnxruntime")
     print(json.dumps({**about, "rows": rows, **environment(packages)}))
 

@@ -6,7 +6,8 @@ it reads each window again with sound before and after it, and only the middle i
 delay, and text that can differ from that of the whole recording. `Stream.mode` and `Stream.latency` say which and
 how long.
 
-Where the speaker pauses, a segment ends: its text is final, and the model starts anew.
+Where the speaker pauses, a segment ends: its text is final, and the model starts anew. What was read in windows is then
+read once more as a whole, so that final texts are as good as those of recordings.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from m3asr.transcribe import Transcriber
 MODES = ("auto", "chunks", "windows")
 BATCH_STREAMS = 64  # in one engine call, so that memory does not grow with the number of streams
 _PEAK_LIMIT = 10.0  # full scale is 1: more means integers stored as floats
+LONGEST_AGAIN = 30.0  # seconds of a segment that is read again; a longer one keeps the text of its windows
+_AROUND = 12  # encoder frames before the first token and behind the last that are read with them
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ class StreamOptions:
     left, right: in mode windows, encoder frames of context that each chunk is read with, left in whole chunks.
     endpoints: the rules; without one that has a length, memory grows as long as nobody pauses. silence_threshold: a
     frame counts as silence if the probability of blank is above it.
-    decode: beam search or rescoring; rescoring ranks a segment's final text only.
+    reread: whether a segment that ends with words in it is read again as a whole for its final text; None: in mode
+    windows.
+    decode: the decoder of final texts, beam, rescoring or, where segments are read again, joint; None is the best of
+    them. Texts before the end are the beam search's.
     """
 
     mode: str = "auto"
@@ -62,6 +68,7 @@ class StreamOptions:
     right: int = 16
     endpoints: tuple[EndpointRule, ...] = ENDPOINT_RULES
     silence_threshold: float = 0.8
+    reread: bool | None = None
     decode: DecodeOptions = field(default_factory=DecodeOptions)
 
     def __post_init__(self):
@@ -70,8 +77,8 @@ class StreamOptions:
         for name, least in (("chunk", 0), ("left_chunks", -1), ("left", 0), ("right", 0)):
             if getattr(self, name) < least:
                 raise M3asrError(f"{name} is {getattr(self, name)}, expected at least {least}")
-        if self.decode.decoder not in (None, "beam", "rescoring"):
-            raise M3asrError(f"the decoder {self.decode.decoder} does not stream: choose beam or rescoring")
+        if self.decode.decoder not in (None, "beam", "rescoring", "joint"):
+            raise M3asrError(f"the decoder {self.decode.decoder} does not stream: choose beam, rescoring or joint")
 
 
 @dataclass
@@ -98,12 +105,20 @@ class Stream:
         self.transcriber = transcriber
         self.options = options = options or StreamOptions()
         config = transcriber.folder.config
-        self._rescore = transcriber.decoder_of(options.decode, live=True) == "rescoring"
+        self._encoding = _encoding(transcriber, options)
+        self.reread = self.mode == "windows" if options.reread is None else options.reread
+        decoder = transcriber.decoder_of(options.decode, live=not self.reread)
+        if decoder == "joint" and not self.reread:
+            raise M3asrError(
+                "the decoder joint needs a segment's end and does not stream: choose beam or rescoring, or read "
+                "segments again when they end (reread)"
+            )
+        self._rescore = decoder == "rescoring" and not self.reread
         self._scorers = transcriber.scorers(options.decode)
         self._fbank = OnlineFbank(config.fbank)
-        self._encoding = _encoding(transcriber, options)
         self._shift = config.frame_seconds
         self._first = 0  # encoder frame of the stream that the segment starts with
+        self._heard = np.zeros((0, config.encoder.input_dim), np.float32)  # (T, F) from there on, to be read again
         self._closed = self._finished = False
         self._begin_segment()
 
@@ -139,7 +154,10 @@ class Stream:
             raise AudioError("samples hold NaN or values far over full scale; divide 16-bit integers by 32768")
         features = self._fbank.accept(samples)
         cmvn = self.transcriber.folder.cmvn
-        self._encoding.add(features if cmvn is None else cmvn.apply(features))
+        features = features if cmvn is None else cmvn.apply(features)
+        self._encoding.add(features)
+        if self.reread and len(features):
+            self._heard = np.concatenate((self._heard, features))
 
     def close(self) -> None:
         """As `finish`, but leaves the work to `advance`."""
@@ -152,6 +170,7 @@ class Stream:
         self._search = PrefixBeamSearch(beam_size, config.blank, decode.blank_penalty, context, lm)
         self._hidden: list[np.ndarray] = []  # (C, D) a chunk, for rescoring
         self._silent = 0  # encoder frames without a token at the end
+        self._spoken: int | None = None  # the first with one
         self._partial = ""
 
     def _window(self) -> np.ndarray | None:
@@ -159,11 +178,14 @@ class Stream:
 
     def _recognised(self, log_probs: np.ndarray, hidden: np.ndarray) -> list[Update]:
         """The next frames: log_probs (C, V), hidden (C, D)."""
+        before = self._search.frames
         self._search.accept(log_probs)
         if self._rescore:
             self._hidden.append(hidden.copy())  # not a view that holds the whole batch
         silence = np.exp(log_probs[:, self.transcriber.folder.config.blank]) > self.options.silence_threshold
         speech = np.flatnonzero(~silence)
+        if len(speech) and self._spoken is None:
+            self._spoken = before + int(speech[0])
         self._silent = len(silence) - 1 - int(speech[-1]) if len(speech) else self._silent + len(silence)
         result = self._search.result()
         seconds, silent = self._search.frames * self._shift, self._silent * self._shift
@@ -177,19 +199,34 @@ class Stream:
         return [Update(False, segment)]
 
     def _end_segment(self) -> list[Update]:
-        result = self._search.result()
-        if self._rescore and self._hidden:
-            hidden = np.concatenate(self._hidden)[None]
-            (result,) = self.transcriber.rescore([result], hidden, np.array([hidden.shape[1]]), self.options.decode)
-        segment = self._segment(result)
+        result, frames = self._search.result(), self._search.frames
+        if self.reread and result.tokens and frames * self._shift <= LONGEST_AGAIN:
+            segment = self._again(frames)
+        else:
+            if self._rescore and self._hidden:
+                hidden = np.concatenate(self._hidden)[None]
+                (result,) = self.transcriber.rescore([result], hidden, np.array([len(hidden[0])]), self.options.decode)
+            segment = self._segment(result)
         updates = [Update(True, segment)] if segment.text or self._partial else []
-        self._first += self._search.frames
+        self._first += frames
+        self._heard = self._heard[frames * self.transcriber.folder.config.encoder.subsampling_rate :]
         self._encoding.begin_segment()
         self._begin_segment()
         return updates
 
-    def _segment(self, result) -> Segment:
-        start, seconds = self._first * self._shift, self._search.frames * self._shift
+    def _again(self, frames: int) -> Segment:
+        """The segment of so many encoder frames, read as a whole: what was said and a little around it."""
+        config, decode = self.transcriber.folder.config.encoder, self.options.decode
+        first = max((self._spoken or 0) - _AROUND, 0)
+        last = min(frames - self._silent + _AROUND, frames)
+        begin = first * config.subsampling_rate
+        end = begin + (last - first - 1) * config.subsampling_rate + config.min_frames
+        (result,) = self.transcriber.recognise([self._heard[begin:end]], decode)
+        return self._segment(result, first, last - first)
+
+    def _segment(self, result, first: int = 0, frames: int | None = None) -> Segment:
+        start = (self._first + first) * self._shift
+        seconds = (self._search.frames if frames is None else frames) * self._shift
         segment = self.transcriber.segment(start, seconds, result, self.options.decode)
         if segment.words:  # without the silence around
             segment = replace(segment, start=segment.words[0].start, end=segment.words[-1].end)

@@ -36,7 +36,10 @@ def test_a_stream_hears_what_the_recording_says(transcriber):
 def test_rows_name_their_cuts(transcriber, monkeypatch):
     monkeypatch.setattr(streams, "CUTS", {"windows": ((16, 8),)})
     utterances = [(Utterance("a", EXAMPLE, "go forward ten meters", "one"), load_audio(EXAMPLE))]
-    whole, cut = streams.measure(transcriber, utterances, "rescoring")
+    whole, again, once = rows = streams.measure(transcriber, utterances)
     assert (whole["mode"], whole["latency"], whole["wer"]) == ("whole", None, 0.0)
-    assert (cut["mode"], cut["cut"]) == ("windows", (16, 8)) and cut["latency"] < 1.1 and cut["words"] == 4
-    assert streams.table([whole, cut], "rescoring").row_count == 2
+    assert (again["reread"], again["decoder"], again["wer"]) == (True, "joint", 0.0)
+    assert (once["reread"], once["decoder"]) == (False, "rescoring")
+    for cut in (again, once):
+        assert (cut["mode"], cut["cut"]) == ("windows", (16, 8)) and cut["latency"] < 1.1 and cut["words"] == 4
+    assert streams.table(rows).row_count == 3

@@ -24,7 +24,9 @@ ModelOption = Annotated[
 EngineOption = Annotated[EngineName, typer.Option("--engine", "-e", help="auto means onnx.")]
 DecoderOption = Annotated[
     Optional[DecoderName],  # noqa: UP007, UP045
-    typer.Option("--decoder", help="Default: joint (a stream: rescoring); without an attention decoder, beam."),
+    typer.Option(
+        "--decoder", help="Default: joint (streams in chunks: rescoring); without an attention decoder, beam."
+    ),
 ]
 BeamOption = Annotated[int, typer.Option("--beam-size", min=1, max=1000)]
 CtcWeightOption = Annotated[

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Optional
 
 import numpy as np
 import typer
@@ -59,6 +59,14 @@ def stream(
     right: Annotated[
         int, typer.Option(min=0, help="Mode windows: encoder frames after it; they delay the text.")
     ] = StreamOptions.right,
+    reread: Annotated[
+        Optional[bool],  # noqa: UP007, UP045
+        typer.Option(
+            "--reread/--no-reread",
+            help="Read a line again as a whole when it ends: slower by that, and as good as a recording. "
+            "Default: in mode windows.",
+        ),
+    ] = None,
     pause: Annotated[float, typer.Option(min=0.0, help="Seconds of silence that end a line.")] = 1.0,
     longest: Annotated[float, typer.Option(min=0.1, help="Seconds after which a line ends whatever is said.")] = 20.0,
     decoder: DecoderOption = None,
@@ -82,6 +90,7 @@ def stream(
         left,
         right,
         (EndpointRule(False, 5.0), EndpointRule(True, pause), EndpointRule(False, 0.0, longest)),
+        reread=reread,
         decode=DecodeOptions(
             decoder.value if decoder else None,
             beam_size,
@@ -97,7 +106,9 @@ def stream(
         transcriber = load(model, engine.value, threads=threads)
         live = Stream(transcriber, options)
         if not quiet:
-            how = f"{what_runs(transcriber)}, mode {live.mode}: text at most {live.latency:.2f} s behind, and computing"
+            again = ", each line read again when it ends" if live.reread else ""
+            how = f"{what_runs(transcriber)}, mode {live.mode}{again}"
+            how += f": text at most {live.latency:.2f} s behind, and computing"
             err.print(how, style="dim", markup=False, soft_wrap=True)
         show = _show_json if format is LiveFormat.jsonl else _show_text
         _print(_updates(live, _paced(packets) if realtime and file != "-" else packets), show)

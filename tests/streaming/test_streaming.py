@@ -32,7 +32,8 @@ OPTIONS = {
     "chunks": StreamOptions("chunks", 4, endpoints=SHORT_SEGMENTS),
     "chunks-left": StreamOptions("chunks", 3, left_chunks=2, endpoints=SHORT_SEGMENTS),
     "windows": StreamOptions("windows", 5, left=10, right=3, endpoints=SHORT_SEGMENTS),
-    "windows-alone": StreamOptions("windows", 4, left=0, right=0, endpoints=SHORT_SEGMENTS),
+    "windows-alone": StreamOptions("windows", 4, left=0, right=0, endpoints=SHORT_SEGMENTS, reread=False),
+    "chunks-reread": StreamOptions("chunks", 4, endpoints=SHORT_SEGMENTS, reread=True),
 }
 
 
@@ -88,12 +89,57 @@ def test_windows_that_see_everything_say_what_the_whole_says(folder_of, engine_o
     samples = noise(2, seed=2)
     features = fbank(samples, transcriber.folder.config.fbank)
     (expected,) = transcriber.recognise([features], DecodeOptions("rescoring"))
-    stream = Stream(transcriber, StreamOptions(chunk=5, left=100, right=100, endpoints=()))
+    wide = StreamOptions(chunk=5, left=100, right=100, endpoints=(), reread=False)
+    stream = Stream(transcriber, wide)
     assert stream.mode == "windows"
     final = in_packets(stream, samples, [4000] * 3)[-1]
     assert final.segment.tokens == expected.tokens and expected.tokens
-    narrow = in_packets(Stream(transcriber, StreamOptions(chunk=5, left=5, right=2, endpoints=())), samples, [])[-1]
+    narrow = in_packets(Stream(transcriber, replace(wide, left=5, right=2)), samples, [])[-1]
     assert narrow.segment.tokens != expected.tokens  # it does differ where the model looks further than the window
+
+
+def test_an_ended_segment_is_read_again_as_a_whole(folder_of, engine_of):
+    """Narrow windows, and final texts of the joint search over each segment, which starts where the last one ended."""
+    transcriber = Transcriber(folder_of("moe"), engine_of("moe", "eager"))
+    samples = noise(3.3, seed=2)
+    features, config = fbank(samples, transcriber.folder.config.fbank), transcriber.folder.config.encoder
+    stream = Stream(transcriber, StreamOptions(chunk=5, left=5, right=2, endpoints=SHORT_SEGMENTS))
+    assert stream.reread
+    finals = [update.segment for update in in_packets(stream, samples, [4000] * 6) if update.final]
+    assert len(finals) == 3
+    first = 0
+    for segment in finals:
+        frames = min(30, (len(features) - config.min_frames) // config.subsampling_rate + 1 - first)
+        begin = first * config.subsampling_rate
+        whole = features[begin : begin + (frames - 1) * config.subsampling_rate + config.min_frames]
+        (expected,) = transcriber.recognise([whole], DecodeOptions())
+        assert segment.tokens == expected.tokens and expected.tokens
+        assert segment.score == pytest.approx(expected.score, rel=1e-5)
+        assert first * 0.04 - 1e-6 <= segment.start <= segment.end <= (first + frames) * 0.04 + 1e-6
+        first += frames
+    assert len(stream._heard) < config.min_frames + config.subsampling_rate  # what ended is forgotten
+
+
+def test_silence_around_a_segment_is_not_read_again(loudness, monkeypatch):
+    """Seconds of silence before words would only confuse; half a second on either side stays."""
+    given = []
+    monkeypatch.setattr(
+        loudness, "recognise", lambda features, options: given.append(len(features[0])) or original(features, options)
+    )
+    original = Transcriber.recognise.__get__(loudness)
+    options = StreamOptions(chunk=5, left=5, right=2, decode=DecodeOptions("beam"))
+    samples = sound((3, QUIET), (0.5, A), (0.3, QUIET), (0.5, B), (2, QUIET))
+    finals = [u.segment for u in in_packets(Stream(loudness, options), samples, [1600] * 60) if u.final]
+    assert [segment.text for segment in finals] == ["ab"]
+    assert 2.9 <= finals[0].words[0].start <= 3.6  # a word starts a little before its first token
+    assert len(given) == 1 and 1.3 + 0.7 < given[0] / 100 < 1.3 + 1.3
+
+
+def test_a_segment_without_end_keeps_the_text_of_its_windows(loudness, monkeypatch):
+    monkeypatch.setattr(loudness, "recognise", None)  # it would raise
+    options = StreamOptions(chunk=5, left=5, right=2, endpoints=(), decode=DecodeOptions("beam"))
+    babble = sound(*[(0.2, A), (0.2, B)] * 80)  # 32 s
+    assert in_packets(Stream(loudness, options), babble, [])[-1].text == "ab" * 80
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -226,6 +272,8 @@ def test_bad_use_of_a_stream_is_refused(transcriber, loudness):
         stream.accept(noise(1))
     with pytest.raises(M3asrError, match="loudness does not run chunk by chunk"):
         Stream(loudness, StreamOptions("chunks"))
+    with pytest.raises(M3asrError, match="joint .* read segments again"):
+        Stream(transcriber, StreamOptions("chunks", decode=DecodeOptions("joint")))
     for bad in ({"mode": "fast"}, {"chunk": -1}, {"left_chunks": -2}, {"decode": DecodeOptions("greedy")}):
         with pytest.raises(M3asrError, match="mode|expected|stream"):
             StreamOptions(**bad)
