@@ -327,3 +327,35 @@ def test_command(wenet, tmp_path):
         run("-", stdin=(tmp_path / "a.wav").read_bytes())
     with pytest.raises(AudioError, match="no such file"):
         run(str(tmp_path / "b.wav"))
+
+
+def test_command_reads_lines_again(folder_of, tmp_path, monkeypatch):
+    """In windows by default, or when told so; joint search needs it."""
+    samples = (noise(2) * 32767).astype("<i2").tobytes()
+    seen, again = [], Stream._again
+    monkeypatch.setattr(Stream, "_again", lambda self, frames: seen.append(frames) or again(self, frames))
+
+    def lines(*arguments):
+        seen.clear()
+        options = [
+            "stream",
+            "-",
+            "-m",
+            str(folder_of("moe").path),
+            "-e",
+            "eager",
+            "--chunk",
+            "5",
+            "--longest",
+            "1",
+            "-q",
+        ]
+        return (
+            CliRunner().invoke(app, [*options, *arguments], input=samples, catch_exceptions=False).stdout.splitlines()
+        )
+
+    assert lines() and len(seen) == 2
+    assert lines("--no-reread") and not seen
+    assert lines("--decoder", "joint") == lines() and seen
+    with pytest.raises(M3asrError, match="read segments again"):
+        lines("--decoder", "joint", "--no-reread")
