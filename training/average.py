@@ -6,12 +6,23 @@ What single checkpoints learnt of the voices they heard last averages out. Weigh
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from training.data import Units
 from training.network import read_folder, write_folder
+
+
+@dataclass(frozen=True)
+class StoredUnits:
+    """The units of a model folder as they stand there."""
+
+    model: bytes
+    text: str
+
+    def lines(self) -> str:
+        return self.text
 
 
 def average(out: Path, folders: list[Path], bits: int = 8) -> int:
@@ -25,7 +36,8 @@ def average(out: Path, folders: list[Path], bits: int = 8) -> int:
         for name, value in other.state_dict().items():
             total[name] += value
     state = {name: (value / len(folders)).to(model.state_dict()[name].dtype) for name, value in total.items()}
-    return write_folder(out, model.config, state, Units(bpe), mean, istd, bits=bits)
+    units = StoredUnits(bpe, (folders[0] / "units.txt").read_text(encoding="utf-8"))
+    return write_folder(out, model.config, state, units, mean, istd, bits=bits)
 
 
 def main() -> None:
