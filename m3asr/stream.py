@@ -27,7 +27,7 @@ from m3asr.transcribe import Transcriber
 MODES = ("auto", "chunks", "windows")
 BATCH_STREAMS = 64  # in one engine call, so that memory does not grow with the number of streams
 _PEAK_LIMIT = 10.0  # full scale is 1: more means integers stored as floats
-LONGEST_AGAIN = 30.0  # seconds of a segment that is read again; a longer one keeps the text of its windows
+LONGEST_AGAIN = 30.0  # seconds of a segment that is read again; a longer one keeps what the beam search found
 _AROUND = 12  # encoder frames before the first token and behind the last that are read with them
 
 
@@ -200,7 +200,8 @@ class Stream:
 
     def _end_segment(self) -> list[Update]:
         result, frames = self._search.result(), self._search.frames
-        if self.reread and result.tokens and frames * self._shift <= LONGEST_AGAIN:
+        said = result.tokens and self._spoken is not None
+        if self.reread and said and frames * self._shift <= LONGEST_AGAIN:
             segment = self._again(frames)
         else:
             if self._rescore and self._hidden:
@@ -217,7 +218,7 @@ class Stream:
     def _again(self, frames: int) -> Segment:
         """The segment of so many encoder frames, read as a whole: what was said and a little around it."""
         config, decode = self.transcriber.folder.config.encoder, self.options.decode
-        first = max((self._spoken or 0) - _AROUND, 0)
+        first = max(self._spoken - _AROUND, 0)
         last = min(frames - self._silent + _AROUND, frames)
         begin = first * config.subsampling_rate
         end = begin + (last - first - 1) * config.subsampling_rate + config.min_frames
