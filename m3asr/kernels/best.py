@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from m3asr.kernels.pieces import Tile, dot, multiprocessors, release, wait
+from m3asr.kernels.pieces import Tile, copied_product, multiprocessors, release, wait
 
 
 @triton.jit
@@ -37,9 +37,7 @@ def _best_kernel(
     tiles = tl.cdiv(tokens, BLOCK_M) * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row, col = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, WIDTH, BLOCK_K):
-            acc = dot(a.load([row, start]), tl.trans(w.load([col, start])), acc, DOT)
+        acc = copied_product(a, w, row, col, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
         cols = col + tl.arange(0, BLOCK_N)
         acc += tl.load(b_ptr + cols, mask=cols < columns, other=-float("inf"))[None, :]
         top = tl.max(acc, axis=1)

@@ -25,6 +25,36 @@ from m3asr.kernels.pieces import (
 
 
 @triton.jit
+def _place(expert_ptr, slot_token_ptr, expert, begin, end, done, BLOCK_T: tl.constexpr):
+    """The expert's tokens from `begin` to `end` into slots from `done` on -> the slot behind the last."""
+    for start in range(begin, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        here = tl.load(expert_ptr + t, mask=t < end, other=-1) == expert
+        rank = tl.cumsum(here.to(tl.int32), axis=0) - 1
+        tl.store(slot_token_ptr + done + rank, t, mask=here)
+        done += tl.sum(here.to(tl.int32), axis=0)
+    return done
+
+
+@triton.jit
+def _close(
+    slot_token_ptr, tile_expert_ptr, expert, used, before, mine, tiles, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """No token in the slots from `used` to the end of the expert's `mine` tiles, which stand behind `before`; whose
+    tiles these are; and, by the last expert, that those behind are nobody's.
+    """
+    unused = used + tl.arange(0, BLOCK_M)
+    tl.store(slot_token_ptr + unused, tl.full((BLOCK_M,), -1, tl.int32), mask=unused < (before + mine) * BLOCK_M)
+    own = tl.arange(0, BLOCK_T)
+    for start in range(0, mine, BLOCK_T):
+        tl.store(tile_expert_ptr + before + start + own, expert + tl.zeros_like(own), mask=start + own < mine)
+    if expert == EXPERTS - 1:
+        for start in range(before + mine, tiles, BLOCK_T):
+            tl.store(tile_expert_ptr + start + own, tl.full((BLOCK_T,), -1, tl.int32), mask=start + own < tiles)
+
+
+@triton.jit
 def _sort_kernel(
     expert_ptr,
     slot_token_ptr,
@@ -52,20 +82,8 @@ def _sort_kernel(
     count = tl.sum(tl.where(bins == expert, counts, 0), axis=0)
     mine = (count + BLOCK_M - 1) // BLOCK_M
     done = before * BLOCK_M
-    for start in range(0, tokens, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        here = tl.load(expert_ptr + t, mask=t < tokens, other=-1) == expert
-        rank = tl.cumsum(here.to(tl.int32), axis=0) - 1
-        tl.store(slot_token_ptr + done + rank, t, mask=here)
-        done += tl.sum(here.to(tl.int32), axis=0)
-    unused = done + tl.arange(0, BLOCK_M)
-    tl.store(slot_token_ptr + unused, tl.full((BLOCK_M,), -1, tl.int32), mask=unused < (before + mine) * BLOCK_M)
-    own = tl.arange(0, BLOCK_T)
-    for start in range(0, mine, BLOCK_T):
-        tl.store(tile_expert_ptr + before + start + own, expert + tl.zeros_like(own), mask=start + own < mine)
-    if expert == EXPERTS - 1:
-        for start in range(before + mine, tiles, BLOCK_T):
-            tl.store(tile_expert_ptr + start + own, tl.full((BLOCK_T,), -1, tl.int32), mask=start + own < tiles)
+    done = _place(expert_ptr, slot_token_ptr, expert, 0, tokens, done, BLOCK_T)
+    _close(slot_token_ptr, tile_expert_ptr, expert, done, before, mine, tiles, EXPERTS, BLOCK_M, BLOCK_T)
 
 
 @triton.jit
@@ -106,21 +124,10 @@ def _counted_sort_kernel(
     mine = (count + BLOCK_M - 1) // BLOCK_M
     done = before * BLOCK_M + tl.sum(tl.where(bins == expert, earlier, 0), axis=0)
     end = tl.minimum((first + share) * count_rows, tokens)
-    for start in range(first * count_rows, end, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        here = tl.load(expert_ptr + t, mask=t < end, other=-1) == expert
-        rank = tl.cumsum(here.to(tl.int32), axis=0) - 1
-        tl.store(slot_token_ptr + done + rank, t, mask=here)
-        done += tl.sum(here.to(tl.int32), axis=0)
+    _place(expert_ptr, slot_token_ptr, expert, first * count_rows, end, done, BLOCK_T)
     if part == 0:
-        unused = before * BLOCK_M + count + tl.arange(0, BLOCK_M)
-        tl.store(slot_token_ptr + unused, tl.full((BLOCK_M,), -1, tl.int32), mask=unused < (before + mine) * BLOCK_M)
-        own = tl.arange(0, BLOCK_T)
-        for start in range(0, mine, BLOCK_T):
-            tl.store(tile_expert_ptr + before + start + own, expert + tl.zeros_like(own), mask=start + own < mine)
-        if expert == EXPERTS - 1:
-            for start in range(before + mine, tiles, BLOCK_T):
-                tl.store(tile_expert_ptr + start + own, tl.full((BLOCK_T,), -1, tl.int32), mask=start + own < tiles)
+        used = before * BLOCK_M + count
+        _close(slot_token_ptr, tile_expert_ptr, expert, used, before, mine, tiles, EXPERTS, BLOCK_M, BLOCK_T)
 
 
 def most_tiles(tokens: int, experts: int, rows: int) -> int:

@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from m3asr.kernels.pieces import (
     Tile,
     activate,
+    copied_product,
     copyable,
     dot,
     dot_parts,
@@ -129,9 +130,7 @@ def _persistent_kernel(
     # One loop over all steps of all tiles: the copies of a tile's first steps begin before the last one is finished.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row, col = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, WIDTH, BLOCK_K):
-            acc = dot(a.load([row, start]), tl.trans(w.load([col, start])), acc, DOT)
+        acc = copied_product(a, w, row, col, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
         cols = col + tl.arange(0, BLOCK_N)
         acc += tl.load(b_ptr + cols, mask=cols < columns, other=0.0)[None, :]
         finished(
@@ -177,9 +176,7 @@ def _stored_kernel(
     SLICE: tl.constexpr = BLOCK_N // SLICES
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row, col = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, WIDTH, BLOCK_K):
-            acc = dot(a.load([row, start]), tl.trans(w.load([col, start])), acc, DOT)
+        acc = copied_product(a, w, row, col, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
         rows = row + tl.arange(0, BLOCK_M)
         if GLU or MASK:
             valid = (rows % frames) < tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)

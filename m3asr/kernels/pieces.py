@@ -112,6 +112,18 @@ def gated(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def copied_product(
+    a, w, row, col, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """The tile at (row, col) of a w^T, float32, its operands fetched by the copy engine."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        acc = dot(a.load([row, start]), tl.trans(w.load([col, start])), acc, DOT)
+    return acc
+
+
+@triton.jit
 def slices(x, COUNT: tl.constexpr):
     """x (M, N) cut into COUNT tensors (M, N / COUNT), left to right; a power of two."""
     if COUNT == 1:
