@@ -23,6 +23,16 @@ def epilogue(y, activation, table, glu):
     return y if activation == "none" else ops.ACTIVATIONS[activation](y)
 
 
+def added_to(reference, kind, lengths, frames, arguments):
+    """A residual stream, and what becomes of it when half the product is added, masked if the kind says so."""
+    stream = torch.randn(reference.shape, device=reference.device)
+    arguments["residual_scale"] = 0.5
+    if kind.startswith("masked"):
+        arguments["mask"] = (lengths, frames)
+        reference = reference.masked_fill(~ops.frame_mask(lengths, frames).flatten().unsqueeze(-1), 0.0)
+    return stream, stream.double() + 0.5 * reference
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("kind", ["swish", "relu", "gelu", "tanh", "hardtanh", "selu", "table", "glu", "prior"])
 @pytest.mark.parametrize("parts", [1, 4])
@@ -81,13 +91,7 @@ def test_linear(device, options, check, poisoned, tile, dtype, k, parts, kind):
         reference = epilogue(y, arguments["activation"], arguments["table"], arguments["glu"])
     out = poisoned(*reference.shape, dtype=dtype)
     if "residual" in kind:
-        out = torch.randn(reference.shape, device=device)
-        arguments["residual_scale"] = 0.5
-        if kind.startswith("masked"):
-            arguments["mask"] = (lengths, frames)
-            valid = ops.frame_mask(lengths, frames).flatten()
-            reference = reference.masked_fill(~valid.unsqueeze(-1), 0.0)
-        reference = out.double() + 0.5 * reference
+        out, reference = added_to(reference, kind, lengths, frames, arguments)
     linear(a, weight, bias, out, tile=tile(k=k, parts=parts) if k else LIBRARY, **arguments, **options(dtype))
     # The library's product is rounded before its epilogue.
     check(out, reference, dtype, factor=1.0 if k else 2.0)
@@ -115,12 +119,7 @@ def test_results_stored_by_copies(device, options, check, poisoned, kind, stored
     reference = epilogue(a.double() @ weight.double().t() + bias, arguments["activation"], table, glu)
     out = poisoned(*reference.shape, dtype=dtype)
     if "residual" in kind:
-        out = torch.randn(reference.shape, device=device)
-        arguments["residual_scale"] = 0.5
-        if kind.startswith("masked"):
-            arguments["mask"] = (lengths, frames)
-            reference = reference * ops.frame_mask(lengths, frames).flatten().unsqueeze(-1)
-        reference = out.double() + 0.5 * reference
+        out, reference = added_to(reference, kind, lengths, frames, arguments)
     tile = Tile(rows, 32 * stored, 32, stages=2, copied=1, stored=stored)
     linear(a, weight, bias, out, tile=tile, **arguments, **options(dtype))
     check(out, reference, dtype)
