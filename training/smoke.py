@@ -13,8 +13,9 @@ import torch
 
 from m3asr.engines.torch_fbank import fbank, mel_filters
 from training import losses
+from training.arguments import arguments
 from training.data import LENGTHS, Planner
-from training.train import Run, arguments
+from training.train import Run
 
 
 def synchronize(device: torch.device) -> None:
@@ -55,7 +56,7 @@ def check_fbank(run: Run, waveform: torch.Tensor) -> None:
 
 
 def main() -> None:
-    args = arguments()
+    args = arguments(__doc__)
     run = Run(args)
     device, cuda = run.device, args.device.startswith("cuda")
     print(torch.__version__, torch.cuda.get_device_name() if cuda else "cpu", f"start took {run.elapsed():.1f} s")
