@@ -90,24 +90,25 @@ def decode(lines: list[dict], processes: int) -> tuple[np.ndarray, list[Utteranc
     return np.frombuffer(_decode_shard.memory, dtype=np.int16), utterances
 
 
-def split(utterances: list[Utterance], count: int) -> tuple[list[Utterance], list[Utterance]]:
-    """(training, development): `count` utterances by a fixed seed, and no development text in training."""
-    picked = set(np.random.default_rng(20220408).permutation(len(utterances))[:count].tolist())
-    development = [u for i, u in enumerate(utterances) if i in picked]
-    texts = {u.text for u in development}
-    return [u for i, u in enumerate(utterances) if i not in picked and u.text not in texts], development
+def split(lines: list[dict], count: int) -> tuple[list[dict], list[dict]]:
+    """(training, development): `count` lines by a fixed seed, and no development text in training."""
+    picked = set(np.random.default_rng(20220408).permutation(len(lines))[:count].tolist())
+    development = [line for i, line in enumerate(lines) if i in picked]
+    texts = {line["text"] for line in development}
+    return [line for i, line in enumerate(lines) if i not in picked and line["text"] not in texts], development
 
 
 class Parts:
-    """A folder that speak.py is filling: NAME.npy and then NAME.jsonl for each part."""
+    """A folder that speak.py is filling: NUMBER.npy and then NUMBER.jsonl for each part. Of `ranks` processes this one
+    takes every part whose number falls to its `rank`."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.seen = folder, set()
+    def __init__(self, folder: Path, rank: int = 0, ranks: int = 1):
+        self.folder, self.rank, self.ranks, self.seen = folder, rank, ranks, set()
 
     def new(self):
         """(samples int16, [Utterance] with offsets into them) for each part that was not there before."""
         for manifest in sorted(self.folder.glob("*.jsonl")):
-            if manifest not in self.seen:
+            if manifest not in self.seen and int(manifest.stem) % self.ranks == self.rank:
                 self.seen.add(manifest)
                 lines = map(json.loads, manifest.read_text(encoding="utf-8").splitlines())
                 utterances = [Utterance(x["id"], x["text"], x["offset"], x["size"]) for x in lines]

@@ -1,4 +1,4 @@
-"""Greedy CTC decoding and word error rate while training. The final numbers are made by the package itself."""
+"""Greedy word error rate while training, on several sets. The final numbers are made by the package itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from m3asr import ops
+from m3asr.engines.torch_fbank import fbank, frame_count
 from m3asr.model import Model
+from training.augment import Augment, AugmentConfig
+from training.data import Speech, plain_batches, read_audio
+
+CHUNK = 16  # frames of 40 ms, for streaming models
 
 
 def collapse(best: list[int]) -> list[int]:
@@ -44,3 +49,38 @@ def greedy_wer(model: Model, batches: list, front_end: Callable, units, show: in
             errors += word_errors(text.split(), hypothesis.split())
             words += len(text.split())
     return 100.0 * errors / max(words, 1)
+
+
+class Evaluation:
+    """Development sets of a run: as it is, through a fixed augmentation, and people if given."""
+
+    def __init__(self, run):
+        self.run = run
+        seconds = min(400.0, run.args.batch_seconds)
+        batches = plain_batches(run.development, run.units, seconds)
+        self.sets = {"dev": (run.speech, batches, False)}
+        if not run.args.no_augment:
+            self.sets["dev_augmented"] = (run.speech, batches, True)
+        if run.args.human:
+            flat, people = read_audio(run.args.human)
+            self.sets["human"] = (Speech(flat, run.device), plain_batches(people, run.units, seconds), False)
+
+    def __call__(self, model: Model, show: int = 0) -> dict[str, float]:
+        run, results = self.run, {}
+        for name, (speech, batches, augmented) in self.sets.items():
+            augment = Augment(AugmentConfig(), run.device, 7) if augmented else None
+
+            def front_end(batch, speech=speech, augment=augment):
+                # Masking features is a hardship of training only.
+                batch = batch.to(run.device)
+                if augment is None:
+                    return run.front_end(batch, speech, None)
+                waveform = augment(batch.render(speech), batch.lengths)
+                features = fbank(waveform * 32768.0, run.front_end.filters, run.front_end.config)
+                lengths = frame_count(batch.lengths, run.front_end.config).int()
+                return (features - run.front_end.mean) * run.front_end.istd, lengths
+
+            results[name] = round(greedy_wer(model, batches, front_end, run.units, show if not augmented else 0), 2)
+            if run.config.encoder.use_dynamic_chunk and not augmented:
+                results[f"{name}_chunks"] = round(greedy_wer(model, batches, front_end, run.units, chunk=CHUNK), 2)
+        return results

@@ -55,9 +55,14 @@ class Optimizer:
             fused=True,
             capturable=device.type == "cuda",
         )
+        # All gradients lie in one array, which processes add up at once; each begins at a multiple of 256 bytes.
+        places, total = [], 0
         for _, p in named:
-            p.grad = torch.zeros_like(p)
-        self.gradients = [p.grad for _, p in named]
+            places.append(total)
+            total += -(-p.numel() // 64) * 64
+        self.gradients = torch.zeros(total, device=device)
+        for (_, p), place in zip(named, places, strict=True):
+            p.grad = self.gradients.as_strided(p.shape, p.stride(), place)
         # Matrices of one shape are orthogonalised together: one product instead of dozens of small ones.
         self.groups: dict[tuple[int, int], list[nn.Parameter]] = {}
         for p in matrices:
@@ -94,7 +99,7 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """In place: a captured step always finds its gradients where they were."""
-        torch._foreach_zero_(self.gradients)
+        self.gradients.zero_()
 
     def moments(self, parameter: nn.Parameter) -> list[Tensor]:
         """What is remembered of a parameter's gradients, in the parameter's shape, to be changed in place."""

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from m3asr.config import FbankConfig, ModelConfig
-from m3asr.engines.torch_fbank import fbank, frame_count
 from m3asr.model import Model
 from training import blocks, losses, moe
 from training.arguments import arguments
@@ -33,39 +32,39 @@ from training.data import (
     Texts,
     Units,
     decode,
-    plain_batches,
-    read_audio,
     read_manifest,
     split,
 )
-from training.evaluate import greedy_wer
+from training.evaluate import Evaluation
 from training.front_end import FrontEnd
 from training.kernels.random import Seed
 from training.network import SIZES, read_folder, write_folder
 from training.ngram import read_sentences
 from training.optimizer import Optimizer
-
-CHUNK = 16  # frames of 40 ms, for evaluation
+from training.ranks import Ranks
 
 
 class Run:
     """One training run: everything that a checkpoint holds, and the clock."""
 
     def __init__(self, args):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.ranks = args, Ranks(args.device)
+        self.device, rank = self.ranks.device, self.ranks.rank
         self.started = time.monotonic()
         self.before = 0.0  # seconds of the runs that this one resumes
         self.setup: float | None = None  # seconds until the first step was done, in which kernels are compiled
-        self.step, self.routed, self.clean = 0, False, not args.init
+        self.now = 0.0  # progress, as all processes have agreed on it
+        self.step, self.routed, self.clean, self.aligned = 0, False, not args.init, False
         torch.manual_seed(args.seed)
         args.out.mkdir(parents=True, exist_ok=True)
         saved = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True) if args.resume else None
 
-        lines, also = read_manifest(args.speech)[: args.limit], read_manifest(args.also) if args.also else []
-        flat, utterances = decode(lines + also, args.processes)
-        self.training, self.development = split(utterances[: len(lines)], args.dev)
-        held_out = {u.text for u in self.development}
-        self.training += [u for u in utterances[len(lines) :] if u.text not in held_out]
+        lines, development = split(read_manifest(args.speech)[: args.limit], args.dev)
+        held_out = {line["text"] for line in development}
+        also = [line for line in (read_manifest(args.also) if args.also else []) if line["text"] not in held_out]
+        mine = self.ranks.share(lines + also)
+        flat, utterances = decode(mine + development, args.processes)
+        self.training, self.development = utterances[: len(mine)], utterances[len(mine) :]
         self.say(f"decoded {sum(u.size for u in utterances) / 57.6e6:.2f} h, {len(utterances)} utterances")
         start = None
         if saved is not None:
@@ -73,16 +72,16 @@ class Run:
         elif args.init:
             start, bpe, mean, istd = read_folder(args.init)
         else:
-            bpe = Units.train([u.text for u in self.training], args.vocab).model
+            bpe = Units.train([line["text"] for line in lines + also], args.vocab).model
         self.units = Units(bpe)
         self.texts = None
         if args.texts:
-            lines = [line for _, line in read_sentences(args.texts) if line not in held_out]
-            self.texts = Texts(lines, self.units, self.device, args.seed)
+            spare = [line for _, line in read_sentences(args.texts) if line not in held_out]
+            self.texts = Texts(spare, self.units, self.device, args.seed + rank)
             self.say(f"{len(self.texts.lengths)} lines of text")
         self.speech = Speech(flat, self.device, int(args.grow_hours * 57.6e6) if args.grow else 0)
         self.say(f"{self.speech.samples.numel() * 2 / 1e9:.1f} GB of samples")
-        self.parts, self.held_out = Parts(args.grow) if args.grow else None, held_out
+        self.parts, self.held_out = Parts(args.grow, rank, self.ranks.size) if args.grow else None, held_out
 
         rooms = read_rooms(args.rooms, self.device) if args.rooms else None
         self.augment_config = AugmentConfig(tempo=args.tempo, smear=args.smear, masking=args.masking)
@@ -102,6 +101,7 @@ class Run:
                 self.training, self.units, min(args.batch_seconds, 400.0), args.seed + 1, speeds=args.speeds
             )
             self.front_end.measure(planner.batches(False), 40, self.speech, self.make_augment(args.seed + 1))
+            self.ranks.same([self.front_end.mean, self.front_end.istd])
             self.say("CMVN measured")
 
         # Flash attention, whose plans need nothing at capture time that a launched step has not made.
@@ -116,7 +116,7 @@ class Run:
             model.to(self.device).to(memory_format=torch.channels_last)
         self.average.requires_grad_(False)
         self.routings = [moe.install(self.model), moe.install(self.average)]
-        self.dropout_seed = Seed(self.device, args.seed)
+        self.dropout_seed = Seed(self.device, args.seed + 64 * rank)
         blocks.install(self.model, self.dropout_seed)  # not the average: what is evaluated is the model's own forward
         self.optimizer = Optimizer(self.model, args.weight_decay, args.optimizer == "muon")
         if saved is not None:
@@ -135,14 +135,27 @@ class Run:
             consistency=args.consistency,
         )
         self.lag = torch.ones((), device=self.device)  # 1 - the decay of the averaged weights
-        self.captured = Captured(self.update, self.device)
+        self.captured, self.captured_update = Captured(self.gradients, self.device), Captured(self.update, self.device)
+        self.alike()
         self.views = 1  # args.views once there is augmentation
 
     def say(self, text: str) -> None:
-        print(f"[{self.elapsed():7.1f} s] {text}", flush=True)
+        if self.ranks.first:
+            print(f"[{self.elapsed():7.1f} s] {text}", flush=True)
 
     def elapsed(self) -> float:
         return self.before + time.monotonic() - self.started
+
+    def alike(self) -> None:
+        """The first process's model, in all of them: they step alike, and this is where rounding may not add up."""
+        self.ranks.same([x for model in (self.model, self.average) for x in model.state_dict().values()])
+
+    def meet(self, over: bool, evaluate: bool) -> tuple[bool, bool]:
+        """What the first process decides, by its clock and losses, for the step that all of them take next."""
+        clean = self.clean and not self.aligned
+        self.now, clean, over, evaluate = self.ranks.agree(self.progress(), clean, over, evaluate)
+        self.clean = bool(clean)
+        return bool(over) or self.now >= 1.0, bool(evaluate)
 
     def progress(self) -> float:
         """Part of the time for steps that has passed: 0 until the first is done; the end keeps 20 s (or a tenth) for
@@ -155,7 +168,7 @@ class Run:
 
     def set_schedule(self) -> float:
         """Learning rate, averaging, and how the experts are used, for the time it is; -> learning rate."""
-        args, progress = self.args, self.progress()
+        args, progress = self.args, self.now
         fallen = args.final_lr + (1.0 - args.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
         lr = args.lr * min(1.0, (self.step + 1) / args.warmup) * fallen
         if not self.routed and progress >= args.dense_fraction:
@@ -165,6 +178,7 @@ class Run:
                 self.say(f"step {self.step}: experts start as copies of the dense feed-forward")
             self.routed = True
             self.captured.clear()
+            self.captured_update.clear()
         fade = args.blend_fraction if args.dense_fraction > 0 and not args.init else 0.0
         for routing in self.routings:
             routing.dense = not self.routed
@@ -176,12 +190,12 @@ class Run:
     def batches(self, pin: bool) -> Iterator[tuple[Batch, Augment | None]]:
         """Endless (batch, its augmentation). Alignment is found on clean speech first: augmented from the first step,
         CTC stays where every frame is blank (measured; README.md, Runs)."""
-        args, seed = self.args, self.args.seed + self.step
+        args, seed = self.args, self.args.seed + self.step + 1000003 * self.ranks.rank
         sources = self.training, self.units
         if self.clean:
             planner = Planner(*sources, min(args.batch_seconds, 400.0), seed + 3, joined=0.0)
             for batch in planner.prefetched(16, pin):
-                if not self.clean or self.progress() >= args.clean_fraction:
+                if not self.clean or self.now >= args.clean_fraction:
                     break
                 yield batch, None
             self.clean = False
@@ -211,7 +225,10 @@ class Run:
         features, lengths = self.front_end(batch, self.speech, augment, self.views)
         text = self.texts.draw() if self.texts else ()
         tokens, token_lengths = batch.tokens.repeat(self.views, 1), batch.token_lengths.repeat(self.views)
-        return self.captured(features, lengths, tokens, token_lengths, self.chunk(), *text)
+        parts, entropies = self.captured(features, lengths, tokens, token_lengths, self.chunk(), *text)
+        self.ranks.average(self.optimizer.gradients)
+        (norm,) = self.captured_update()
+        return parts, entropies, norm
 
     def chunk(self) -> Tensor:
         """Frames that attention takes at a time, () on the device: all of them, or in half of a streaming model's steps
@@ -219,8 +236,8 @@ class Run:
         draw = int(torch.randint(50, ())) if self.config.encoder.use_dynamic_chunk else 50
         return torch.full((), 0 if draw >= 25 else draw + 1, device=self.device)  # waits for nothing, unlike a copy
 
-    def update(self, features, lengths, tokens, token_lengths, chunk: Tensor, *text: Tensor):
-        """Everything of a step behind the features."""
+    def gradients(self, features, lengths, tokens, token_lengths, chunk: Tensor, *text: Tensor):
+        """Everything of a step between the features and the gradients of this process's batch."""
         self.dropout_seed.advance()
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
@@ -229,6 +246,10 @@ class Run:
                 self.model, self.routings[0], *batch, self.weights, text or None, chunk, self.views
             )
         loss.backward()
+        return parts, entropies
+
+    def update(self):
+        """The rest of a step. -> the gradient's norm."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
         # A batch with a broken gradient is left out, on the device.
         self.optimizer.step(torch.isfinite(norm))
@@ -236,7 +257,7 @@ class Run:
         behind = torch._foreach_sub([p.detach() for p in self.model.parameters()], averages)
         torch._foreach_mul_(behind, self.lag)
         torch._foreach_add_(averages, behind)
-        return parts, entropies, norm.detach()
+        return [norm.detach()]
 
     def save(self) -> None:
         """The checkpoint to resume from, and the averaged weights as a model folder."""
@@ -264,67 +285,52 @@ class Run:
         return write_folder(folder, self.config, state, self.units, mean, istd, bits=self.args.bits)
 
 
-class Evaluation:
-    """Development sets of a run: as it is, through a fixed augmentation, and people if given."""
-
-    def __init__(self, run: Run):
-        self.run = run
-        seconds = min(400.0, run.args.batch_seconds)
-        batches = plain_batches(run.development, run.units, seconds)
-        self.sets = {"dev": (run.speech, batches, False)}
-        if not run.args.no_augment:
-            self.sets["dev_augmented"] = (run.speech, batches, True)
-        if run.args.human:
-            flat, people = read_audio(run.args.human)
-            self.sets["human"] = (Speech(flat, run.device), plain_batches(people, run.units, seconds), False)
-
-    def __call__(self, model: Model, show: int = 0) -> dict[str, float]:
-        run, results = self.run, {}
-        for name, (speech, batches, augmented) in self.sets.items():
-            augment = Augment(AugmentConfig(), run.device, 7) if augmented else None
-
-            def front_end(batch, speech=speech, augment=augment):
-                # Masking features is a hardship of training only.
-                batch = batch.to(run.device)
-                if augment is None:
-                    return run.front_end(batch, speech, None)
-                waveform = augment(batch.render(speech), batch.lengths)
-                features = fbank(waveform * 32768.0, run.front_end.filters, run.front_end.config)
-                lengths = frame_count(batch.lengths, run.front_end.config).int()
-                return (features - run.front_end.mean) * run.front_end.istd, lengths
-
-            results[name] = round(greedy_wer(model, batches, front_end, run.units, show if not augmented else 0), 2)
-            if run.config.encoder.use_dynamic_chunk and not augmented:
-                results[f"{name}_chunks"] = round(greedy_wer(model, batches, front_end, run.units, chunk=CHUNK), 2)
-        return results
-
-
 def main() -> None:
     args = arguments(__doc__)
     run = Run(args)
     stop = []
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.append(True))
-    evaluation = Evaluation(run)
+    run.grow()  # what is there already is heard from the first step on
+    first = run.ranks.first
+    evaluation = Evaluation(run) if first else None
     parameters = sum(p.numel() for p in run.model.parameters())
     run.say(f"{parameters / 1e6:.2f} million parameters; {len(run.training)} training, {len(run.development)} dev")
-    (args.out / "run.json").write_text(
-        json.dumps(
-            {**vars(args), "weights": asdict(run.weights), "augment": asdict(run.augment_config)}, default=str, indent=1
-        )
-    )
-    log = (args.out / "log.jsonl").open("a", encoding="utf-8")
+    if run.ranks.size > 1:
+        run.say(f"{run.ranks.size} processes: each has its share of the speech and batches of its own")
+    log = (args.out / "log.jsonl").open("a", encoding="utf-8") if first else None
+    if first:
+        values = {**vars(args), "ranks": run.ranks.size, "weights": asdict(run.weights)}
+        values["augment"] = asdict(run.augment_config)
+        (args.out / "run.json").write_text(json.dumps(values, default=str, indent=1))
 
     def write(**values) -> None:
-        log.write(json.dumps({"step": run.step, "elapsed": round(run.elapsed(), 1), **values}) + "\n")
-        log.flush()
+        if log is not None:
+            log.write(json.dumps({"step": run.step, "elapsed": round(run.elapsed(), 1), **values}) + "\n")
+            log.flush()
+
+    def evaluate_and_keep() -> dict[str, float]:
+        wer = evaluation(run.average)
+        run.model.train()
+        run.save()
+        # The last is the best for the voices that it learnt from, and need not be for others.
+        shutil.copytree(args.out / "model", args.out / f"model-{run.step}", dirs_exist_ok=True)
+        run.say(f"step {run.step} WER {wer}")
+        return wer
 
     cuda = run.device.type == "cuda"
     run.model.train()
     seconds, window, mark, next_eval = 0.0, [], time.monotonic(), run.elapsed() + args.eval_seconds
     for batch, augment in run.batches(cuda):
-        if run.progress() >= 1.0 or stop:
+        over, evaluate = run.meet(bool(stop), run.elapsed() >= next_eval)
+        if over:
             break
+        if evaluate:
+            run.alike()
+            if first:
+                write(wer=evaluate_and_keep())
+            next_eval = run.elapsed() + args.eval_seconds
+            seconds, window, mark = 0.0, [], time.monotonic()
         lr = run.set_schedule()
         window.append(run.train_step(batch.to(run.device), augment))
         run.step += 1
@@ -350,25 +356,17 @@ def main() -> None:
                 "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,
             }
             write(**values)
-            run.clean = run.clean and values["ctc"] > args.clean_until
+            run.aligned = values["ctc"] <= args.clean_until
             shown = " ".join(f"{name} {values[name]:.3f}" for name in losses.NAMES)
             run.say(
                 f"step {run.step} {shown} lr {lr:.2e} {values['step_ms']} ms {values['audio_per_second']} x real time"
             )
             run.grow()
             seconds, window, mark = 0.0, [], time.monotonic()
-        if run.elapsed() >= next_eval:
-            wer = evaluation(run.average)
-            run.model.train()
-            run.save()
-            # The last is the best for the voices that it learnt from, and need not be for others.
-            shutil.copytree(args.out / "model", args.out / f"model-{run.step}", dirs_exist_ok=True)
-            write(wer=wer)
-            run.say(f"step {run.step} WER {wer}")
-            next_eval = run.elapsed() + args.eval_seconds
-            seconds, window, mark = 0.0, [], time.monotonic()
-
     run.set_schedule()
+    run.ranks.leave()
+    if not first:
+        return
     wer = evaluation(run.average, show=5)
     run.save()
     write(wer=wer, final=True)
