@@ -351,8 +351,8 @@ def main() -> None:
                 "load_entropy": entropy,
                 "blend": round(run.routings[0].blend.item(), 3) if run.routed else None,
                 "step_ms": round(1000 * spent / len(window), 1),
-                "audio_per_second": round(seconds / spent),
-                "hours": round(run.speech.size / 57.6e6, 1),
+                "audio_per_second": round(run.ranks.size * seconds / spent),  # the others' shares are like this one
+                "hours": round(run.ranks.size * run.speech.size / 57.6e6, 1),
                 "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,
             }
             write(**values)
