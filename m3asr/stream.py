@@ -114,7 +114,8 @@ class Stream:
                 "segments again when they end (reread)"
             )
         self._rescore = decoder == "rescoring" and not self.reread
-        self._scorers = transcriber.scorers(options.decode)
+        # As the words come there is CTC alone, whatever decoder has the last word.
+        self._scorers = transcriber.scorers(options.decode, "beam")
         self._fbank = OnlineFbank(config.fbank)
         self._shift = config.frame_seconds
         self._first = 0  # encoder frame of the stream that the segment starts with

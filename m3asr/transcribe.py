@@ -264,11 +264,14 @@ class Transcriber:
         own = self.folder.lm()
         return options.lm or (str(own) if own else None)
 
-    def scorers(self, options: DecodeOptions) -> tuple[ContextGraph | None, NgramLM | None]:
-        """What options and model folder add to a prefix beam search. Warns UnusableHotword, the first time."""
+    def scorers(self, options: DecodeOptions, decoder: str | None = None) -> tuple[ContextGraph | None, NgramLM | None]:
+        """What options and model folder add to a prefix beam search, of `decoder` if that is not the options' own.
+        Warns UnusableHotword, the first time."""
         context = self._context(options.hotwords, options.hotword_score) if options.hotwords else None
         lm, unit = self.lm_of(options), options.lm_unit if options.lm else "word"
-        return context, self._lm(lm, options.lm_weight, options.lm_bonus, unit) if lm else None
+        if lm is None:
+            return context, None
+        return context, self._lm(lm, unit).weighted(*options.lm_share(decoder or self.decoder_of(options)))
 
     def _new_context(self, hotwords: tuple[str, ...], score: float) -> ContextGraph | None:
         tokenizer, phrases = self.folder.tokenizer, []
@@ -287,8 +290,8 @@ class Transcriber:
                 )
         return ContextGraph(phrases, score) if phrases else None
 
-    def _new_lm(self, path: str, weight: float, bonus: float, unit: str) -> NgramLM:
-        return NgramLM(path, self.folder.tokenizer.symbols, weight, bonus, unit)
+    def _new_lm(self, path: str, unit: str) -> NgramLM:
+        return NgramLM(path, self.folder.tokenizer.symbols, unit=unit)
 
     def _pieces(self, job: _Job, recording: Recording, segmentation: SegmentOptions) -> Iterator[_Piece]:
         def counted() -> Iterator[np.ndarray]:

@@ -292,6 +292,12 @@ def test_a_models_own_language_model_counts_unless_another_or_none_is_asked_for(
     model = Transcriber(replace(transcriber.folder, path=tmp_path), transcriber.engine)
     lm = model.scorers(DecodeOptions())[1]
     assert (lm.weight, lm.bonus, lm.unit) == (0.3, 0.5, "word")
+    # Beside CTC alone it would drown what was heard.
+    beam = model.scorers(DecodeOptions("beam"))[1]
+    assert (beam.weight, beam.bonus) == (0.15, 0.25)
+    live = model.scorers(DecodeOptions(), "beam")[1]
+    assert (live.weight, live.bonus) == (0.15, 0.25)
+    assert model.scorers(DecodeOptions("beam", lm_weight=0.4))[1].weight == 0.4
     assert transcriber.scorers(DecodeOptions()) == (None, None)
     other = {"lm": str(tmp_path / "other.arpa"), "lm_unit": "token"}
     assert model.scorers(DecodeOptions(**other))[1].unit == "token"

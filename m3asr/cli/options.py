@@ -53,8 +53,14 @@ LmOption = Annotated[
         "none: without.",
     ),
 ]
-LmWeightOption = Annotated[float, typer.Option("--lm-weight")]
-LmBonusOption = Annotated[float, typer.Option("--lm-bonus", help="Added for each word, or token.")]
+LmWeightOption = Annotated[
+    Optional[float],  # noqa: UP007, UP045
+    typer.Option("--lm-weight", help="Default: 0.3 in joint, 0.15 in beam and rescoring."),
+]
+LmBonusOption = Annotated[
+    Optional[float],  # noqa: UP007, UP045
+    typer.Option("--lm-bonus", help="For each word, or token. Default: 0.5 in joint, 0.25 in beam and rescoring."),
+]
 LmUnitOption = Annotated[str, typer.Option("--lm-unit", help="What the language model counts: word or token.")]
 ChunkSizeOption = Annotated[
     int,

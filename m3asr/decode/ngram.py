@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,12 @@ class NgramLM:
         self._model: ArpaModel | _KenlmModel = _KenlmModel(path) if binary else ArpaModel(path)
         self.pieces = [piece.replace("<space>", WORD_START) for piece in pieces]
         self.weight, self.bonus, self.unit = weight, bonus, unit
+
+    def weighted(self, weight: float, bonus: float) -> NgramLM:
+        """The same language model, not read again, that counts otherwise."""
+        other = copy.copy(self)
+        other.weight, other.bonus = weight, bonus
+        return other
 
     def start(self) -> tuple[Any, str]:
         """(the model's state, the letters of the word that is not complete yet)."""

@@ -8,6 +8,9 @@ from m3asr.errors import M3asrError
 
 DECODERS = ("greedy", "beam", "rescoring", "joint", "attention")
 WITH_BEAM = ("beam", "rescoring", "joint")  # decoders that take phrases and a language model
+# What a language model counts beside CTC alone, and its bonus; and beside CTC and the attention decoder together.
+LM_WEIGHT, LM_BONUS = 0.15, 0.25
+JOINT_LM_WEIGHT, JOINT_LM_BONUS = 0.3, 0.5
 NO_LM = "none"
 
 
@@ -26,8 +29,9 @@ class DecodeOptions:
     hotwords: phrases to favour; each of their tokens that is matched adds hotword_score. Beam,
     rescoring and joint.
     lm: an n-gram language model, ARPA or KenLM binary, whose log-probabilities count lm_weight, plus lm_bonus for each
-    unit: "word" or "token" says what its entries are. Beam, rescoring and joint; KenLM's binary needs the extra `lm`.
-    None takes the model's own, of words, if its folder has one (lm.npz), and "none" takes none.
+    unit (None: 0.3 and 0.5 in joint, half of that in the others): "word" or "token" says what its entries are. Beam,
+    rescoring and joint; KenLM's binary needs the extra `lm`. None takes the model's own, of words, if its folder has
+    one (lm.npz), and "none" takes none.
 
     Raises M3asrError for values outside their range, and for what the chosen decoder cannot use.
     """
@@ -41,8 +45,8 @@ class DecodeOptions:
     hotwords: tuple[str, ...] = ()
     hotword_score: float = 3.0
     lm: str | None = None
-    lm_weight: float = 0.3
-    lm_bonus: float = 0.5
+    lm_weight: float | None = None
+    lm_bonus: float | None = None
     lm_unit: str = "word"
 
     def __post_init__(self):
@@ -62,7 +66,7 @@ class DecodeOptions:
                 raise M3asrError(f"{name} is {value}, expected 0 to 1")
         for name in ("blank_penalty", "hotword_score", "lm_weight", "lm_bonus"):
             value = getattr(self, name)
-            if not -100.0 <= value <= 100.0:  # also refuses NaN
+            if value is not None and not -100.0 <= value <= 100.0:  # also refuses NaN
                 raise M3asrError(f"{name} is {value}, expected -100 to 100")
         if isinstance(self.hotwords, str):
             raise M3asrError("hotwords is one text, expected several phrases")
@@ -75,3 +79,12 @@ class DecodeOptions:
                     raise M3asrError(f"the decoder {self.decoder} takes no {name}: choose beam, rescoring or joint")
         if self.decoder == "attention" and self.blank_penalty:
             raise M3asrError("the decoder attention has no blank, so no blank penalty")
+
+    def lm_share(self, decoder: str) -> tuple[float, float]:
+        """lm_weight and lm_bonus, for a decoder of WITH_BEAM."""
+        joint = decoder == "joint"
+        weight, bonus = (JOINT_LM_WEIGHT, JOINT_LM_BONUS) if joint else (LM_WEIGHT, LM_BONUS)
+        return (
+            weight if self.lm_weight is None else self.lm_weight,
+            bonus if self.lm_bonus is None else self.lm_bonus,
+        )
