@@ -62,6 +62,13 @@ def test_standard_input(m3, model, texts):
     assert code == 0 and json.loads(out)["text"] == texts[0] and json.loads(out)["name"] == "stdin"
 
 
+def test_the_progress_bar_leaves_standard_input_whole():
+    code = "import sys; from m3asr.cli.console import seconds_of; print(seconds_of(['-']), len(sys.stdin.buffer.read()))"
+    sound = Path(ONE).read_bytes()
+    result = subprocess.run([sys.executable, "-c", code], input=sound, capture_output=True)
+    assert result.stdout.split() == [b"None", str(len(sound)).encode()]
+
+
 def test_a_real_process_whose_reader_goes_away(model, texts):
     command = [sys.executable, "-m", "m3asr.cli", "transcribe", "-m", model, "-q", *[ONE, TWO] * 3]
     whole = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")

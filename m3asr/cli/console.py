@@ -64,6 +64,8 @@ def seconds_of(files: Iterable[str]) -> float | None:
 
     total = 0.0
     for file in files:
+        if file == "-":  # libsndfile would take its header out of standard input
+            return None
         try:
             total += soundfile.info(file).duration
         except (soundfile.SoundFileError, OSError, TypeError, ValueError):
