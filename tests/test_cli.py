@@ -147,10 +147,9 @@ def test_hotwords_from_a_list_and_from_a_file(m3, model, tmp_path):
     symbol = transcriber.folder.tokenizer.symbols[token]
     (tmp_path / "names.txt").write_text(f"\ufeff{symbol}\n\n", encoding="utf-8")
     common = "transcribe", "-m", model, "-q", "--decoder", "beam", "--hotword-score", "20", ONE
-    outputs = [
-        m3(*common, "--hotwords", words)[:2] for words in (symbol, f"{symbol} , {symbol}", tmp_path / "names.txt")
-    ]
-    assert outputs[0] == outputs[1] == outputs[2] and outputs[0][0] == 0
+    lists = symbol, f"{symbol} , {symbol}", tmp_path / "names.txt", ",".join([symbol] * 300)  # no file's name is so long
+    outputs = [m3(*common, "--hotwords", words)[:2] for words in lists]
+    assert outputs == outputs[:1] * 4 and outputs[0][0] == 0
     assert symbol in outputs[0][1] and symbol not in plain.text
     code, out, err = m3(*common, "--hotwords", tmp_path / "missing.txt")
     assert code == 2 and out == "" and "no such file" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -83,7 +84,7 @@ def phrases(hotwords: str | None) -> tuple[str, ...]:
         return ()
     path = Path(hotwords)
     try:
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises for a list longer than a name may be
             return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise M3asrError(f"{path} is no readable list of phrases: {error}") from None
