@@ -6,6 +6,7 @@ Paths in a list are taken from where the list lies and, if nothing is there, fro
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,11 +133,11 @@ def _table(path: Path) -> Iterator[tuple[int, str, str]]:
     """(line number, first field, the rest) of Kaldi's tables. Raises M3asrError where a key comes twice."""
     seen = set()
     for number, line in _lines(path):
-        key, _, rest = line.partition(" ") if " " in line else line.partition("\t")
+        key, *rest = re.split(r"[ \t]+", line, maxsplit=1)
         if key in seen:
             raise M3asrError(f"{path}, line {number}: found {key!r} again; expected each key once")
         seen.add(key)
-        yield number, key, rest.strip()
+        yield number, key, "".join(rest)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

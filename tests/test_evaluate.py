@@ -118,7 +118,11 @@ def test_lists_of_every_kind_say_the_same(audio):
     write_lines(kaldi / "wav.scp", *(f"{k} ../{k}.flac" for k in CLIPS))
     write_lines(kaldi / "text", *(f"{k} {t}" for k, t in CLIPS.items()))
     write_lines(kaldi / "utt2spk", *(f"{k} {k[0]}" for k in CLIPS))
-    lists = [read_manifest(p) for p in (by_id, by_path, wenet, kaldi, kaldi / "wav.scp")]
+    tabs = audio / "tabs"
+    tabs.mkdir()
+    write_lines(tabs / "wav.scp", *(f"{k}\t../{k}.flac" for k in CLIPS))
+    write_lines(tabs / "text", *(f"{k}\t{t}" for k, t in CLIPS.items()))
+    lists = [read_manifest(p) for p in (by_id, by_path, wenet, kaldi, kaldi / "wav.scp", tabs)]
     for utterances in lists:
         assert [(u.key, u.text) for u in utterances] == list(CLIPS.items())
         assert [u.path.resolve() for u in utterances] == [p.resolve() for p in path.values()]
