@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from m3asr.errors import M3asrError
@@ -22,6 +22,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield aside
         os.replace(aside, path)
     except OSError as error:
-        raise M3asrError(f"{path} cannot be written: {error.strerror}") from None
+        raise M3asrError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # where a folder of the path is a file, this is refused too
+            aside.unlink()

@@ -161,8 +161,9 @@ def test_nothing_is_left_half_written(tmp_path):
     with pytest.raises(RuntimeError):
         write(breaks(), "text", path)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.txt"]
-    with pytest.raises(M3asrError, match="Cannot write"):
-        write(transcript(), "text", tmp_path / "missing" / "out.txt")
+    for place in (tmp_path / "missing" / "out.txt", path / "out.txt"):
+        with pytest.raises(M3asrError, match="out.txt cannot be written"):
+            write(transcript(), "text", place)
     with pytest.raises(M3asrError, match="no output format 'doc'; choose one of text"):
         write(transcript(), "doc", path)
     assert path.read_text() == "old"
