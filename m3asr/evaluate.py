@@ -50,7 +50,7 @@ class ResultsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._found: dict[tuple[str, str, str], dict] = {}
+        self._found: dict[tuple[str, str, str], tuple[str, float, float]] = {}
         self._runs: set[str] = set()
         try:
             text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
@@ -68,8 +68,8 @@ class ResultsFile:
             if "settings" in entry:
                 self._runs.add(entry["run"])
             else:
-                self._found[entry["run"], entry["manifest"], entry["key"]] = entry
-                float(entry["seconds"]), float(entry["took"]), str(entry["hypothesis"])
+                result = str(entry["hypothesis"]), float(entry["seconds"]), float(entry["took"])
+                self._found[entry["run"], entry["manifest"], entry["key"]] = result
         except (ValueError, TypeError, KeyError):
             pass
 
@@ -82,10 +82,8 @@ class ResultsFile:
         return run
 
     def find(self, run: str, manifest: str, utterance: Utterance) -> Result | None:
-        entry = self._found.get((run, manifest, utterance.key))
-        if entry is None:
-            return None
-        return Result(utterance, entry["hypothesis"], float(entry["seconds"]), float(entry["took"]))
+        found = self._found.get((run, manifest, utterance.key))
+        return None if found is None else Result(utterance, *found)
 
     def add(self, run: str, manifest: str, result: Result) -> None:
         kept = {"hypothesis": result.hypothesis, "seconds": result.seconds, "took": result.took}

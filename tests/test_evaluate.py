@@ -211,6 +211,9 @@ def test_results_are_picked_up_again(model, tmp_path):
     assert again == ["librivox-0880"]
     assert [result.hypothesis for result in results] == [result.hypothesis for result in whole]
     assert go(path)[0] == []
+    # A line whose numbers are none.
+    path.write_text(path.read_text("utf-8").replace('"took": ', '"took": null, "was": '), "utf-8")
+    assert go(path)[0] == list(CLIPS) and go(path)[0] == []
     # Results of other settings do not count.
     kept = ResultsFile(path)
     other = kept.begin({"decoder": "beam"})
