@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ from m3asr.features import fbank, pad_batch
 from m3asr.folder import ModelFolder
 from m3asr.formats import Alternative, Segment, Transcript
 from m3asr.segment import SegmentOptions, speech_segments
+from m3asr.tokenizer import UNSPACED
 
 # Frames of a batch, padding included, on an engine that does not say its own (`batch_frames`): 40 seconds. On a CPU,
 # more is no faster and costs memory: the first convolution alone holds 20 kB or more a frame.
@@ -361,14 +361,10 @@ def joined(texts: Iterable[str]) -> str:
     """Texts of neighbouring segments as one; no space between scripts that are written without."""
     whole = ""
     for text in texts:
-        if whole and text and not (_unspaced(whole[-1]) and _unspaced(text[0])):
+        if whole and text and not (UNSPACED.match(whole[-1]) and UNSPACED.match(text[0])):
             whole += " "
         whole += text
     return whole
-
-
-def _unspaced(character: str) -> bool:
-    return unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA"))
 
 
 def load(

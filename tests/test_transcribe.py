@@ -273,6 +273,7 @@ def test_batches_hold_everything_once_and_no_more_than_the_limit():
 def test_texts_are_joined_as_their_script_is_written():
     assert joined(["a b", "", "c"]) == "a b c"
     assert joined(["你好", "世界", "ok", "好"]) == "你好世界 ok 好"
+    assert joined(["人々", "の", "ラーメン", "屋"]) == "人々のラーメン屋"
     assert joined([]) == ""
 
 
