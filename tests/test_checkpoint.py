@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -232,6 +233,13 @@ def test_unsupported_settings_are_refused_by_name(wenet, setting, value):
         read_checkpoint(wenet)
 
 
+def test_a_sample_rate_at_which_nothing_is_read_is_refused(folder, wenet):
+    for training in (folder, wenet):
+        edit_yaml(training, lambda values: values["dataset_conf"]["resample_conf"].update(resample_rate=8000))
+        with pytest.raises(ModelError, match="resample_rate 8000 is not supported"):
+            read_checkpoint(training)
+
+
 @pytest.mark.parametrize("setting,value", [("norm_eps", "small"), ("static_chunk_size", [1]), ("attention_heads", 5)])
 def test_settings_of_another_type(wenet, setting, value):
     edit_yaml(wenet, lambda values: values["encoder_conf"].__setitem__(setting, value))
@@ -309,6 +317,8 @@ def test_damaged_model_folders(folder, tmp_path):
         (config.replace('"family"', '"tribe"'), "tribe"),
         ("{", "not valid JSON"),
         ("[]", "list"),
+        (json.dumps({**json.loads(config), "encoder": 3}), "encoder holds a int"),
+        (json.dumps({**json.loads(config), "encoder": None}), "encoder holds a NoneType"),
     ):
         (target / "config.json").write_text(text)
         with pytest.raises(ModelError, match=said):
