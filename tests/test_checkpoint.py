@@ -291,6 +291,15 @@ def test_nothing_is_half_written(folder, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_model_folder(found, target)
     assert list(target.parent.iterdir()) == []
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("m3asr.convert.write_model_files", full)
+        with pytest.raises(ModelError, match="model cannot be written: No space left on device"):
+            write_model_folder(found, target, onnx=False)
+    assert list(target.parent.iterdir()) == []
     write_model_folder(found, target, onnx=False)
     with pytest.raises(ModelError, match="--force"):
         write_model_folder(found, target, onnx=False)
