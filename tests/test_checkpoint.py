@@ -254,6 +254,18 @@ def test_wenet_sos_is_its_special_token(wenet):
     assert read_checkpoint(wenet).config.sos == 39
 
 
+def test_wenet_without_normalisation(wenet):
+    with pytest.raises(ModelError, match="--no-cmvn: this checkpoint normalises its input itself"):
+        read_checkpoint(wenet, use_cmvn=False)
+
+    def edit(state):
+        del state["encoder.global_cmvn.mean"], state["encoder.global_cmvn.istd"]
+
+    edit_state(wenet / "final.pt", edit)
+    assert read_checkpoint(wenet).config.cmvn == "inside"  # from the file that train.yaml names
+    assert read_checkpoint(wenet, use_cmvn=False).config.cmvn == "none"
+
+
 def test_wenet_buffers_of_older_and_newer_versions(wenet):
     def edit(state):
         state.pop("encoder.embed.pos_enc.pe", None)
