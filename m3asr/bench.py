@@ -18,7 +18,6 @@ from m3asr.audio import SAMPLE_RATE, load_audio
 from m3asr.decode import DecodeOptions
 from m3asr.engines import available, load_engine
 from m3asr.errors import M3asrError, ModelError
-from m3asr.features import fbank
 from m3asr.folder import ModelFolder
 from m3asr.transcribe import Transcriber, batches
 
@@ -194,9 +193,7 @@ def _recognise(transcriber: Transcriber, waveforms: list[np.ndarray], options) -
     folder, texts = transcriber.folder, [""] * len(waveforms)
 
     def once() -> None:
-        features = [fbank(waveform, folder.config.fbank) for waveform in waveforms]
-        if folder.cmvn is not None:
-            features = [folder.cmvn.apply(f) for f in features]
+        features = [folder.features(waveform) for waveform in waveforms]
         for group in batches([len(f) for f in features], transcriber.batch_frames):
             for i, result in zip(group, transcriber.recognise([features[i] for i in group], options), strict=True):
                 texts[i] = folder.tokenizer.decode(result.tokens)

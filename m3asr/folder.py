@@ -24,7 +24,7 @@ import numpy as np
 
 from m3asr.config import ModelConfig
 from m3asr.errors import ModelError
-from m3asr.features import Cmvn
+from m3asr.features import Cmvn, fbank
 from m3asr.quantized import dequantize
 from m3asr.tokenizer import Tokenizer
 
@@ -63,6 +63,11 @@ class ModelFolder:
         if not (path / "model.safetensors").is_file():
             raise ModelError(f"{path} has no model.safetensors: convert the checkpoint again")
         return cls(path, config, tokenizer, cmvn)
+
+    def features(self, waveform: np.ndarray) -> np.ndarray:
+        """Waveform (N,) at 16 kHz -> features float32 (T, F) as the model reads them."""
+        features = fbank(waveform, self.config.fbank)
+        return features if self.cmvn is None else self.cmvn.apply(features)
 
     def weights(self) -> dict[str, np.ndarray]:
         """All tensors by name, floating ones as float32. Raises ModelError for a damaged file."""

@@ -84,7 +84,7 @@ def model_config(family: str, values: dict, state: dict[str, Tensor], path: Path
         raise ModelError(f"{path.name}: feats_type {dataset_conf['feats_type']} is not supported, only fbank")
     rate = int((dataset_conf.get("resample_conf") or {}).get("resample_rate", 16000))
     if rate != 16000:
-        raise ModelError(f"{path.name}: resample_rate {rate} is not supported, only 16000, at which recordings are read")
+        raise ModelError(f"{path.name}: resample_rate {rate} is not supported, only 16000, as recordings are read")
     bins = fbank_conf.get("num_mel_bins", values.get("input_dim", 80))
     input_dim = values.get("input_dim", bins) if family == "wenet" else bins
     encoder = _encoder_config(family, encoder_conf, "encoder.", state, input_dim, path, notes)

@@ -30,7 +30,7 @@ from m3asr.decode import (
 from m3asr.decode.options import NO_LM, WITH_BEAM
 from m3asr.engines import Engine, check_chunks, load_engine
 from m3asr.errors import AudioError, M3asrError, MissingExtra, ModelError
-from m3asr.features import fbank, pad_batch
+from m3asr.features import pad_batch
 from m3asr.folder import ModelFolder
 from m3asr.formats import Alternative, Segment, Transcript
 from m3asr.segment import SegmentOptions, speech_segments
@@ -297,10 +297,8 @@ class Transcriber:
                 yield block
 
         for speech in speech_segments(counted(), segmentation):
-            features = fbank(speech.waveform, self.folder.config.fbank)
-            if self.folder.cmvn is not None:
-                features = self.folder.cmvn.apply(features)
-            yield _Piece(job, speech.start / SAMPLE_RATE, len(speech.waveform) / SAMPLE_RATE, features)
+            seconds = len(speech.waveform) / SAMPLE_RATE
+            yield _Piece(job, speech.start / SAMPLE_RATE, seconds, self.folder.features(speech.waveform))
 
     def _recognise_pieces(self, pieces: list[_Piece], options: DecodeOptions) -> None:
         results = self.recognise([piece.features for piece in pieces], options)

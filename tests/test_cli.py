@@ -63,7 +63,7 @@ def test_standard_input(m3, model, texts):
 
 
 def test_the_progress_bar_leaves_standard_input_whole():
-    code = "import sys; from m3asr.cli.console import seconds_of; print(seconds_of(['-']), len(sys.stdin.buffer.read()))"
+    code = "import sys; from m3asr.cli.console import *; print(seconds_of(['-']), len(sys.stdin.buffer.read()))"
     sound = Path(ONE).read_bytes()
     result = subprocess.run([sys.executable, "-c", code], input=sound, capture_output=True)
     assert result.stdout.split() == [b"None", str(len(sound)).encode()]
@@ -147,7 +147,8 @@ def test_hotwords_from_a_list_and_from_a_file(m3, model, tmp_path):
     symbol = transcriber.folder.tokenizer.symbols[token]
     (tmp_path / "names.txt").write_text(f"\ufeff{symbol}\n\n", encoding="utf-8")
     common = "transcribe", "-m", model, "-q", "--decoder", "beam", "--hotword-score", "20", ONE
-    lists = symbol, f"{symbol} , {symbol}", tmp_path / "names.txt", ",".join([symbol] * 300)  # no file's name is so long
+    # The last is longer than a file's name may be.
+    lists = symbol, f"{symbol} , {symbol}", tmp_path / "names.txt", ",".join([symbol] * 300)
     outputs = [m3(*common, "--hotwords", words)[:2] for words in lists]
     assert outputs == outputs[:1] * 4 and outputs[0][0] == 0
     assert symbol in outputs[0][1] and symbol not in plain.text
