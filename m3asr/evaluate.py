@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from m3asr import __version__
 from m3asr.decode import DecodeOptions
 from m3asr.errors import AudioError, M3asrError
 from m3asr.folder import ModelFolder
@@ -109,7 +110,7 @@ def run_settings(transcriber: Transcriber, options: DecodeOptions, segmentation:
         "weights": digest,
         "engine": transcriber.engine.name,
         "device": transcriber.engine.device,
-        "version": importlib.metadata.version("m3asr") if _installed("m3asr") else "not installed",
+        "version": __version__,
         "decode": {**asdict(options), "decoder": transcriber.decoder_of(options), "lm": lm},
         "segmentation": asdict(segmentation),
     }

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from m3asr.cli.build import ExpertsName, PrecisionName, calibration_batches
 from m3asr.cli.console import err, warnings_as_lines
+from m3asr.cli.convert import need_torch
 from m3asr.cli.options import ChunkSizeOption, LeftChunksOption
 from m3asr.engines import NAMES, check_chunks, load_engine, need_tensorrt
 from m3asr.errors import M3asrError, MissingExtra
@@ -82,7 +83,7 @@ def verify(
     texts too. 1: it does not. 2: bad input.
     """
     names = engine.value, against.value
-    need_torch()
+    need_torch("verify")
     if precision is not None and INTERPRETED not in names:
         raise M3asrError(f"--precision is for {INTERPRETED}; other engines say theirs themselves")
     if experts is not None and INTERPRETED not in names:
@@ -129,13 +130,6 @@ def verify(
     _show(report, bool(audio))
     if not report.passed:
         raise typer.Exit(1)
-
-
-def need_torch() -> None:
-    import importlib.util
-
-    if any(importlib.util.find_spec(package) is None for package in ("torch", "onnx_ir")):
-        raise MissingExtra("verify", "torch")
 
 
 def _need_matplotlib() -> None:
