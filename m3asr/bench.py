@@ -6,7 +6,6 @@ different machines, or of one machine at different loads, do not compare; the ra
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +68,7 @@ class EngineRow:
 def read_input(text: str) -> tuple[int, int]:
     """ "16x1024" -> (16, 1024): utterances and frames. Raises M3asrError."""
     batch, _, frames = text.partition("x")
-    if not (batch.isdigit() and frames.isdigit() and int(batch) and int(frames)):
+    if not (batch.isdecimal() and frames.isdecimal() and int(batch) and int(frames)):
         raise M3asrError(f"the input {text!r} is not readable: expected utterances x frames, as 16x1024")
     return int(batch), int(frames)
 
@@ -127,18 +126,6 @@ def bench(
                 row.recordings.same_texts = sum(map(str.__eq__, texts, reference_texts)) / len(texts)
             reference_texts = reference_texts or texts
         yield row
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    found = {"machine": platform.machine(), "python": platform.python_version(), "system": platform.system()}
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        found["cpu"], found["cores"] = names[0], str(len(names))
-    except (OSError, IndexError):
-        found["cpu"] = platform.processor()
-    return found
 
 
 def median_ms(run: Callable[[int], object], repeats: int) -> float:
