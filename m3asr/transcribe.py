@@ -373,7 +373,8 @@ def load(
     chunk_size: int = 0,
     left_chunks: int = -1,
 ) -> Transcriber:
-    """Load a model folder (None: the model shipped with the package) on an engine ("auto", "onnx", "eager").
+    """Load a model folder (None: the model shipped with the package) on an engine: "auto", which is onnx, or a name
+    from `m3asr engines`.
 
     threads: CPU threads, 0 leaves it to the engine. chunk_size: encoder frames (of 40 ms, as a rule) that see each
     other and `left_chunks` chunks before them, -1 all, as in a stream; 0 for whole segments. A `Stream` has options of
