@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -89,7 +90,7 @@ def _read_kaldi(folder: Path) -> list[Utterance]:
 
 
 def _read_jsonl(path: Path) -> list[Utterance]:
-    utterances = []
+    utterances, seen = [], {}
     for number, line in _lines(path):
         try:
             entry = json.loads(line)
@@ -112,7 +113,11 @@ def _read_jsonl(path: Path) -> list[Utterance]:
         else:
             candidates = [path.parent / f"{key}{suffix}" for suffix in _SUFFIXES]
             place = next((file for file in candidates if file.is_file()), candidates[0])
-        utterances.append(Utterance(key or audio, place, text, speaker, shard))
+        utterance = Utterance(key or audio, place, text, speaker, shard)
+        before = seen.setdefault(utterance.key, utterance)
+        if (before.path, before.shard) != (place, shard):
+            raise M3asrError(f"{path}, line {number}: found {utterance.key!r} again, for another recording")
+        utterances.append(utterance)
     return utterances
 
 
@@ -153,21 +158,27 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 @lru_cache(maxsize=4)
-def _opened_zip(path: Path) -> tuple[zipfile.ZipFile, dict[str, str]]:
+def _opened_zip(path: Path) -> tuple[zipfile.ZipFile, dict[str, list[str]]]:
+    """The archive, and its members by their names without folder and suffix."""
     try:
         archive = zipfile.ZipFile(path)
     except FileNotFoundError:
         raise AudioError(f"{path}: no such file") from None
     except (OSError, zipfile.BadZipFile) as error:
         raise AudioError(f"{path} is not a readable zip: {error}") from None
-    return archive, {Path(name).stem: name for name in archive.namelist()}
+    members: dict[str, list[str]] = {}
+    for name in archive.namelist():
+        if not name.endswith("/"):
+            members.setdefault(Path(name).stem, []).append(name)
+    return archive, members
 
 
 def _member(path: Path, key: str) -> bytes:
     archive, members = _opened_zip(path)
-    if key not in members:
-        raise AudioError(f"{path} has no member {key}.*")
+    found = members.get(key, [])
+    if len(found) != 1:
+        raise AudioError(f"{path} has {len(found) or 'no'} member{'s' * (len(found) > 1)} {key}.*; expected one")
     try:
-        return archive.read(members[key])
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise AudioError(f"{path}: {members[key]} cannot be read: {error}") from None
+        return archive.read(found[0])
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise AudioError(f"{path}: {found[0]} cannot be read: {error}") from None

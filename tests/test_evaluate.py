@@ -131,12 +131,15 @@ def test_lists_of_every_kind_say_the_same(audio):
 
 def test_members_of_a_zip(audio):
     with zipfile.ZipFile(audio / "some.zip", "w") as archive:
-        archive.write(audio / "goforward.flac", "inside/000001.flac")
-    entries = [{"id": "000001", "shard": "some.zip", "text": "x"}, {"id": "2", "shard": "some.zip", "text": "x"}]
-    one, missing = read_manifest(write_lines(audio / "list.jsonl", *entries))
+        for name in ("inside/000001.flac", "a/3.flac", "b/3.flac"):
+            archive.write(audio / "goforward.flac", name)
+    entries = ({"id": name, "shard": "some.zip", "text": "x"} for name in ("000001", "2", "3"))
+    one, missing, twice = read_manifest(write_lines(audio / "list.jsonl", *entries))
     assert one.audio() == (audio / "goforward.flac").read_bytes()
     with pytest.raises(AudioError, match="no member 2"):
         missing.audio()
+    with pytest.raises(AudioError, match="2 members 3"):
+        twice.audio()
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,7 @@ def test_members_of_a_zip(audio):
         ('{"id": "a"}', "expected text"),
         ('{"text": "a"}', "audio or id"),
         ("/data/shards_000.tar", "shards"),
+        ('{"id": "ok", "audio": "other.wav", "text": "x"}', "line 2: found 'ok' again"),
     ],
 )
 def test_a_line_that_does_not_fit_is_named(tmp_path, line, found):
