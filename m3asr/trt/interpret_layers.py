@@ -1,5 +1,7 @@
 """One function for each TensorRT layer type: (interpreter, layer, input tensors) -> output tensors."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -208,7 +210,9 @@ def reduce(run, layer, given):
     if operation == "SUM":
         return x.sum(axes, keepdim=keep).to(x.dtype)
     if operation == "AVG":
-        return x.mean(axes, keepdim=keep) if x.dtype.is_floating_point else x.sum(axes, keepdim=keep) // x.numel()
+        if x.dtype.is_floating_point:
+            return x.mean(axes, keepdim=keep)
+        return _divide(x.sum(axes, keepdim=keep), math.prod(x.shape[a] for a in axes)).to(x.dtype)
     if operation == "MAX":
         return x.amax(axes, keepdim=keep)
     if operation == "MIN":
