@@ -14,13 +14,17 @@ from m3asr.errors import M3asrError
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the name when the block ends well, and is removed when it does not.
 
-    Raises M3asrError where the system refuses.
+    Of a link, the file that it leads to. A device or a pipe (/dev/null, /dev/stdout) is written to as it is. Raises
+    M3asrError where the system refuses.
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    real = Path(os.path.realpath(path))
+    aside = real.with_name(f".{real.name}.{os.getpid()}.part")
     try:
-        yield aside
-        os.replace(aside, path)
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            yield Path(path)
+        else:
+            yield aside
+            os.replace(aside, real)
     except OSError as error:
         raise M3asrError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:

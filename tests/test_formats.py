@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -167,6 +168,20 @@ def test_nothing_is_left_half_written(tmp_path):
     with pytest.raises(M3asrError, match="no output format 'doc'; choose one of text"):
         write(transcript(), "doc", path)
     assert path.read_text() == "old"
+
+
+def test_links_are_followed_and_devices_stay(tmp_path):
+    real, null, pipe = tmp_path / "real", tmp_path / "null", tmp_path / "pipe"
+    (tmp_path / "link").symlink_to(real)
+    null.symlink_to(os.devnull)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (tmp_path / "link", null, pipe):
+        write(transcript(segment("a")), "text", path)
+    assert (tmp_path / "link").is_symlink() and real.read_text() == "a\n"
+    assert null.is_symlink() and not Path(os.devnull).is_file()
+    assert os.read(reader, 9) == b"a\n" and sorted(os.listdir(tmp_path)) == ["link", "null", "pipe", "real"]
+    os.close(reader)
 
 
 def test_a_written_file_has_the_usual_rights(tmp_path):
