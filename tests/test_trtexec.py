@@ -1,3 +1,5 @@
+import shlex
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,8 @@ def test_files_and_command(tmp_path):
     assert command.startswith("trtexec --loadEngine=e.plan --shapes=feats:2x206x40,lengths:2 --loadInputs=feats:")
     assert str(tmp_path / "lengths.2x206x40.bin") in command
     assert trtexec_inputs(1, 7, 80, tmp_path, package="tensorrt_rtx").startswith("tensorrt_rtx ")
+    (tmp_path / "a b").mkdir()
+    assert len(shlex.split(trtexec_inputs(1, 7, 80, tmp_path / "a b", plan="my plan"))) == 4
 
 
 @pytest.mark.parametrize("sizes", [(0, 206, 40), (1, -1, 40), (1, 206, 0)])

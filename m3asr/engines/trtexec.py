@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -37,4 +38,5 @@ def trtexec_inputs(
         raise ModelError(f"{folder} cannot be written: {error.strerror}") from None
     shapes = f"feats:{name},lengths:{batch}"
     loads = ",".join(f"{key}:{path}" for key, path in paths.items())
-    return f"{TOOLS[package]} --loadEngine={plan} --shapes={shapes} --loadInputs={loads}"
+    options = f"--loadEngine={plan}", f"--shapes={shapes}", f"--loadInputs={loads}"
+    return shlex.join([TOOLS[package], *options])
