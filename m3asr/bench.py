@@ -91,41 +91,50 @@ def bench(
     shapes = {name: read_input(name) for name in inputs}
     options = options or DecodeOptions()
     waveforms = [load_audio(recording) for recording in recordings]
-    reference: dict[str, tuple] = {}
-    reference_texts: list[str] = []
     here = available()
+    first = _Outputs()
     for name in engines:
-        row = EngineRow(name)
-        if name in here and here[name][1]:
-            row.refused = here[name][1]
-            yield row
-            continue
-        before = time.perf_counter()
-        try:
-            transcriber = Transcriber(folder, load_engine(folder, name, threads=threads))
-        except M3asrError as error:
-            row.refused = str(error)
-            yield row
-            continue
-        engine = transcriber.engine
-        row.load_seconds, row.device = time.perf_counter() - before, engine.device
-        for label, (batch, frames) in shapes.items():
-            data = list(_noise(batch, frames, folder.config.encoder.input_dim))
-            log_probs, hidden, lengths = engine(*data[0])
-            measured = Forward(median_ms(lambda i, e=engine, d=data: e(*d[i % ROTATING]), repeats))
-            measured.gpu_ms = _graph_ms(engine, batch, frames, repeats)
-            if label in reference:
-                measured.error, measured.same_symbols = _differences(log_probs, hidden, lengths, reference[label])
+        row = EngineRow(name, refused=here[name][1] if name in here else "")
+        if not row.refused:
+            try:
+                before = time.perf_counter()
+                transcriber = Transcriber(folder, load_engine(folder, name, threads=threads))
+                row.load_seconds, row.device = time.perf_counter() - before, transcriber.engine.device
+                outputs = _measure(row, transcriber, shapes, waveforms, options, repeats, first)
+            except M3asrError as error:
+                row = EngineRow(name, refused=str(error))
             else:
-                reference[label] = (log_probs.argmax(-1), hidden)
-            row.forwards[label] = measured
-        if waveforms:
-            texts, seconds = _recognise(transcriber, waveforms, options)
-            row.recordings = Recordings(seconds, sum(map(len, waveforms)) / SAMPLE_RATE)
-            if reference_texts:
-                row.recordings.same_texts = sum(map(str.__eq__, texts, reference_texts)) / len(texts)
-            reference_texts = reference_texts or texts
+                first = first if first.forwards else outputs
         yield row
+
+
+@dataclass
+class _Outputs:
+    """What an engine gave: of each input the most probable symbols (B, S) and hidden (B, S, D); texts."""
+
+    forwards: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+
+
+def _measure(row: EngineRow, transcriber, shapes, waveforms, options, repeats, first: _Outputs) -> _Outputs:
+    """Fills the row; errors are against what the first engine gave, if there was one."""
+    engine, outputs = transcriber.engine, _Outputs()
+    for label, (batch, frames) in shapes.items():
+        data = list(_noise(batch, frames, transcriber.folder.config.encoder.input_dim))
+        log_probs, hidden, lengths = engine(*data[0])
+        outputs.forwards[label] = log_probs.argmax(-1), hidden
+        measured = row.forwards[label] = Forward(median_ms(lambda i, d=data: engine(*d[i % ROTATING]), repeats))
+        measured.gpu_ms = _graph_ms(engine, batch, frames, repeats)
+        if label in first.forwards:
+            measured.error, measured.same_symbols = _differences(
+                *outputs.forwards[label], lengths, first.forwards[label]
+            )
+    if waveforms:
+        outputs.texts, seconds = _recognise(transcriber, waveforms, options)
+        row.recordings = Recordings(seconds, sum(map(len, waveforms)) / SAMPLE_RATE)
+        if first.texts:
+            row.recordings.same_texts = sum(map(str.__eq__, outputs.texts, first.texts)) / len(first.texts)
+    return outputs
 
 
 def median_ms(run: Callable[[int], object], repeats: int) -> float:
@@ -165,14 +174,14 @@ def _graph_ms(engine, batch: int, frames: int, repeats: int) -> float | None:
     return statistics.median(times[3:])
 
 
-def _differences(log_probs, hidden, lengths, reference) -> tuple[float, float]:
-    symbols, expected = reference
+def _differences(symbols, hidden, lengths, reference) -> tuple[float, float]:
+    expected_symbols, expected = reference
     inside = np.arange(hidden.shape[1]) < np.asarray(lengths)[:, None]
     if hidden.shape != expected.shape:
         raise ModelError(f"an engine gives {hidden.shape} where the first one gave {expected.shape}")
     difference = (hidden[inside] - expected[inside]).astype(np.float64)
     error = np.linalg.norm(difference) / max(np.linalg.norm(expected[inside].astype(np.float64)), 1e-30)
-    return float(error), float((log_probs.argmax(-1) == symbols)[inside].mean()) if inside.any() else 1.0
+    return float(error), float((symbols == expected_symbols)[inside].mean()) if inside.any() else 1.0
 
 
 def _recognise(transcriber: Transcriber, waveforms: list[np.ndarray], options) -> tuple[list[str], float]:
