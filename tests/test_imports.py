@@ -21,7 +21,7 @@ ALLOWED = {
     "files": set(),
     "ops": set(),
     "model": {"ops"},
-    "formats": {"decode"},
+    "formats": {"decode", "files"},
     "quantized": set(),
     "folder": {"features", "quantized", "tokenizer"},
     "checkpoint": {"features", "model", "recipe", "tokenizer"},
