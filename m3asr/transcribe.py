@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 import warnings
 from collections import deque
@@ -394,5 +395,6 @@ def load(
 def name_of(audio: AudioSource) -> str:
     """What a recording is called if it is not said: the file's name."""
     if isinstance(audio, (str, Path)):
-        return "stdin" if str(audio) == "-" else Path(audio).name
+        # Names of other systems may be bytes that are no UTF-8, and the output is.
+        return "stdin" if str(audio) == "-" else os.fsencode(Path(audio).name).decode("utf-8", "replace")
     return ""

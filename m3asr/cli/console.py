@@ -16,7 +16,7 @@ from m3asr.transcribe import UnusableHotword
 err = Console(stderr=True, highlight=False)
 
 
-def complain(error: M3asrError) -> None:
+def complain(error: M3asrError | str) -> None:
     err.print(f"m3asr: {error}", style="red", markup=False, soft_wrap=True)
 
 

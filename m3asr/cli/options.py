@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -73,7 +74,10 @@ MaxSecondsOption = Annotated[
 VadOption = Annotated[
     bool, typer.Option("--vad/--no-vad", help="Look for speech; without, everything is taken for speech.")
 ]
-ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves it to the engine.")]
+# A bound, for thousands of threads wait for each other and never end.
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", min=0, max=512, help="CPU threads; 0 leaves it to the engine.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")]
 
 
@@ -83,7 +87,7 @@ def phrases(hotwords: str | None) -> tuple[str, ...]:
         return ()
     path = Path(hotwords)
     try:
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path, it takes a list longer than a name may be for no file
             return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise M3asrError(f"{path} is no readable list of phrases: {error}") from None
