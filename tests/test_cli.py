@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import m3asr
 from m3asr.audio import SAMPLE_RATE
 from m3asr.cli import app
+from m3asr.cli.console import seconds_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ONE, TWO = str(EXAMPLES / "goforward.flac"), str(EXAMPLES / "librivox-0880.flac")
@@ -57,6 +58,20 @@ def test_text_alone_on_standard_output(m3, model, texts):
     assert code == 0 and out == f"{texts[0]}\n{texts[1]}\n"
     assert err == "model 3m-moe-80, engine onnx on cpu\n"
     assert m3("transcribe", "-m", model, "-q", ONE)[1:] == (f"{texts[0]}\n", "")
+
+
+def test_the_length_of_what_can_be_read_once_is_not_looked_for(tmp_path):
+    """For the progress bar of a terminal; the recording would be gone."""
+    os.mkfifo(tmp_path / "pipe")
+    content = Path(ONE).read_bytes()[:20000]
+    with open(tmp_path / "pipe", "r+b", buffering=0) as pipe:  # both ends, so that nothing waits
+        pipe.write(content)
+        assert seconds_of([str(tmp_path / "pipe")]) is None
+        assert os.read(pipe.fileno(), len(content)) == content
+    code = "from m3asr.cli.console import seconds_of; import sys; print(seconds_of('-'), len(sys.stdin.buffer.read()))"
+    ended = subprocess.run([sys.executable, "-c", code], input=content, capture_output=True)
+    assert ended.stdout.split() == [b"None", str(len(content)).encode()]
+    assert seconds_of([ONE, TWO]) == pytest.approx(sum(soundfile.info(path).duration for path in (ONE, TWO)))
 
 
 def test_standard_input(m3, model, texts):

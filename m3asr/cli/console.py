@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -59,11 +60,16 @@ def progress_bar(files: Iterable[str], quiet: bool) -> Iterator:
 
 
 def seconds_of(files: Iterable[str]) -> float | None:
-    """How long recordings are together, by their headers; None if one does not say."""
+    """How long recordings are together, by their headers; None if one does not say.
+
+    Only of files: what is read from a pipe, or from standard input, which libsndfile opens as "-", would be gone.
+    """
     import soundfile
 
     total = 0.0
     for file in files:
+        if file == "-" or not os.path.isfile(file):
+            return None
         try:
             total += soundfile.info(file).duration
         except (soundfile.SoundFileError, OSError, TypeError, ValueError):
