@@ -106,6 +106,13 @@ def read_pcm(file: BinaryIO, sample_rate: int = SAMPLE_RATE) -> Iterator[np.ndar
         yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
+def standard_input() -> BinaryIO:
+    """Its bytes. Raises AudioError where it is closed."""
+    if sys.stdin is None:
+        raise AudioError("Standard input is closed; expected a recording.")
+    return sys.stdin.buffer
+
+
 def _waveform(source: AudioSource, sample_rate: int | None) -> Iterator[np.ndarray]:
     """Mono 16 kHz chunks of any length."""
     if isinstance(source, (str, Path, bytes, bytearray, memoryview)) or hasattr(source, "read"):
@@ -206,7 +213,7 @@ def _opened(source: AudioSource) -> Iterator[tuple[BinaryIO, str]]:
         elif hasattr(source, "read"):
             file, name = source, str(getattr(source, "name", "the audio"))
         elif source == "-":
-            file, name = sys.stdin.buffer, "standard input"
+            file, name = standard_input(), "standard input"
         else:
             name = str(source)
             try:

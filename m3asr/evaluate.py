@@ -41,12 +41,16 @@ class Result:
         return count_errors("".join(words(self.utterance.text)), "".join(words(self.hypothesis)))
 
 
+_RESULTS_START = '{"run": '  # what a file of results starts with; nothing is added to any other
+
+
 class ResultsFile:
     """Results as they come, in a JSONL file; those of an earlier, interrupted call are picked up from it.
 
     Two kinds of line: {"run": ID, "settings": {...}} says what ran, {"run": ID, "manifest", "key", "hypothesis",
     "seconds", "took", "text"} what came out. A result counts again only for the same weights, engine, decoder and
     settings, known by the run's ID. A line cut off by a crash is left where it is and its utterance done again.
+    Raises M3asrError for a file that cannot be used and for one that holds something else.
     """
 
     def __init__(self, path: Path):
@@ -55,6 +59,10 @@ class ResultsFile:
         self._runs: set[str] = set()
         try:
             text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
+            if text and not text.startswith(_RESULTS_START):
+                raise M3asrError(
+                    f"{path} is there and holds no results of an earlier call: expected such a file or a new name"
+                )
             for line in text.split("\n"):
                 self._take(line)
             self._file: TextIO = open(path, "a", encoding="utf-8")
@@ -69,9 +77,10 @@ class ResultsFile:
             if "settings" in entry:
                 self._runs.add(entry["run"])
             else:
-                result = str(entry["hypothesis"]), float(entry["seconds"]), float(entry["took"])
-                self._found[entry["run"], entry["manifest"], entry["key"]] = result
-        except (ValueError, TypeError, KeyError):
+                hypothesis, seconds, took = entry["hypothesis"], float(entry["seconds"]), float(entry["took"])
+                if isinstance(hypothesis, str):
+                    self._found[entry["run"], entry["manifest"], entry["key"]] = hypothesis, seconds, took
+        except (ValueError, TypeError, KeyError, RecursionError):
             pass
 
     def begin(self, settings: dict) -> str:

@@ -6,6 +6,7 @@ Paths in a list are taken from where the list lies and, if nothing is there, fro
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -94,7 +95,7 @@ def _read_jsonl(path: Path) -> list[Utterance]:
     for number, line in _lines(path):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             shards = " (WeNet's list of shards? expected its raw data.list)" if line.endswith((".tar", ".gz")) else ""
             raise M3asrError(f"{path}, line {number}: found {line[:60]!r}; expected a JSON object{shards}") from None
         if not isinstance(entry, dict):
@@ -112,7 +113,7 @@ def _read_jsonl(path: Path) -> list[Utterance]:
             shard, place = _located(entry["shard"], path.parent), Path(key)
         else:
             candidates = [path.parent / f"{key}{suffix}" for suffix in _SUFFIXES]
-            place = next((file for file in candidates if file.is_file()), candidates[0])
+            place = next((file for file in candidates if os.path.isfile(file)), candidates[0])
         utterance = Utterance(key or audio, place, text, speaker, shard)
         before = seen.setdefault(utterance.key, utterance)
         if (before.path, before.shard) != (place, shard):
@@ -131,7 +132,8 @@ def _first(entry: dict, names: tuple[str, ...]) -> str | None:
 
 def _located(name: str, folder: Path) -> Path:
     beside = folder / name
-    return beside if beside.exists() or not Path(name).exists() else Path(name)
+    # os.path, unlike Path, takes a name that is too long for one that is not there, as one that is not is reported.
+    return beside if os.path.exists(beside) or not os.path.exists(name) else Path(name)
 
 
 def _table(path: Path) -> Iterator[tuple[int, str, str]]:

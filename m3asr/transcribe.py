@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -389,5 +390,6 @@ def load(
 def name_of(audio: AudioSource) -> str:
     """What a recording is called if it is not said: the file's name."""
     if isinstance(audio, (str, Path)):
-        return "stdin" if str(audio) == "-" else Path(audio).name
+        # Names of other systems may be bytes that are no UTF-8, and the output is.
+        return "stdin" if str(audio) == "-" else os.fsencode(Path(audio).name).decode("utf-8", "replace")
     return ""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import m3asr
+from m3asr.audio import load_audio
 from m3asr.decode import DecodeOptions
 from m3asr.errors import AudioError, M3asrError
 from m3asr.evaluate import Result, ResultsFile, differences, summary, transcribe_utterances, worst
@@ -151,12 +152,20 @@ def test_members_of_a_zip(audio):
         ('{"text": "a"}', "audio or id"),
         ("/data/shards_000.tar", "shards"),
         ('{"id": "ok", "audio": "other.wav", "text": "x"}', "line 2: found 'ok' again"),
+        ("[" * 100_000, "line 2"),
     ],
 )
 def test_a_line_that_does_not_fit_is_named(tmp_path, line, found):
     path = write_lines(tmp_path / "list.jsonl", '{"id": "ok", "text": "x"}', line)
     with pytest.raises(M3asrError, match=found):
         read_manifest(path)
+
+
+def test_a_name_too_long_is_a_recording_that_is_missing(tmp_path):
+    entries = [{"audio": "x" * 5000, "text": "x"}, {"id": "y" * 5000, "text": "x"}]
+    for utterance in read_manifest(write_lines(tmp_path / "list.jsonl", *entries)):
+        with pytest.raises(AudioError, match="File name too long"):
+            load_audio(utterance.audio())
 
 
 def test_kaldi_folders_that_do_not_fit(tmp_path):
@@ -223,6 +232,21 @@ def test_results_are_picked_up_again(model, tmp_path):
     other = kept.begin({"decoder": "beam"})
     assert kept.find(other, "list", utterances[0]) is None
     assert kept.find(kept.begin({"decoder": "greedy"}), "other list", utterances[0]) is None
+    kept.close()
+
+
+def test_only_a_file_of_results_is_gone_on_with(tmp_path):
+    """Anything else, the list itself for example, would be spoilt by what is added."""
+    for content in (b'{"audio": "a.wav", "text": "a"}\n', b"fLaC\0\0", b"\n"):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises(M3asrError, match="holds no results"):
+            ResultsFile(tmp_path / "other")
+        assert (tmp_path / "other").read_bytes() == content
+    # The crash came in the first line; the others lack what was heard, which is not found then.
+    lines = '{"run": "1", "sett\n{"run": "1", "manifest": "list", "key": "a", "seconds": 1, "took": 1}\n'
+    (tmp_path / "cut").write_text(lines + lines[20:-2] + ', "hypothesis": null}\n' + "[" * 100_000)
+    kept = ResultsFile(tmp_path / "cut")
+    assert kept.find("1", "list", Utterance("a", Path("a"), "a")) is None
     kept.close()
 
 

@@ -189,6 +189,7 @@ def test_one_bad_recording_among_several(m3, folder, tmp_path):
         ([], "name recordings"),
         (["SILENT"], "no speech is found"),
         ([ONE, "--json", "/nonexistent/report.json"], "cannot be written"),
+        (["told-before-this-is-missed.wav", "--json", "/"], "is a directory"),
         ([ONE, "--plot", "/nonexistent/picture.png"], "cannot be written"),
         ([ONE, "--max-seconds", "0.1"], "max_seconds"),
     ],

@@ -23,6 +23,9 @@ def test_files_and_command(tmp_path):
 def test_bad_sizes(sizes, tmp_path):
     with pytest.raises(ModelError, match="from 1 on"):
         trtexec_inputs(*sizes, tmp_path)
+    for many in ((10**6, 10**6, 80), (10**20, 1, 1)):
+        with pytest.raises(ModelError, match="expected at most"):
+            trtexec_inputs(*many, tmp_path)
     with pytest.raises(ModelError, match="cannot be written"):
         trtexec_inputs(1, 2, 3, tmp_path / "missing")
     assert not list(tmp_path.iterdir())

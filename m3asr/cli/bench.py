@@ -15,6 +15,7 @@ from m3asr.cli.options import DecoderOption, ModelOption, ThreadsOption
 from m3asr.decode import DecodeOptions
 from m3asr.engines import NAMES
 from m3asr.errors import M3asrError
+from m3asr.files import need_place
 
 _PACKAGES = ("m3asr", "numpy", "onnxruntime", "torch", "triton")
 
@@ -47,6 +48,7 @@ def bench(
     names = engine or ["eager", *(name for name in NAMES if name != "eager")]
     if unknown := [name for name in names if name not in NAMES]:
         raise M3asrError(f"there is no engine {unknown[0]!r}; expected some of {', '.join(NAMES)}")
+    need_place(plot)
     folder, shown = ModelFolder.read(model), list(inputs or INPUTS)
     options = DecodeOptions(decoder.value if decoder else None)
     rows = []

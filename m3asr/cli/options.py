@@ -74,7 +74,10 @@ MaxSecondsOption = Annotated[
 VadOption = Annotated[
     bool, typer.Option("--vad/--no-vad", help="Look for speech; without, everything is taken for speech.")
 ]
-ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves it to the engine.")]
+# A bound, for thousands of threads wait for each other and never end.
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", min=0, max=512, help="CPU threads; 0 leaves it to the engine.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")]
 
 

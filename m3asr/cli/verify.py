@@ -19,7 +19,7 @@ from m3asr.cli.convert import need_torch
 from m3asr.cli.options import ChunkSizeOption, LeftChunksOption
 from m3asr.engines import NAMES, check_chunks, load_engine, need_tensorrt
 from m3asr.errors import M3asrError, MissingExtra
-from m3asr.files import whole_file
+from m3asr.files import need_place, whole_file
 from m3asr.folder import ModelFolder
 
 INTERPRETED = "tensorrt-interpreted"
@@ -95,6 +95,8 @@ def verify(
 
     if plot_file is not None:
         _need_matplotlib()
+    need_place(json_file)
+    need_place(plot_file)
     folder = ModelFolder.read(model)
     check_chunks(folder.config, chunk_size, left_chunks)
     options = {"compat": compat, "chunk_size": chunk_size, "left_chunks": left_chunks}
