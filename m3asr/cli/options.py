@@ -93,4 +93,7 @@ def phrases(hotwords: str | None) -> tuple[str, ...]:
         raise M3asrError(f"{path} is no readable list of phrases: {error}") from None
     if "," not in hotwords and ("/" in hotwords or path.suffix.lower() in (".txt", ".lst", ".csv")):
         raise M3asrError(f"{hotwords}: no such file; expected a file of phrases, or phrases with commas between them")
-    return tuple(phrase.strip() for phrase in hotwords.split(",") if phrase.strip())
+    found = tuple(phrase.strip() for phrase in hotwords.split(",") if phrase.strip())
+    if not found and hotwords.strip():
+        raise M3asrError(f"--hotwords {hotwords!r} holds no phrase; expected phrases with commas between them")
+    return found
