@@ -25,7 +25,7 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 
 from m3asr.containers import Blocks, decode
-from m3asr.errors import AudioError
+from m3asr.errors import AudioError, reason
 
 SAMPLE_RATE = 16000
 
@@ -223,7 +223,7 @@ def _opened(source: AudioSource) -> Iterator[tuple[BinaryIO, str]]:
             except FileNotFoundError:
                 raise AudioError(f"{name}: no such file.") from None
             except (OSError, ValueError) as error:
-                raise AudioError(f"{name} cannot be opened: {error}.") from None
+                raise AudioError(f"{name} cannot be opened: {reason(error)}.") from None
         try:
             if isinstance(file.read(0), str):
                 raise AudioError(f"{name} is open as text; open it in binary mode ('rb').")

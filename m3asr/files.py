@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from m3asr.errors import M3asrError
+from m3asr.errors import M3asrError, reason
 
 _DEVICES = Path("/dev"), Path("/dev/fd")
 
@@ -65,4 +65,4 @@ def _places(path: Path) -> tuple[Path, Path]:
 
 
 def _refused(path: str | Path, error: Exception) -> M3asrError:
-    return M3asrError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
+    return M3asrError(f"{path} cannot be written: {reason(error)}")

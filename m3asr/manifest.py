@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from m3asr.errors import AudioError, M3asrError
+from m3asr.errors import AudioError, M3asrError, reason
 
 _IDS = ("id", "key", "utt", "utt_id")
 _AUDIO = ("audio", "audio_filepath", "wav", "path", "audio_path", "file")
@@ -167,7 +167,7 @@ def _opened_zip(path: Path) -> tuple[zipfile.ZipFile, dict[str, list[str]]]:
     except FileNotFoundError:
         raise AudioError(f"{path}: no such file") from None
     except (OSError, zipfile.BadZipFile) as error:
-        raise AudioError(f"{path} is not a readable zip: {error}") from None
+        raise AudioError(f"{path} is not a readable zip: {reason(error)}") from None
     members: dict[str, list[str]] = {}
     for name in archive.namelist():
         if not name.endswith("/"):

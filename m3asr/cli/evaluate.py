@@ -131,7 +131,9 @@ def evaluate(
     def failed(utterance: Utterance, error: M3asrError) -> None:
         if utterance not in unreadable:
             unreadable[utterance] = str(error)
-            complain(M3asrError(f"{utterance.key}: {error}"))
+            # Of a file that is called by its key, the error says the name.
+            known = utterance.shard is None and utterance.path.stem == Path(utterance.key).stem
+            complain(error if known else M3asrError(f"{utterance.key}: {error}"))
 
     kept = ResultsFile(results) if results is not None else None
     rows, found = [], []  # of the report; (engine, decoder, manifest, results)

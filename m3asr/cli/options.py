@@ -11,7 +11,7 @@ import typer
 
 from m3asr.decode import DECODERS
 from m3asr.engines import NAMES
-from m3asr.errors import M3asrError
+from m3asr.errors import M3asrError, reason
 from m3asr.formats import FORMATS
 
 EngineName = Enum("EngineName", {name: name for name in ("auto", *NAMES)}, type=str)
@@ -90,7 +90,7 @@ def phrases(hotwords: str | None) -> tuple[str, ...]:
         if os.path.isfile(path):  # Path.is_file raises for a list longer than a name may be
             return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise M3asrError(f"{path} is no readable list of phrases: {error}") from None
+        raise M3asrError(f"{path} is no readable list of phrases: {reason(error)}") from None
     if "," not in hotwords and ("/" in hotwords or path.suffix.lower() in (".txt", ".lst", ".csv")):
         raise M3asrError(f"{hotwords}: no such file; expected a file of phrases, or phrases with commas between them")
     found = tuple(phrase.strip() for phrase in hotwords.split(",") if phrase.strip())
