@@ -22,7 +22,7 @@ from m3asr.audio import SAMPLE_RATE, load_audio
 from m3asr.config import FbankConfig
 from m3asr.decode import ctc_best_path, ctc_greedy_search
 from m3asr.engines import available, load_engine
-from m3asr.features import fbank, pad_batch
+from m3asr.features import pad_batch
 from m3asr.folder import ModelFolder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -43,10 +43,7 @@ def on_cpu(folder: ModelFolder, name: str, threads: int) -> Texts:
 
     def texts(batches):
         for waveforms in batches:
-            features = [fbank(waveform, folder.config.fbank) for waveform in waveforms]
-            if folder.cmvn is not None:
-                features = [folder.cmvn.apply(f) for f in features]
-            log_probs, _, lengths = engine(*pad_batch(features))
+            log_probs, _, lengths = engine(*pad_batch([folder.features(waveform) for waveform in waveforms]))
             results = ctc_greedy_search(log_probs, lengths, folder.config.blank)
             yield [folder.tokenizer.decode(result.tokens) for result in results]
 

@@ -191,7 +191,9 @@ def write(path: Path | None, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("lists", nargs="+", type=Path, help="JSONL with texts, Kaldi folders: as for m3asr evaluate")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(DEFAULT), metavar="SYSTEM", help=SYSTEMS)
+    parser.add_argument(
+        "--systems", nargs="+", choices=SYSTEMS, default=list(DEFAULT), metavar="SYSTEM", help=", ".join(SYSTEMS)
+    )
     parser.add_argument("--model", help="m3asr's model folder; default: the shipped one")
     parser.add_argument("--every", type=int, default=1, help="only every n-th utterance of a list, from the first on")
     parser.add_argument("--json", type=Path, help="file for the rows; those of other systems that it holds are kept")

@@ -23,7 +23,7 @@ from m3asr.decode import ctc_best_path, ctc_greedy_search
 from m3asr.engines.cuda import CudaEngine, built
 from m3asr.engines.cuda.waveforms import WaveformRecogniser
 from m3asr.engines.eager import EagerEngine
-from m3asr.features import fbank, pad_batch
+from m3asr.features import pad_batch
 from m3asr.folder import ModelFolder
 from m3asr.manifest import read_manifest
 
@@ -100,9 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = ModelFolder.read(args.model)
     waveforms = [load_audio(utterance.audio()) for utterance in read_manifest(args.manifest)[: args.most]]
-    features = [fbank(waveform, folder.config.fbank) for waveform in waveforms]
-    if folder.cmvn is not None:
-        features = [folder.cmvn.apply(f) for f in features]
+    features = [folder.features(waveform) for waveform in waveforms]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     began = time.perf_counter()
     expected = texts_of(folder, EagerEngine(folder, device="cuda"), features, args.batch)

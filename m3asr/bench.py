@@ -6,7 +6,6 @@ different machines, or of one machine at different loads, do not compare; the ra
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ from m3asr.audio import SAMPLE_RATE, load_audio
 from m3asr.decode import DecodeOptions
 from m3asr.engines import available, load_engine
 from m3asr.errors import M3asrError, ModelError
-from m3asr.features import fbank
 from m3asr.folder import ModelFolder
 from m3asr.transcribe import Transcriber, batches
 
@@ -70,7 +68,7 @@ class EngineRow:
 def read_input(text: str) -> tuple[int, int]:
     """ "16x1024" -> (16, 1024): utterances and frames. Raises M3asrError."""
     batch, _, frames = text.partition("x")
-    if not (batch.isdigit() and frames.isdigit() and int(batch) and int(frames)):
+    if not (batch.isdecimal() and frames.isdecimal() and int(batch) and int(frames)):
         raise M3asrError(f"the input {text!r} is not readable: expected utterances x frames, as 16x1024")
     return int(batch), int(frames)
 
@@ -93,53 +91,50 @@ def bench(
     shapes = {name: read_input(name) for name in inputs}
     options = options or DecodeOptions()
     waveforms = [load_audio(recording) for recording in recordings]
-    reference: dict[str, tuple] = {}
-    reference_texts: list[str] = []
     here = available()
+    first = _Outputs()
     for name in engines:
-        row = EngineRow(name)
-        if name in here and here[name][1]:
-            row.refused = here[name][1]
-            yield row
-            continue
-        before = time.perf_counter()
-        try:
-            transcriber = Transcriber(folder, load_engine(folder, name, threads=threads))
-        except M3asrError as error:
-            row.refused = str(error)
-            yield row
-            continue
-        engine = transcriber.engine
-        row.load_seconds, row.device = time.perf_counter() - before, engine.device
-        for label, (batch, frames) in shapes.items():
-            data = list(_noise(batch, frames, folder.config.encoder.input_dim))
-            log_probs, hidden, lengths = engine(*data[0])
-            measured = Forward(median_ms(lambda i, e=engine, d=data: e(*d[i % ROTATING]), repeats))
-            measured.gpu_ms = _graph_ms(engine, batch, frames, repeats)
-            if label in reference:
-                measured.error, measured.same_symbols = _differences(log_probs, hidden, lengths, reference[label])
+        row = EngineRow(name, refused=here[name][1] if name in here else "")
+        if not row.refused:
+            try:
+                before = time.perf_counter()
+                transcriber = Transcriber(folder, load_engine(folder, name, threads=threads))
+                row.load_seconds, row.device = time.perf_counter() - before, transcriber.engine.device
+                outputs = _measure(row, transcriber, shapes, waveforms, options, repeats, first)
+            except M3asrError as error:
+                row = EngineRow(name, refused=str(error))
             else:
-                reference[label] = (log_probs.argmax(-1), hidden)
-            row.forwards[label] = measured
-        if waveforms:
-            texts, seconds = _recognise(transcriber, waveforms, options)
-            row.recordings = Recordings(seconds, sum(map(len, waveforms)) / SAMPLE_RATE)
-            if reference_texts:
-                row.recordings.same_texts = sum(map(str.__eq__, texts, reference_texts)) / len(texts)
-            reference_texts = reference_texts or texts
+                first = first if first.forwards else outputs
         yield row
 
 
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    found = {"machine": platform.machine(), "python": platform.python_version(), "system": platform.system()}
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        found["cpu"], found["cores"] = names[0], str(len(names))
-    except (OSError, IndexError):
-        found["cpu"] = platform.processor()
-    return found
+@dataclass
+class _Outputs:
+    """What an engine gave: of each input the most probable symbols (B, S) and hidden (B, S, D); texts."""
+
+    forwards: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+
+
+def _measure(row: EngineRow, transcriber, shapes, waveforms, options, repeats, first: _Outputs) -> _Outputs:
+    """Fills the row; errors are against what the first engine gave, if there was one."""
+    engine, outputs = transcriber.engine, _Outputs()
+    for label, (batch, frames) in shapes.items():
+        data = list(_noise(batch, frames, transcriber.folder.config.encoder.input_dim))
+        log_probs, hidden, lengths = engine(*data[0])
+        outputs.forwards[label] = log_probs.argmax(-1), hidden
+        measured = row.forwards[label] = Forward(median_ms(lambda i, d=data: engine(*d[i % ROTATING]), repeats))
+        measured.gpu_ms = _graph_ms(engine, batch, frames, repeats)
+        if label in first.forwards:
+            measured.error, measured.same_symbols = _differences(
+                *outputs.forwards[label], lengths, first.forwards[label]
+            )
+    if waveforms:
+        outputs.texts, seconds = _recognise(transcriber, waveforms, options)
+        row.recordings = Recordings(seconds, sum(map(len, waveforms)) / SAMPLE_RATE)
+        if first.texts:
+            row.recordings.same_texts = sum(map(str.__eq__, outputs.texts, first.texts)) / len(first.texts)
+    return outputs
 
 
 def median_ms(run: Callable[[int], object], repeats: int) -> float:
@@ -179,14 +174,14 @@ def _graph_ms(engine, batch: int, frames: int, repeats: int) -> float | None:
     return statistics.median(times[3:])
 
 
-def _differences(log_probs, hidden, lengths, reference) -> tuple[float, float]:
-    symbols, expected = reference
+def _differences(symbols, hidden, lengths, reference) -> tuple[float, float]:
+    expected_symbols, expected = reference
     inside = np.arange(hidden.shape[1]) < np.asarray(lengths)[:, None]
     if hidden.shape != expected.shape:
         raise ModelError(f"an engine gives {hidden.shape} where the first one gave {expected.shape}")
     difference = (hidden[inside] - expected[inside]).astype(np.float64)
     error = np.linalg.norm(difference) / max(np.linalg.norm(expected[inside].astype(np.float64)), 1e-30)
-    return float(error), float((log_probs.argmax(-1) == symbols)[inside].mean()) if inside.any() else 1.0
+    return float(error), float((symbols == expected_symbols)[inside].mean()) if inside.any() else 1.0
 
 
 def _recognise(transcriber: Transcriber, waveforms: list[np.ndarray], options) -> tuple[list[str], float]:
@@ -194,9 +189,7 @@ def _recognise(transcriber: Transcriber, waveforms: list[np.ndarray], options) -
     folder, texts = transcriber.folder, [""] * len(waveforms)
 
     def once() -> None:
-        features = [fbank(waveform, folder.config.fbank) for waveform in waveforms]
-        if folder.cmvn is not None:
-            features = [folder.cmvn.apply(f) for f in features]
+        features = [folder.features(waveform) for waveform in waveforms]
         for group in batches([len(f) for f in features], transcriber.batch_frames):
             for i, result in zip(group, transcriber.recognise([features[i] for i in group], options), strict=True):
                 texts[i] = folder.tokenizer.decode(result.tokens)

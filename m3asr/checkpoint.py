@@ -87,7 +87,9 @@ def read_checkpoint(
         raise ModelError(f"{config_path}: a setting has an unexpected value ({error})") from None
 
     stats = None
-    if family == "wenet" and "cmvn.mean" not in state and values.get("cmvn", values.get("cmvn_file")):
+    if not use_cmvn and "cmvn.mean" in state:
+        raise ModelError("--no-cmvn: this checkpoint normalises its input itself, by tensors of its own")
+    if family == "wenet" and use_cmvn and "cmvn.mean" not in state and values.get("cmvn", values.get("cmvn_file")):
         cmvn = cmvn or _find(folder, CMVN_NAMES, "CMVN file", "--cmvn")
         stats = Cmvn.read(cmvn)
         state["cmvn.mean"], state["cmvn.istd"] = torch.tensor(stats.mean), torch.tensor(stats.istd)

@@ -7,7 +7,7 @@ recipe recognises them. Reading the yaml itself is the business of `checkpoint.p
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +176,15 @@ _NESTED = {
 
 def _build(cls, values: dict[str, Any], where: str):
     """Build dataclass `cls` from plain JSON values, nested dataclasses included."""
-    known = {f.name for f in fields(cls)}
-    if unknown := sorted(set(values) - known):
+    if not isinstance(values, dict):
+        raise ModelError(f"{where} holds a {type(values).__name__}, expected an object")
+    known = {f.name: f for f in fields(cls)}
+    if unknown := sorted(values.keys() - known.keys()):
         raise ModelError(f"{where} has unknown fields {', '.join(unknown)}: it was written by another m3asr version")
     kwargs = {}
     for name, value in values.items():
         nested = _NESTED.get((cls.__name__, name))
-        if nested is not None and value is not None and not is_dataclass(value):
+        if nested is not None and not (value is None and known[name].default is None):
             value = _build(nested, value, f"{where}:{name}")
         kwargs[name] = value
     try:

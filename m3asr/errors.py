@@ -12,6 +12,11 @@ class M3asrError(Exception):
     """Base of all errors raised for bad input; the command line prints the message and exits with 2."""
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, for a sentence that begins with the file's name, which the system would name again."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 class AudioError(M3asrError):
     """A recording cannot be read or holds no usable samples."""
 

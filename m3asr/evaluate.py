@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from m3asr import __version__
 from m3asr.decode import DecodeOptions
 from m3asr.errors import AudioError, M3asrError
 from m3asr.folder import ModelFolder
@@ -40,20 +41,28 @@ class Result:
         return count_errors("".join(words(self.utterance.text)), "".join(words(self.hypothesis)))
 
 
+_RESULTS_START = '{"run": '  # what a file of results starts with; nothing is added to any other
+
+
 class ResultsFile:
     """Results as they come, in a JSONL file; those of an earlier, interrupted call are picked up from it.
 
     Two kinds of line: {"run": ID, "settings": {...}} says what ran, {"run": ID, "manifest", "key", "hypothesis",
     "seconds", "took", "text"} what came out. A result counts again only for the same weights, engine, decoder and
     settings, known by the run's ID. A line cut off by a crash is left where it is and its utterance done again.
+    Raises M3asrError for a file that cannot be used and for one that holds something else.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._found: dict[tuple[str, str, str], dict] = {}
+        self._found: dict[tuple[str, str, str], tuple[str, float, float]] = {}
         self._runs: set[str] = set()
         try:
             text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
+            if text and not text.startswith(_RESULTS_START):
+                raise M3asrError(
+                    f"{path} is there and holds no results of an earlier call: expected such a file or a new name"
+                )
             for line in text.split("\n"):
                 self._take(line)
             self._file: TextIO = open(path, "a", encoding="utf-8")
@@ -68,9 +77,10 @@ class ResultsFile:
             if "settings" in entry:
                 self._runs.add(entry["run"])
             else:
-                self._found[entry["run"], entry["manifest"], entry["key"]] = entry
-                float(entry["seconds"]), float(entry["took"]), str(entry["hypothesis"])
-        except (ValueError, TypeError, KeyError):
+                hypothesis, seconds, took = entry["hypothesis"], float(entry["seconds"]), float(entry["took"])
+                if isinstance(hypothesis, str):
+                    self._found[entry["run"], entry["manifest"], entry["key"]] = hypothesis, seconds, took
+        except (ValueError, TypeError, KeyError, RecursionError):
             pass
 
     def begin(self, settings: dict) -> str:
@@ -82,10 +92,8 @@ class ResultsFile:
         return run
 
     def find(self, run: str, manifest: str, utterance: Utterance) -> Result | None:
-        entry = self._found.get((run, manifest, utterance.key))
-        if entry is None:
-            return None
-        return Result(utterance, entry["hypothesis"], float(entry["seconds"]), float(entry["took"]))
+        found = self._found.get((run, manifest, utterance.key))
+        return None if found is None else Result(utterance, *found)
 
     def add(self, run: str, manifest: str, result: Result) -> None:
         kept = {"hypothesis": result.hypothesis, "seconds": result.seconds, "took": result.took}
@@ -111,7 +119,7 @@ def run_settings(transcriber: Transcriber, options: DecodeOptions, segmentation:
         "weights": digest,
         "engine": transcriber.engine.name,
         "device": transcriber.engine.device,
-        "version": importlib.metadata.version("m3asr") if _installed("m3asr") else "not installed",
+        "version": __version__,
         "decode": {**asdict(options), "decoder": transcriber.decoder_of(options), "lm": lm},
         "segmentation": asdict(segmentation),
     }

@@ -3,25 +3,66 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from m3asr.errors import M3asrError
+from m3asr.errors import M3asrError, reason
+
+_DEVICES = Path("/dev"), Path("/dev/fd")
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the name when the block ends well, and is removed when it does not.
 
-    Raises M3asrError where the system refuses.
+    A link stays one: the file that it leads to is replaced. What is there and is no file (/dev/null, a pipe) is itself
+    written to. Raises M3asrError for a directory and where the system refuses.
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    target, aside = _places(Path(path))
     try:
         yield aside
-        os.replace(aside, path)
+        if aside != target:
+            os.replace(aside, target)
     except OSError as error:
-        raise M3asrError(f"{path} cannot be written: {error.strerror}") from None
+        raise _refused(path, error) from None
     finally:
-        aside.unlink(missing_ok=True)
+        if aside != target:
+            with suppress(OSError):  # gone by its new name, or refused as the writing was
+                aside.unlink()
+
+
+def need_place(path: str | Path | None) -> None:
+    """Raises M3asrError where `whole_file` would, before the work whose result goes there. None: none does."""
+    if path is None:
+        return
+    target, aside = _places(Path(path))
+    if aside == target:
+        return
+    try:
+        aside.touch()
+        aside.unlink()
+    except OSError as error:
+        raise _refused(path, error) from None
+
+
+def _places(path: Path) -> tuple[Path, Path]:
+    """Where the bytes belong, and where they are written first: the same place for what must not be replaced."""
+    try:
+        kind = path.stat().st_mode
+    except FileNotFoundError:
+        kind = stat.S_IFREG
+    except (OSError, ValueError) as error:  # a name too long, a link to itself; a zero byte
+        raise _refused(path, error) from None
+    if stat.S_ISDIR(kind):
+        raise M3asrError(f"{path} is a directory; expected the name of a file to write")
+    # Replacing a device would destroy it, as root may; /dev/stdout is a file where the shell redirects to one.
+    if path.parent in _DEVICES or not stat.S_ISREG(kind):
+        return path, path
+    target = path.resolve()
+    return target, target.with_name(f".{target.name}.{os.getpid()}.part")
+
+
+def _refused(path: str | Path, error: Exception) -> M3asrError:
+    return M3asrError(f"{path} cannot be written: {reason(error)}")

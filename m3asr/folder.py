@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ import numpy as np
 
 from m3asr.config import ModelConfig
 from m3asr.errors import ModelError
-from m3asr.features import Cmvn
+from m3asr.features import Cmvn, fbank
 from m3asr.quantized import dequantize
 from m3asr.tokenizer import Tokenizer
 
@@ -65,6 +64,11 @@ class ModelFolder:
             raise ModelError(f"{path} has no model.safetensors: convert the checkpoint again")
         return cls(path, config, tokenizer, cmvn)
 
+    def features(self, waveform: np.ndarray) -> np.ndarray:
+        """Waveform (N,) at 16 kHz -> features float32 (T, F) as the model reads them."""
+        features = fbank(waveform, self.config.fbank)
+        return features if self.cmvn is None else self.cmvn.apply(features)
+
     def weights(self) -> dict[str, np.ndarray]:
         """All tensors by name, floating ones as float32. Raises ModelError for a damaged file."""
         return read_weights(self.path / "model.safetensors")
@@ -103,40 +107,33 @@ def written_aside(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if not (replaceable and (overwrite or not any(target.iterdir()))):
             hint = "pass --force to replace it" if replaceable else "choose another name"
             raise ModelError(f"{target} is there already: {hint}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
-    try:
+    with _folder_aside(target) as aside:
         yield aside
-        aside.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(aside, target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 @contextmanager
 def engine_aside(folder: ModelFolder, name: str) -> Iterator[Path]:
     """A new folder that becomes `engines/NAME` when the block ends well; an older engine stays until then."""
-    target = folder.path / "engines" / name
-    try:
-        target.parent.mkdir(exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=target.parent))
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
-    try:
+    with _folder_aside(folder.path / "engines" / name) as aside:
         yield aside
-        aside.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+
+
+@contextmanager
+def _folder_aside(target: Path) -> Iterator[Path]:
+    """As `written_aside`, whatever is there. Raises ModelError where the system refuses."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield aside
+            aside.chmod(0o755)
+            if target.exists():
+                shutil.rmtree(target)
+            aside.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        raise ModelError(f"{target} cannot be written: {error.strerror or error}") from None
 
 
 def write_model_files(

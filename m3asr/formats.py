@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from m3asr.decode import Word
 from m3asr.errors import M3asrError
+from m3asr.files import whole_file
 
 LINE_CHARS = 42  # of a subtitle line, two to a cue: the customary width, which players show without wrapping
 CUE_CHARS = 2 * LINE_CHARS
@@ -144,17 +144,9 @@ def formatted(transcripts: Iterable[Transcript] | Transcript, name: str) -> Iter
 
 def write(transcripts: Iterable[Transcript] | Transcript, name: str, path: str | Path) -> None:
     """Write a file in format `name`, UTF-8; aside first and then renamed, so that it is whole or not there."""
-    path = Path(path)
     pieces = formatted(transcripts, name)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(pieces)
-        os.replace(aside, path)
-    except OSError as error:
-        raise M3asrError(f"Cannot write {path}: {error.strerror}.") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(path) as aside, open(aside, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(pieces)
 
 
 def cues(segment: Segment) -> Iterator[tuple[float, float, str]]:

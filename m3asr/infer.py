@@ -44,9 +44,10 @@ def read_features(path: Path, folder: ModelFolder) -> tuple[np.ndarray, np.ndarr
 
 def _load(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ModelError(f"{path} is a single array; expected an .npz with feat_lens and feats or fbank")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ModelError(f"{path} is a single array; expected an .npz with feat_lens and feats or fbank")
+        with file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist") from None

@@ -6,13 +6,16 @@ Paths in a list are taken from where the list lies and, if nothing is there, fro
 from __future__ import annotations
 
 import json
+import os
+import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from m3asr.errors import AudioError, M3asrError
+from m3asr.errors import AudioError, M3asrError, reason
 
 _IDS = ("id", "key", "utt", "utt_id")
 _AUDIO = ("audio", "audio_filepath", "wav", "path", "audio_path", "file")
@@ -88,11 +91,11 @@ def _read_kaldi(folder: Path) -> list[Utterance]:
 
 
 def _read_jsonl(path: Path) -> list[Utterance]:
-    utterances = []
+    utterances, seen = [], {}
     for number, line in _lines(path):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             shards = " (WeNet's list of shards? expected its raw data.list)" if line.endswith((".tar", ".gz")) else ""
             raise M3asrError(f"{path}, line {number}: found {line[:60]!r}; expected a JSON object{shards}") from None
         if not isinstance(entry, dict):
@@ -110,8 +113,12 @@ def _read_jsonl(path: Path) -> list[Utterance]:
             shard, place = _located(entry["shard"], path.parent), Path(key)
         else:
             candidates = [path.parent / f"{key}{suffix}" for suffix in _SUFFIXES]
-            place = next((file for file in candidates if file.is_file()), candidates[0])
-        utterances.append(Utterance(key or audio, place, text, speaker, shard))
+            place = next((file for file in candidates if os.path.isfile(file)), candidates[0])
+        utterance = Utterance(key or audio, place, text, speaker, shard)
+        before = seen.setdefault(utterance.key, utterance)
+        if (before.path, before.shard) != (place, shard):
+            raise M3asrError(f"{path}, line {number}: found {utterance.key!r} again, for another recording")
+        utterances.append(utterance)
     return utterances
 
 
@@ -125,18 +132,19 @@ def _first(entry: dict, names: tuple[str, ...]) -> str | None:
 
 def _located(name: str, folder: Path) -> Path:
     beside = folder / name
-    return beside if beside.exists() or not Path(name).exists() else Path(name)
+    # os.path, unlike Path, takes a name that is too long for one that is not there, as one that is not is reported.
+    return beside if os.path.exists(beside) or not os.path.exists(name) else Path(name)
 
 
 def _table(path: Path) -> Iterator[tuple[int, str, str]]:
     """(line number, first field, the rest) of Kaldi's tables. Raises M3asrError where a key comes twice."""
     seen = set()
     for number, line in _lines(path):
-        key, _, rest = line.partition(" ") if " " in line else line.partition("\t")
+        key, *rest = re.split(r"[ \t]+", line, maxsplit=1)
         if key in seen:
             raise M3asrError(f"{path}, line {number}: found {key!r} again; expected each key once")
         seen.add(key)
-        yield number, key, rest.strip()
+        yield number, key, "".join(rest)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -152,21 +160,27 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 @lru_cache(maxsize=4)
-def _opened_zip(path: Path) -> tuple[zipfile.ZipFile, dict[str, str]]:
+def _opened_zip(path: Path) -> tuple[zipfile.ZipFile, dict[str, list[str]]]:
+    """The archive, and its members by their names without folder and suffix."""
     try:
         archive = zipfile.ZipFile(path)
     except FileNotFoundError:
         raise AudioError(f"{path}: no such file") from None
     except (OSError, zipfile.BadZipFile) as error:
-        raise AudioError(f"{path} is not a readable zip: {error}") from None
-    return archive, {Path(name).stem: name for name in archive.namelist()}
+        raise AudioError(f"{path} is not a readable zip: {reason(error)}") from None
+    members: dict[str, list[str]] = {}
+    for name in archive.namelist():
+        if not name.endswith("/"):
+            members.setdefault(Path(name).stem, []).append(name)
+    return archive, members
 
 
 def _member(path: Path, key: str) -> bytes:
     archive, members = _opened_zip(path)
-    if key not in members:
-        raise AudioError(f"{path} has no member {key}.*")
+    found = members.get(key, [])
+    if len(found) != 1:
+        raise AudioError(f"{path} has {len(found) or 'no'} member{'s' * (len(found) > 1)} {key}.*; expected one")
     try:
-        return archive.read(members[key])
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise AudioError(f"{path}: {members[key]} cannot be read: {error}") from None
+        return archive.read(found[0])
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise AudioError(f"{path}: {found[0]} cannot be read: {error}") from None

@@ -105,12 +105,6 @@ def rel_pos_keys(k: Tensor, p: Tensor, pos_bias_u: Tensor, pos_bias_v: Tensor) -
     return k + p, key_bias
 
 
-def rel_pos_attention(q, k, v, p, pos_bias_u, pos_bias_v, mask) -> Tensor:
-    """Attention with the checkpoints' positional terms (see `rel_pos_keys`): shapes as there, q (B, H, Q, K)."""
-    k, key_bias = rel_pos_keys(k, p, pos_bias_u, pos_bias_v)
-    return attention(q, k, v, mask, key_bias)
-
-
 def route(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Top-1 routing. float32 (N, E) -> (gate float32 (N,), expert_idx int64 (N,)).
 

@@ -82,6 +82,9 @@ def model_config(family: str, values: dict, state: dict[str, Tensor], path: Path
     fbank_conf = dataset_conf.get("fbank_conf") or {}
     if dataset_conf.get("feats_type", "fbank") != "fbank":
         raise ModelError(f"{path.name}: feats_type {dataset_conf['feats_type']} is not supported, only fbank")
+    rate = int((dataset_conf.get("resample_conf") or {}).get("resample_rate", 16000))
+    if rate != 16000:
+        raise ModelError(f"{path.name}: resample_rate {rate} is not supported, only 16000, as recordings are read")
     bins = fbank_conf.get("num_mel_bins", values.get("input_dim", 80))
     input_dim = values.get("input_dim", bins) if family == "wenet" else bins
     encoder = _encoder_config(family, encoder_conf, "encoder.", state, input_dim, path, notes)
@@ -91,7 +94,6 @@ def model_config(family: str, values: dict, state: dict[str, Tensor], path: Path
         num_mel_bins=bins,
         frame_length=float(fbank_conf.get("frame_length", 25)),
         frame_shift=float(fbank_conf.get("frame_shift", 10)),
-        sample_rate=int((dataset_conf.get("resample_conf") or {}).get("resample_rate", 16000)),
         window_type=str(fbank_conf.get("window_type", "povey")),
     )
     reverse = float(model_conf.get("reverse_weight") or 0.0)

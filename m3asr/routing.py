@@ -18,7 +18,6 @@ from m3asr.errors import ModelError
 from m3asr.features import pad_batch
 from m3asr.segment import SegmentOptions, speech_segments
 from m3asr.transcribe import Transcriber, joined
-from m3asr.verify import features_of
 
 PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
 
@@ -148,7 +147,7 @@ def route_recording(
             yield block
 
     for speech in speech_segments(counted(), segmentation or SegmentOptions()):
-        features, lengths = pad_batch([features_of(folder, speech.waveform)])
+        features, lengths = pad_batch([folder.features(speech.waveform)])
         seen = observe(transcriber.engine, features, lengths)
         (result,), size = transcriber.decode(*seen.outputs, options), int(seen.outputs[2][0])
         if not size:

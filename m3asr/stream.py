@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from m3asr.audio import PEAK_LIMIT
 from m3asr.config import EncoderConfig
 from m3asr.decode import DecodeOptions, PrefixBeamSearch
 from m3asr.errors import AudioError, M3asrError
@@ -26,7 +27,6 @@ from m3asr.transcribe import Transcriber
 
 MODES = ("auto", "chunks", "windows")
 BATCH_STREAMS = 64  # in one engine call, so that memory does not grow with the number of streams
-_PEAK_LIMIT = 10.0  # full scale is 1: more means integers stored as floats
 LONGEST_AGAIN = 30.0  # seconds of a segment that is read again; a longer one keeps what the beam search found
 _AROUND = 12  # encoder frames before the first token and behind the last that are read with them
 
@@ -151,7 +151,7 @@ class Stream:
         samples = np.asarray(samples)
         if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
             raise AudioError(f"samples are {samples.dtype} of shape {samples.shape}; expected float32 of one dimension")
-        if samples.size and not np.abs(samples).max() <= _PEAK_LIMIT:  # also refuses NaN
+        if samples.size and not np.abs(samples).max() <= PEAK_LIMIT:  # also refuses NaN
             raise AudioError("samples hold NaN or values far over full scale; divide 16-bit integers by 32768")
         features = self._fbank.accept(samples)
         cmvn = self.transcriber.folder.cmvn

@@ -17,7 +17,7 @@ WORD_START = "\u2581"  # ▁
 _SPACE = "<space>"
 _SILENT = {"<blank>", "<blk>", "<sos/eos>", "<sos>", "<eos>", "<s>", "</s>", "<pad>"}
 # Hanzi, kana and their marks: written without spaces, each a word of its own.
-_UNSPACED = re.compile(
+UNSPACED = re.compile(
     "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 
@@ -138,8 +138,8 @@ class Tokenizer:
             body = piece.strip(WORD_START).replace(WORD_START, " ")
             space = space or piece.startswith(WORD_START)
             if body:
-                unspaced = bool(_UNSPACED.match(body))
-                after_unspaced = bool(words) and bool(_UNSPACED.search(words[-1][0].word[-1]))
+                unspaced = bool(UNSPACED.match(body))
+                after_unspaced = bool(words) and bool(UNSPACED.search(words[-1][0].word[-1]))
                 if space or unspaced or after_unspaced or not words:
                     words.append((WordSpan(body, position, position + 1), space or (unspaced and opened)))
                     opened = space and not unspaced
@@ -180,9 +180,9 @@ class Tokenizer:
         """Letters and Hanzi apart, where words begin with ▁: "我用python" -> 我用, ▁python."""
         if not self._has_word_pieces:
             return [chunk]
-        runs = re.findall(f"{_UNSPACED.pattern}+|(?:(?!{_UNSPACED.pattern}).)+", chunk)
+        runs = re.findall(f"{UNSPACED.pattern}+|(?:(?!{UNSPACED.pattern}).)+", chunk)
         return [
-            WORD_START + run if not _UNSPACED.match(run) or WORD_START + run[0] in self._pieces else run for run in runs
+            WORD_START + run if not UNSPACED.match(run) or WORD_START + run[0] in self._pieces else run for run in runs
         ]
 
     def _is_merge_order(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,10 +31,11 @@ from m3asr.decode import (
 from m3asr.decode.options import NO_LM, WITH_BEAM
 from m3asr.engines import Engine, check_chunks, load_engine
 from m3asr.errors import AudioError, M3asrError, MissingExtra, ModelError
-from m3asr.features import fbank, pad_batch
+from m3asr.features import pad_batch
 from m3asr.folder import ModelFolder
 from m3asr.formats import Alternative, Segment, Transcript
 from m3asr.segment import SegmentOptions, speech_segments
+from m3asr.tokenizer import UNSPACED
 
 # Frames of a batch, padding included, on an engine that does not say its own (`batch_frames`): 40 seconds. On a CPU,
 # more is no faster and costs memory: the first convolution alone holds 20 kB or more a frame.
@@ -300,10 +301,8 @@ class Transcriber:
                 yield block
 
         for speech in speech_segments(counted(), segmentation):
-            features = fbank(speech.waveform, self.folder.config.fbank)
-            if self.folder.cmvn is not None:
-                features = self.folder.cmvn.apply(features)
-            yield _Piece(job, speech.start / SAMPLE_RATE, len(speech.waveform) / SAMPLE_RATE, features)
+            seconds = len(speech.waveform) / SAMPLE_RATE
+            yield _Piece(job, speech.start / SAMPLE_RATE, seconds, self.folder.features(speech.waveform))
 
     def _recognise_pieces(self, pieces: list[_Piece], options: DecodeOptions) -> None:
         results = self.recognise([piece.features for piece in pieces], options)
@@ -364,14 +363,10 @@ def joined(texts: Iterable[str]) -> str:
     """Texts of neighbouring segments as one; no space between scripts that are written without."""
     whole = ""
     for text in texts:
-        if whole and text and not (_unspaced(whole[-1]) and _unspaced(text[0])):
+        if whole and text and not (UNSPACED.match(whole[-1]) and UNSPACED.match(text[0])):
             whole += " "
         whole += text
     return whole
-
-
-def _unspaced(character: str) -> bool:
-    return unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA"))
 
 
 def load(
@@ -382,7 +377,8 @@ def load(
     chunk_size: int = 0,
     left_chunks: int = -1,
 ) -> Transcriber:
-    """Load a model folder (None: the model shipped with the package) on an engine ("auto", "onnx", "eager").
+    """Load a model folder (None: the model shipped with the package) on an engine: "auto", which is onnx, or a name
+    from `m3asr engines`.
 
     threads: CPU threads, 0 leaves it to the engine. chunk_size: encoder frames (of 40 ms, as a rule) that see each
     other and `left_chunks` chunks before them, -1 all, as in a stream; 0 for whole segments. A `Stream` has options of
@@ -397,5 +393,6 @@ def load(
 def name_of(audio: AudioSource) -> str:
     """What a recording is called if it is not said: the file's name."""
     if isinstance(audio, (str, Path)):
-        return "stdin" if str(audio) == "-" else Path(audio).name
+        # Names of other systems may be bytes that are no UTF-8, and the output is.
+        return "stdin" if str(audio) == "-" else os.fsencode(Path(audio).name).decode("utf-8", "replace")
     return ""

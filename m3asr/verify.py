@@ -17,7 +17,7 @@ from m3asr.audio import SAMPLE_RATE, read_blocks
 from m3asr.decode import ctc_greedy_search
 from m3asr.engines.observe import Observation, observe
 from m3asr.errors import AudioError, ModelError
-from m3asr.features import fbank, pad_batch
+from m3asr.features import pad_batch
 from m3asr.folder import ModelFolder
 from m3asr.transcribe import batches
 
@@ -286,7 +286,7 @@ def utterances_of(folder: ModelFolder, recordings: Iterable[str | Path], seconds
     found = []
     for recording in recordings:
         waveform = next(iter(read_blocks(recording, seconds)), np.zeros(0, np.float32))
-        found.append((Path(recording).name, features_of(folder, waveform)))
+        found.append((Path(recording).name, folder.features(waveform)))
         if not len(found[-1][1]):
             raise AudioError(f"{recording} is too short for one frame: expected at least 25 ms of sound")
     return found
@@ -300,10 +300,4 @@ def synthetic_utterances(folder: ModelFolder) -> list:
     buzz = sum(np.sin(k * pitch) / k for k in range(1, 25)) * (np.sin(2 * np.pi * 3 * t) > -0.5)
     noise = generator.normal(size=round(2.5 * SAMPLE_RATE))
     sounds = {"buzz": 0.1 * buzz, "noise": 0.05 * noise, "silence": np.zeros(SAMPLE_RATE)}
-    return [(name, features_of(folder, sound.astype(np.float32))) for name, sound in sounds.items()]
-
-
-def features_of(folder: ModelFolder, waveform: np.ndarray) -> np.ndarray:
-    """Waveform (N,) -> features (T, F) as the folder's model reads them."""
-    features = fbank(waveform, folder.config.fbank)
-    return features if folder.cmvn is None else folder.cmvn.apply(features)
+    return [(name, folder.features(sound.astype(np.float32))) for name, sound in sounds.items()]

@@ -7,7 +7,6 @@ A word is what stands between spaces; a Hanzi or kana is a word of its own. Char
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from m3asr.errors import MissingExtra
+from m3asr.tokenizer import UNSPACED
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u02b9\u00b4`\uff07", "'"))
-_UNSPACED = re.compile(  # the same as the tokenizer's: Hanzi, kana and their marks
-    "([\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
-)
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def words(text: str) -> list[str]:
     """The normalised words of a text."""
     text = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES)).lower()
     kept = "".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
-    return [word for part in _UNSPACED.sub(r" \1 ", kept).split() if (word := part.strip("'"))]
+    return [word for part in UNSPACED.sub(r" \g<0> ", kept).split() if (word := part.strip("'"))]
 
 
 def count_errors(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> Errors:

@@ -15,7 +15,7 @@ from m3asr.checkpoint import read_checkpoint  # noqa: E402
 from m3asr.cli import app  # noqa: E402
 from m3asr.convert import write_model_folder  # noqa: E402
 from m3asr.engines.eager import EagerEngine  # noqa: E402
-from m3asr.errors import AudioError, M3asrError  # noqa: E402
+from m3asr.errors import AudioError, M3asrError, ModelError  # noqa: E402
 from m3asr.folder import ModelFolder  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -46,14 +46,25 @@ class WrongEngine(EagerEngine):
         return log_probs, 1.1 * hidden, lengths
 
 
+class FailingEngine(WrongEngine):
+    """It takes the first input and refuses the second."""
+
+    def __call__(self, features, lengths, **options):
+        if len(lengths) == 1:
+            raise ModelError("no profile holds it")
+        return super().__call__(features, lengths, **options)
+
+
 def test_rows_are_compared_with_the_first(folder, recording, monkeypatch):
     import m3asr.bench
 
-    load = m3asr.bench.load_engine
+    load, own = m3asr.bench.load_engine, {"wrong": WrongEngine, "failing": FailingEngine}
     monkeypatch.setattr(
-        m3asr.bench, "load_engine", lambda f, name, threads: WrongEngine(f) if name == "wrong" else load(f, name)
+        m3asr.bench, "load_engine", lambda f, name, threads: own[name](f) if name in own else load(f, name)
     )
-    first, same, wrong, missing = bench(folder, ["eager", "eager", "wrong", "onnx"], ["2x30", "1x9"], [recording])
+    engines = ["failing", "eager", "eager", "wrong", "onnx"]
+    failing, first, same, wrong, missing = bench(folder, engines, ["2x30", "1x9"], [recording])
+    assert failing.refused == "no profile holds it" and not failing.forwards and failing.recordings is None
     assert first.forwards["2x30"].error is None and first.forwards["2x30"].ms > 0 and first.load_seconds > 0
     assert same.forwards["1x9"].error == 0.0 and same.forwards["2x30"].same_symbols == 1.0
     assert wrong.forwards["2x30"].error == pytest.approx(0.1, rel=1e-4) and wrong.forwards["2x30"].same_symbols < 1
@@ -86,7 +97,7 @@ def test_the_command_prints_a_table_and_a_line_of_json(folder, recording, tmp_pa
 
 
 def test_wrong_requests_get_a_sentence(folder, tmp_path):
-    for text in ("", "16", "x5", "2x", "0x10", "2x3x4", "-1x5"):
+    for text in ("", "16", "x5", "2x", "0x10", "2x3x4", "-1x5", "²x5"):
         with pytest.raises(M3asrError, match="expected utterances x frames"):
             read_input(text)
     with pytest.raises(AudioError):

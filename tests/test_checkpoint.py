@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -232,6 +233,13 @@ def test_unsupported_settings_are_refused_by_name(wenet, setting, value):
         read_checkpoint(wenet)
 
 
+def test_a_sample_rate_at_which_nothing_is_read_is_refused(folder, wenet):
+    for training in (folder, wenet):
+        edit_yaml(training, lambda values: values["dataset_conf"]["resample_conf"].update(resample_rate=8000))
+        with pytest.raises(ModelError, match="resample_rate 8000 is not supported"):
+            read_checkpoint(training)
+
+
 @pytest.mark.parametrize("setting,value", [("norm_eps", "small"), ("static_chunk_size", [1]), ("attention_heads", 5)])
 def test_settings_of_another_type(wenet, setting, value):
     edit_yaml(wenet, lambda values: values["encoder_conf"].__setitem__(setting, value))
@@ -244,6 +252,18 @@ def test_wenet_sos_is_its_special_token(wenet):
     assert read_checkpoint(wenet).config.sos == 2
     edit_yaml(wenet, lambda values: values["tokenizer_conf"].pop("special_tokens"))
     assert read_checkpoint(wenet).config.sos == 39
+
+
+def test_wenet_without_normalisation(wenet):
+    with pytest.raises(ModelError, match="--no-cmvn: this checkpoint normalises its input itself"):
+        read_checkpoint(wenet, use_cmvn=False)
+
+    def edit(state):
+        del state["encoder.global_cmvn.mean"], state["encoder.global_cmvn.istd"]
+
+    edit_state(wenet / "final.pt", edit)
+    assert read_checkpoint(wenet).config.cmvn == "inside"  # from the file that train.yaml names
+    assert read_checkpoint(wenet, use_cmvn=False).config.cmvn == "none"
 
 
 def test_wenet_buffers_of_older_and_newer_versions(wenet):
@@ -283,6 +303,15 @@ def test_nothing_is_half_written(folder, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_model_folder(found, target)
     assert list(target.parent.iterdir()) == []
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("m3asr.convert.write_model_files", full)
+        with pytest.raises(ModelError, match="model cannot be written: No space left on device"):
+            write_model_folder(found, target, onnx=False)
+    assert list(target.parent.iterdir()) == []
     write_model_folder(found, target, onnx=False)
     with pytest.raises(ModelError, match="--force"):
         write_model_folder(found, target, onnx=False)
@@ -309,6 +338,8 @@ def test_damaged_model_folders(folder, tmp_path):
         (config.replace('"family"', '"tribe"'), "tribe"),
         ("{", "not valid JSON"),
         ("[]", "list"),
+        (json.dumps({**json.loads(config), "encoder": 3}), "encoder holds a int"),
+        (json.dumps({**json.loads(config), "encoder": None}), "encoder holds a NoneType"),
     ):
         (target / "config.json").write_text(text)
         with pytest.raises(ModelError, match=said):

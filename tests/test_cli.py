@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 import m3asr
 from m3asr.audio import SAMPLE_RATE
 from m3asr.cli import app
+from m3asr.cli.console import seconds_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ONE, TWO = str(EXAMPLES / "goforward.flac"), str(EXAMPLES / "librivox-0880.flac")
@@ -57,6 +60,20 @@ def test_text_alone_on_standard_output(m3, model, texts):
     assert m3("transcribe", "-m", model, "-q", ONE)[1:] == (f"{texts[0]}\n", "")
 
 
+def test_the_length_of_what_can_be_read_once_is_not_looked_for(tmp_path):
+    """For the progress bar of a terminal; the recording would be gone."""
+    os.mkfifo(tmp_path / "pipe")
+    content = Path(ONE).read_bytes()[:20000]
+    with open(tmp_path / "pipe", "r+b", buffering=0) as pipe:  # both ends, so that nothing waits
+        pipe.write(content)
+        assert seconds_of([str(tmp_path / "pipe")]) is None
+        assert os.read(pipe.fileno(), len(content)) == content
+    code = "from m3asr.cli.console import seconds_of; import sys; print(seconds_of('-'), len(sys.stdin.buffer.read()))"
+    ended = subprocess.run([sys.executable, "-c", code], input=content, capture_output=True)
+    assert ended.stdout.split() == [b"None", str(len(content)).encode()]
+    assert seconds_of([ONE, TWO]) == pytest.approx(sum(soundfile.info(path).duration for path in (ONE, TWO)))
+
+
 def test_standard_input(m3, model, texts):
     code, out, _ = m3("transcribe", "-m", model, "-f", "jsonl", "-", stdin=Path(ONE).read_bytes())
     assert code == 0 and json.loads(out)["text"] == texts[0] and json.loads(out)["name"] == "stdin"
@@ -68,6 +85,56 @@ def test_a_real_process_whose_reader_goes_away(model, texts):
     assert whole.returncode == 0 and whole.stdout.splitlines() == texts * 3 and whole.stderr == ""
     piped = subprocess.run(["bash", "-c", '"$@" | head -1', "-", *command], capture_output=True, text=True)
     assert piped.stdout.splitlines() == texts[:1] and "Traceback" not in piped.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "found"),
+    [
+        (">/dev/full", 2, "standard output cannot be used: No space left on device"),
+        (">&-", 2, "standard output is closed"),
+        ("- <&-", 2, "Standard input is closed"),
+        ("2>&-", 0, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(model, short, redirection, code, found):
+    if redirection == ">/dev/full" and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    recording = [] if redirection.startswith("-") else [short]
+    command = [sys.executable, "-m", "m3asr.cli", "transcribe", "-m", model, "-q", *map(str, recording)]
+    ended = subprocess.run(["bash", "-c", f'"$@" {redirection}', "-", *command], capture_output=True, text=True)
+    assert ended.returncode == code and bool(ended.stdout) == (code == 0)
+    assert found in ended.stderr and len(ended.stderr.splitlines()) == (code != 0)
+
+
+def test_what_is_written_when_the_process_is_ended_is_removed(model, tmp_path):
+    """The recording is a pipe that nobody closes, so that the work does not end."""
+    os.mkfifo(tmp_path / "endless.wav")
+    command = [sys.executable, "-m", "m3asr.cli", "transcribe", "-m", model, "-o", tmp_path / "out"]
+    with subprocess.Popen([*command, tmp_path / "endless.wav"], stderr=subprocess.PIPE) as process:
+        with open(tmp_path / "endless.wav", "wb"):  # waits for the reader
+            assert [path.name for path in tmp_path.glob(".out*")]
+            process.terminate()
+            assert process.wait(60) == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["endless.wav"]
+
+
+def test_text_that_standard_output_cannot_take(model, short, tmp_path):
+    (tmp_path / "日本.wav").write_bytes(short.read_bytes())
+    command = [sys.executable, "-m", "m3asr.cli", "transcribe", "-m", model, "-q", "-f", "jsonl"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([*command, tmp_path / "日本.wav"], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 2 and ended.stdout == "" and len(ended.stderr.splitlines()) == 1
+    assert "cannot be written as ascii" in ended.stderr and "PYTHONIOENCODING=utf-8" in ended.stderr
+
+
+def test_a_name_that_is_no_utf8(m3, model, short, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.wav"
+    try:
+        Path(os.fsdecode(name)).write_bytes(short.read_bytes())
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    code, _, _ = m3("transcribe", "-m", model, "-q", "-f", "jsonl", "-o", tmp_path / "out", os.fsdecode(name))
+    assert code == 0 and json.loads((tmp_path / "out").read_text(encoding="utf-8"))["name"] == "caf\ufffd.wav"
 
 
 @pytest.mark.parametrize("format", ["text", "kaldi", "json", "jsonl", "srt", "vtt", "ctm"])
@@ -140,10 +207,10 @@ def test_hotwords_from_a_list_and_from_a_file(m3, model, tmp_path):
     symbol = transcriber.folder.tokenizer.symbols[token]
     (tmp_path / "names.txt").write_text(f"\ufeff{symbol}\n\n", encoding="utf-8")
     common = "transcribe", "-m", model, "-q", "--decoder", "beam", "--hotword-score", "20", ONE
-    outputs = [
-        m3(*common, "--hotwords", words)[:2] for words in (symbol, f"{symbol} , {symbol}", tmp_path / "names.txt")
-    ]
-    assert outputs[0] == outputs[1] == outputs[2] and outputs[0][0] == 0
+    # The last is longer than a file's name, and than a path, may be.
+    lists = symbol, f"{symbol} , {symbol}", tmp_path / "names.txt", ",".join([symbol] * 5000)
+    outputs = [m3(*common, "--hotwords", words)[:2] for words in lists]
+    assert outputs == outputs[:1] * 4 and outputs[0][0] == 0
     assert symbol in outputs[0][1] and symbol not in plain.text
     code, out, err = m3(*common, "--hotwords", tmp_path / "missing.txt")
     assert code == 2 and out == "" and "no such file" in err
@@ -169,7 +236,12 @@ def test_decoding_options_arrive(m3, model, texts):
         (["--blank-penalty", "nan"], "blank_penalty"),
         (["--max-seconds", "0.1"], "max_seconds"),
         (["--lm-unit", "letter"], "lm_unit"),
+        (["--lm-unit", "token"], "there is no lm"),
+        (["--lm-unit", "token", "--lm", "none"], "there is no lm"),
+        (["--hotwords", " ,"], "holds no phrase"),
         (["-o", "/nonexistent/folder/out"], "/nonexistent/folder/out"),
+        (["-o", "/"], "is a directory"),
+        (["-m", "x" * 300], "File name too long"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -183,6 +255,8 @@ def test_models_and_recordings_that_are_not_there(m3, model, tmp_path):
     code, out, err = m3("transcribe", "-m", model)
     assert code == 2 and out == "" and "name recordings" in err
     assert m3("transcribe", "-m", model, ONE, "--wav-scp", "x")[0] == 2
+    code, out, err = m3("transcribe", "-m", model, ONE, "--threads", "100000")  # would take for ever
+    assert code == 2 and out == "" and "--threads" in err
     assert m3("transcribe", "-m", model, "--wav-scp", tmp_path / "missing.scp")[0] == 2
 
 
@@ -191,6 +265,17 @@ def test_speech_detection_can_be_left_out(m3, model, tmp_path):
     soundfile.write(tmp_path / "noise.wav", noise, SAMPLE_RATE)
     assert m3("transcribe", "-m", model, "-q", tmp_path / "noise.wav")[:2] == (0, "\n")
     assert m3("transcribe", "-m", model, "-q", "--no-vad", tmp_path / "noise.wav")[1].strip()
+
+
+def test_more_than_the_memory_holds(m3, model):
+    code, out, err = m3("bench", "-m", model, "-e", "onnx", "-i", "99999999x99999999")
+    assert code == 2 and out == "" and "not enough memory" in err and len(err.splitlines()) == 1
+
+
+def test_features_that_are_no_archive(m3, model, tmp_path):
+    np.save(tmp_path / "feats.npy", np.zeros((1, 50, 80), np.float32))
+    code, out, err = m3("infer", model, tmp_path / "feats.npy", "--decoder", "greedy")
+    assert code == 2 and out == "" and "is a single array; expected an .npz" in err
 
 
 def test_every_command_has_a_manual():

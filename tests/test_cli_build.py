@@ -145,7 +145,7 @@ def test_options_that_make_no_sense(m3, model, arguments, found):
 
 def test_profiles():
     assert read_profile(" T=7:8:9, B=1:1:1") == {"T": (7, 8, 9), "B": (1, 1, 1)}
-    for text in ("", "B=1:2:3,B=1:2:3", "B=1:2:3,T=7:8:9,X=1:1:1", "B=-1:2:3,T=7:8:9", "B=0:2:3,T=7:8:9", "B=1:x:3"):
+    for text in ("", "B=1:2:3,B=1:2:3", "B=1:2:3,T=7:8:9,X=1:1:1", "B=-1:2:3,T=7:8:9", "B=0:2:3,T=7:8:9", "B=1:²:3"):
         with pytest.raises(M3asrError, match="--profile"):
             read_profile(text)
 

@@ -9,7 +9,7 @@ import pytest
 from plain_decoding import EOS, SOS, ToyDecoder, random_log_probs
 
 from m3asr.decode import attention_rescoring, attention_search, ctc_prefix_beam_search
-from m3asr.errors import ModelError
+from m3asr.errors import ModelError, NotANumber
 
 
 @pytest.mark.parametrize("reverse_weight", [0.0, 0.3])
@@ -72,6 +72,18 @@ def test_attention_search_with_a_wide_beam_is_exhaustive(seed, penalty):
         assert hypothesis.tokens_confidence == pytest.approx([math.exp(p) for p in steps[: len(tokens)]])
     narrow = attention_search(decoder, hidden[0], frames, 2, sos=SOS, eos=EOS)
     assert len(narrow.nbest) == 2
+
+
+def test_nan_of_a_decoder_is_refused():
+    def broken(hidden, hidden_length, tokens, token_lengths, reversed_tokens):
+        return np.full((*tokens.shape, EOS + 1), np.nan), None
+
+    first_pass = ctc_prefix_beam_search(random_log_probs(np.random.default_rng(2), 9, 4)[None], [9], 4)
+    hidden = np.zeros((1, 9, 6), np.float32)
+    with pytest.raises(NotANumber):
+        attention_rescoring(first_pass, broken, hidden, [9], sos=SOS, eos=EOS)
+    with pytest.raises(NotANumber):
+        attention_search(broken, hidden, 9, 3, sos=SOS, eos=EOS)
 
 
 def test_attention_search_without_frames():

@@ -29,7 +29,7 @@ from m3asr.decode import (
     ctc_prefix_beam_search,
     joint_search,
 )
-from m3asr.errors import ModelError
+from m3asr.errors import ModelError, NotANumber
 
 
 def joint(log_probs, decoder, hidden, beam_size=10, ctc_weight=0.5, reverse_weight=0.0, first=None, **options):
@@ -270,6 +270,11 @@ def test_alone_as_in_a_batch_and_nothing_behind_the_length_is_looked_at():
             eos=EOS,
         )
         assert alone == together[b]
+
+
+def test_nan_of_the_decoder_is_refused():
+    with pytest.raises(NotANumber):
+        joint(spoken(1, 2), Stubborn(1, math.nan), hidden_of(0, 2))
 
 
 def test_symbols_that_cannot_be():

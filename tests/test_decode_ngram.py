@@ -187,10 +187,12 @@ def test_a_damaged_file_is_refused_with_its_reason(arpa, old, new, reason):
 
 
 def test_what_is_no_language_model_is_refused(tmp_path):
-    (tmp_path / "cut.arpa.gz").write_bytes(gzip.compress(ARPA.encode())[:-30])
+    zipped = gzip.compress(ARPA.encode())
+    (tmp_path / "cut.arpa.gz").write_bytes(zipped[:-30])
+    (tmp_path / "damaged.arpa.gz").write_bytes(zipped[:10] + b"\xff" + zipped[11:])
     (tmp_path / "empty.arpa").write_bytes(b"")
     (tmp_path / "bytes.arpa").write_bytes(bytes(range(256)))
-    for name in ("cut.arpa.gz", "empty.arpa", "bytes.arpa", "missing.arpa"):
+    for name in ("cut.arpa.gz", "damaged.arpa.gz", "empty.arpa", "bytes.arpa", "missing.arpa"):
         with pytest.raises(ModelError, match=name):
             NgramLM(tmp_path / name, [])
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import m3asr
+from m3asr.audio import load_audio
 from m3asr.decode import DecodeOptions
 from m3asr.errors import AudioError, M3asrError
 from m3asr.evaluate import Result, ResultsFile, differences, summary, transcribe_utterances, worst
@@ -118,7 +119,11 @@ def test_lists_of_every_kind_say_the_same(audio):
     write_lines(kaldi / "wav.scp", *(f"{k} ../{k}.flac" for k in CLIPS))
     write_lines(kaldi / "text", *(f"{k} {t}" for k, t in CLIPS.items()))
     write_lines(kaldi / "utt2spk", *(f"{k} {k[0]}" for k in CLIPS))
-    lists = [read_manifest(p) for p in (by_id, by_path, wenet, kaldi, kaldi / "wav.scp")]
+    tabs = audio / "tabs"
+    tabs.mkdir()
+    write_lines(tabs / "wav.scp", *(f"{k}\t../{k}.flac" for k in CLIPS))
+    write_lines(tabs / "text", *(f"{k}\t{t}" for k, t in CLIPS.items()))
+    lists = [read_manifest(p) for p in (by_id, by_path, wenet, kaldi, kaldi / "wav.scp", tabs)]
     for utterances in lists:
         assert [(u.key, u.text) for u in utterances] == list(CLIPS.items())
         assert [u.path.resolve() for u in utterances] == [p.resolve() for p in path.values()]
@@ -127,12 +132,15 @@ def test_lists_of_every_kind_say_the_same(audio):
 
 def test_members_of_a_zip(audio):
     with zipfile.ZipFile(audio / "some.zip", "w") as archive:
-        archive.write(audio / "goforward.flac", "inside/000001.flac")
-    entries = [{"id": "000001", "shard": "some.zip", "text": "x"}, {"id": "2", "shard": "some.zip", "text": "x"}]
-    one, missing = read_manifest(write_lines(audio / "list.jsonl", *entries))
+        for name in ("inside/000001.flac", "a/3.flac", "b/3.flac"):
+            archive.write(audio / "goforward.flac", name)
+    entries = ({"id": name, "shard": "some.zip", "text": "x"} for name in ("000001", "2", "3"))
+    one, missing, twice = read_manifest(write_lines(audio / "list.jsonl", *entries))
     assert one.audio() == (audio / "goforward.flac").read_bytes()
     with pytest.raises(AudioError, match="no member 2"):
         missing.audio()
+    with pytest.raises(AudioError, match="2 members 3"):
+        twice.audio()
 
 
 @pytest.mark.parametrize(
@@ -143,12 +151,21 @@ def test_members_of_a_zip(audio):
         ('{"id": "a"}', "expected text"),
         ('{"text": "a"}', "audio or id"),
         ("/data/shards_000.tar", "shards"),
+        ('{"id": "ok", "audio": "other.wav", "text": "x"}', "line 2: found 'ok' again"),
+        ("[" * 100_000, "line 2"),
     ],
 )
 def test_a_line_that_does_not_fit_is_named(tmp_path, line, found):
     path = write_lines(tmp_path / "list.jsonl", '{"id": "ok", "text": "x"}', line)
     with pytest.raises(M3asrError, match=found):
         read_manifest(path)
+
+
+def test_a_name_too_long_is_a_recording_that_is_missing(tmp_path):
+    entries = [{"audio": "x" * 5000, "text": "x"}, {"id": "y" * 5000, "text": "x"}]
+    for utterance in read_manifest(write_lines(tmp_path / "list.jsonl", *entries)):
+        with pytest.raises(AudioError, match="cannot be opened: File name too long.$"):
+            load_audio(utterance.audio())
 
 
 def test_kaldi_folders_that_do_not_fit(tmp_path):
@@ -207,11 +224,29 @@ def test_results_are_picked_up_again(model, tmp_path):
     assert again == ["librivox-0880"]
     assert [result.hypothesis for result in results] == [result.hypothesis for result in whole]
     assert go(path)[0] == []
+    # A line whose numbers are none.
+    path.write_text(path.read_text("utf-8").replace('"took": ', '"took": null, "was": '), "utf-8")
+    assert go(path)[0] == list(CLIPS) and go(path)[0] == []
     # Results of other settings do not count.
     kept = ResultsFile(path)
     other = kept.begin({"decoder": "beam"})
     assert kept.find(other, "list", utterances[0]) is None
     assert kept.find(kept.begin({"decoder": "greedy"}), "other list", utterances[0]) is None
+    kept.close()
+
+
+def test_only_a_file_of_results_is_gone_on_with(tmp_path):
+    """Anything else, the list itself for example, would be spoilt by what is added."""
+    for content in (b'{"audio": "a.wav", "text": "a"}\n', b"fLaC\0\0", b"\n"):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises(M3asrError, match="holds no results"):
+            ResultsFile(tmp_path / "other")
+        assert (tmp_path / "other").read_bytes() == content
+    # The crash came in the first line; the others lack what was heard, which is not found then.
+    lines = '{"run": "1", "sett\n{"run": "1", "manifest": "list", "key": "a", "seconds": 1, "took": 1}\n'
+    (tmp_path / "cut").write_text(lines + lines[20:-2] + ', "hypothesis": null}\n' + "[" * 100_000)
+    kept = ResultsFile(tmp_path / "cut")
+    assert kept.find("1", "list", Utterance("a", Path("a"), "a")) is None
     kept.close()
 
 
@@ -279,7 +314,7 @@ def test_recordings_that_cannot_be_read_are_counted(evaluate, model, audio):
         )
         report = json.loads(out.splitlines()[-1])
         assert code == 2 and len(err.splitlines()) == 2
-        assert "missing.wav: " in err and "no such file" in err and "0 bytes" in err
+        assert err.count("missing.wav") == err.count("empty.wav") == 1 and "no such file" in err and "0 bytes" in err
         assert [(run["utterances"], run["unreadable"], run["words"]) for run in report["runs"]] == [(2, 2, 12)] * 2
     assert len(results.read_text().splitlines()) == 2 * (1 + 2)
 
@@ -290,4 +325,7 @@ def test_lists_that_cannot_be_used(evaluate, model, tmp_path):
         code, out, err = evaluate("-m", model, path)
         assert code == 2 and out == "" and found in err and len(err.splitlines()) == 1
     code, _, err = evaluate("-m", model, write_lines(tmp_path / "a.jsonl", {"id": "a", "text": "b"}), "-q")
-    assert code == 2 and "a.flac: no such file" in err
+    assert code == 2 and "a.flac: no such file" in err and not err.startswith("m3asr: a: ")
+    entry = {"id": "first", "audio": "a.flac", "text": "b"}
+    code, _, err = evaluate("-m", model, write_lines(tmp_path / "a.jsonl", entry), "-q")
+    assert code == 2 and err.startswith("m3asr: first: ") and "a.flac: no such file" in err

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from m3asr.decode import Word
 from m3asr.errors import M3asrError
+from m3asr.files import need_place, whole_file
 from m3asr.formats import CUE_CHARS, CUE_SECONDS, FORMATS, LINE_CHARS, Segment, Transcript, cues, formatted, write
 
 
@@ -161,11 +162,53 @@ def test_nothing_is_left_half_written(tmp_path):
     with pytest.raises(RuntimeError):
         write(breaks(), "text", path)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.txt"]
-    with pytest.raises(M3asrError, match="Cannot write"):
-        write(transcript(), "text", tmp_path / "missing" / "out.txt")
+    for place in (tmp_path / "missing" / "out.txt", path / "out.txt"):
+        with pytest.raises(M3asrError, match="out.txt cannot be written: No(t a directory| such file)"):
+            write(transcript(), "text", place)
     with pytest.raises(M3asrError, match="no output format 'doc'; choose one of text"):
         write(transcript(), "doc", path)
     assert path.read_text() == "old"
+
+
+def test_names_that_no_file_can_have_are_refused_before_the_work(tmp_path):
+    def unused():
+        raise AssertionError("asked for a transcript")
+        yield
+
+    (tmp_path / "loop").symlink_to("loop")
+    for path, found in (
+        (tmp_path, "is a directory; expected the name of a file"),
+        ("", "is a directory"),
+        (tmp_path / ("x" * 250), "cannot be written: File name too long"),
+        (tmp_path / ("x" * 5000), "cannot be written: File name too long"),
+        (tmp_path / "loop", "cannot be written"),
+        ("a\0b", "cannot be written"),
+    ):
+        with pytest.raises(M3asrError, match=found):
+            write(unused(), "text", path)
+        with pytest.raises(M3asrError, match=found):
+            need_place(path)
+    assert os.listdir(tmp_path) == ["loop"]
+
+
+def test_pipes_devices_and_links_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "file").write_text("old")
+    for link, target in (("link", "file"), ("to-nothing-yet", "new"), ("null", os.devnull)):
+        (tmp_path / link).symlink_to(target)
+    for name in ("pipe", "link", "to-nothing-yet"):
+        need_place(tmp_path / name)
+        write(transcript(segment("new")), "text", tmp_path / name)
+    assert os.read(reader, 99) == b"new\n" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    assert (tmp_path / "file").read_text() == (tmp_path / "new").read_text() == "new\n"
+    # These are looked at only: who may replace them must not try.
+    for path in (tmp_path / "null", "/dev/null", "/dev/stdout", "/dev/fd/1"):
+        with whole_file(path) as aside:
+            assert str(aside) == str(path)
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "new", "null", "pipe", "to-nothing-yet"]
+    assert all((tmp_path / link).is_symlink() for link in ("link", "to-nothing-yet", "null"))
 
 
 def test_a_written_file_has_the_usual_rights(tmp_path):

@@ -25,7 +25,6 @@ from m3asr.folder import ModelFolder
 from m3asr.routing import LayerLoad, RoutedRecording, Stretch, loads, route_recording, summary_line
 from m3asr.segment import SegmentOptions
 from m3asr.transcribe import Transcriber
-from m3asr.verify import features_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ONE, TWO = EXAMPLES / "goforward.flac", EXAMPLES / "jfk.flac"
@@ -71,7 +70,7 @@ def test_the_experts_that_were_called(folder, transcriber, monkeypatch):
     found = route_recording(transcriber, ONE, "one")
     (stretch,) = found.stretches
     calls, routed[:] = list(routed), []
-    features = features_of(folder, waveform)[None]
+    features = folder.features(waveform)[None]
     _, _, lengths = transcriber.engine(features, np.array([features.shape[1]], np.int32))
     blocks = folder.config.encoder.num_blocks
     assert len(calls) == len(routed) == blocks and found.frames == lengths[0] and found.seconds == len(waveform) / 16000
@@ -190,6 +189,7 @@ def test_one_bad_recording_among_several(m3, folder, tmp_path):
         ([], "name recordings"),
         (["SILENT"], "no speech is found"),
         ([ONE, "--json", "/nonexistent/report.json"], "cannot be written"),
+        (["told-before-this-is-missed.wav", "--json", "/"], "is a directory"),
         ([ONE, "--plot", "/nonexistent/picture.png"], "cannot be written"),
         ([ONE, "--max-seconds", "0.1"], "max_seconds"),
     ],

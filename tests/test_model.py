@@ -102,7 +102,7 @@ def test_chunk_mask(size, chunk, left):
         assert mask[i].tolist() == expected
 
 
-def test_rel_pos_attention_is_the_two_product_form():
+def test_attention_over_rel_pos_keys_is_the_two_product_form():
     torch.manual_seed(1)
     q, k, v = (torch.randn(2, 3, 9, 8, dtype=torch.float64) for _ in range(3))
     p, u, w = torch.randn(1, 3, 9, 8, dtype=torch.float64), *torch.randn(2, 3, 8, dtype=torch.float64)
@@ -110,7 +110,8 @@ def test_rel_pos_attention_is_the_two_product_form():
     scores = (q + u[:, None]) @ k.transpose(-2, -1) + (q + w[:, None]) @ p.transpose(-2, -1)
     weights = (scores / 8**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
     # The softmax inside is float32 on purpose, hence not 1e-12.
-    torch.testing.assert_close(ops.rel_pos_attention(q, k, v, p, u, w, mask), weights @ v, rtol=1e-5, atol=1e-6)
+    keys, key_bias = ops.rel_pos_keys(k, p, u, w)
+    torch.testing.assert_close(ops.attention(q, keys, v, mask, key_bias), weights @ v, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_without_any_valid_key_is_zero():

@@ -73,6 +73,13 @@ def test_readings_of_many_digits_stay_few():
         )
 
 
+def test_the_manual_names_the_systems(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["peers", "--help"])
+    with pytest.raises(SystemExit):
+        peers.main()
+    assert "pocketsphinx" in capfd.readouterr().out
+
+
 def test_rows(monkeypatch, tmp_path, capfd):
     manifest, rows = tmp_path / "list.jsonl", tmp_path / "rows.json"
     manifest.write_text(json.dumps({"audio": str(EXAMPLE), "text": "go forward ten meters"}) + "\n")

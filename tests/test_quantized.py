@@ -17,7 +17,6 @@ from m3asr.errors import ModelError
 from m3asr.folder import BUILTIN, DEFAULT_MODEL, ModelFolder
 from m3asr.quantized import dequantize, halve, quantize
 from m3asr.transcribe import Transcriber
-from m3asr.verify import features_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHAPES = {"linear": (192, 128), "experts": (3, 80, 96), "pointwise": (128, 128, 1), "convolution": (64, 32, 3, 3)}
@@ -172,7 +171,7 @@ def test_half_the_size_of_float16(eight, sixteen):
 def test_engines_agree_on_8_bits(eight, sixteen):
     audio = load_audio(EXAMPLES / "goforward.flac")
     eager, onnx = (Transcriber(eight, load_engine(eight, kind)) for kind in ("eager", "onnx"))
-    features = features_of(eight, audio)[None]
+    features = eight.features(audio)[None]
     lengths = np.array([features.shape[1]], np.int32)
     (log_probs, hidden, out_lengths), outputs = (one.engine(features, lengths) for one in (eager, onnx))
     assert outputs[2].tolist() == out_lengths.tolist()

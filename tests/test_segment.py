@@ -181,6 +181,19 @@ def test_speech_is_found_at_any_level(clips, gain):
         assert speech.start == 0 and len(speech.waveform) == len(clip)
 
 
+@pytest.mark.parametrize("offset", [0.1, -0.3, 0.5])
+def test_speech_beside_a_constant_offset_is_found(clips, offset):
+    """As sound cards add it: it is no loudness, and where speech begins and ends stays the same but for a frame."""
+    quiet = np.concatenate([0.1 * clip / np.abs(clip).max() for clip in clips * 2]).astype(np.float32)
+    for waveform in (quiet[: 10 * SAMPLE_RATE], quiet):
+        plain, found = (
+            [(start, start + len(samples)) for start, samples in speech_segments([waveform + np.float32(added)])]
+            for added in (0, offset)
+        )
+        assert len(plain) == len(found) > 0
+        np.testing.assert_allclose(found, plain, atol=FRAME)
+
+
 def test_a_short_word_in_a_long_silence_is_found(clips):
     """Its level is not that of the silence around it: bringing that up would make a rectangle of the word."""
     begin = int(np.abs(clips[1]).argmax()) - SAMPLE_RATE // 4

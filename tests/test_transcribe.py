@@ -233,7 +233,7 @@ def test_options_that_make_no_sense(bad, what):
         DecodeOptions(**bad)
 
 
-def test_what_cannot_be_done_is_said_before_anything_is_read(transcriber, golden_folders, tmp_path):
+def test_what_cannot_be_done_is_said_before_anything_is_read(transcriber, tmp_path):
     def recordings():
         raise AssertionError("read too early")
         yield
@@ -241,10 +241,10 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(transcriber, golden
     with pytest.raises(M3asrError):
         list(transcriber.transcribe_each(recordings(), DecodeOptions("beam", lm=str(tmp_path / "missing.arpa"))))
 
-    without = m3asr.load(golden_folders["3m-dense-80"], threads=1)
-    if without.folder.config.decoder is None:
+    folder = replace(transcriber.folder, config=replace(transcriber.folder.config, decoder=None))
+    for decoder in ("rescoring", "joint", "attention"):
         with pytest.raises(ModelError, match="attention decoder"):
-            list(without.transcribe_each(recordings(), DecodeOptions("rescoring")))
+            list(Transcriber(folder, transcriber.engine).transcribe_each(recordings(), DecodeOptions(decoder)))
 
 
 def test_a_language_model_changes_the_text(transcriber, speech, tmp_path):
@@ -273,6 +273,7 @@ def test_batches_hold_everything_once_and_no_more_than_the_limit():
 def test_texts_are_joined_as_their_script_is_written():
     assert joined(["a b", "", "c"]) == "a b c"
     assert joined(["你好", "世界", "ok", "好"]) == "你好世界 ok 好"
+    assert joined(["人々", "の", "ラーメン", "屋"]) == "人々のラーメン屋"
     assert joined([]) == ""
 
 

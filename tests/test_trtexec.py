@@ -1,3 +1,5 @@
+import shlex
+
 import numpy as np
 import pytest
 
@@ -13,12 +15,17 @@ def test_files_and_command(tmp_path):
     assert command.startswith("trtexec --loadEngine=e.plan --shapes=feats:2x206x40,lengths:2 --loadInputs=feats:")
     assert str(tmp_path / "lengths.2x206x40.bin") in command
     assert trtexec_inputs(1, 7, 80, tmp_path, package="tensorrt_rtx").startswith("tensorrt_rtx ")
+    (tmp_path / "a b").mkdir()
+    assert len(shlex.split(trtexec_inputs(1, 7, 80, tmp_path / "a b", plan="my plan"))) == 4
 
 
 @pytest.mark.parametrize("sizes", [(0, 206, 40), (1, -1, 40), (1, 206, 0)])
 def test_bad_sizes(sizes, tmp_path):
     with pytest.raises(ModelError, match="from 1 on"):
         trtexec_inputs(*sizes, tmp_path)
+    for many in ((10**6, 10**6, 80), (10**20, 1, 1)):
+        with pytest.raises(ModelError, match="expected at most"):
+            trtexec_inputs(*many, tmp_path)
     with pytest.raises(ModelError, match="cannot be written"):
         trtexec_inputs(1, 2, 3, tmp_path / "missing")
     assert not list(tmp_path.iterdir())

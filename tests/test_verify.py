@@ -307,6 +307,8 @@ def test_command_with_a_nan_in_the_model(m3, folder, tmp_path):
         (["--calibration", "x.wav"], "--calibration is for tensorrt-interpreted"),
         (["--chunk-size", "4"], "dynamic chunks"),
         (["--json", "/nonexistent/report.json"], "cannot be written"),
+        (["told-before-this-is-missed.wav", "--json", "/"], "is a directory"),
+        (["told-before-this-is-missed.wav", "--plot", "/"], "is a directory"),
         (["-e", "tensorrt"], "m3asr build"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

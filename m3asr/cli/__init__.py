@@ -5,8 +5,10 @@ Bad input is answered with one sentence and exit code 2.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -24,14 +26,40 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: runs the app and turns known errors into a sentence."""
+    if sys.stderr is None:  # closed, `2>&-`: whoever does that wants no messages
+        sys.stderr = open(os.devnull, "w")
+    # What is being written is then removed, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        app()
+        if sys.stdout is None:  # its number would go to the next file opened, and whatever is printed into that
+            raise M3asrError("standard output is closed: expected an open one, /dev/null if nobody is to read it")
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # not later, where nobody could tell of a full disk
     except M3asrError as error:
-        complain(error)
-        sys.exit(2)
+        _end(error)
+    except MemoryError as error:
+        _end(f"there is not enough memory: {error}")
+    except UnicodeEncodeError as error:
+        found = error.object[error.start : error.end]
+        _end(f"{found!r} cannot be written as {error.encoding}: expected UTF-8, so set PYTHONIOENCODING=utf-8")
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        sys.stderr.close()
+        _drop_output()
         sys.exit(1)
+    except OSError as error:
+        _drop_output()
+        _end(f"{error.filename or 'standard output'} cannot be used: {error.strerror or error}")
+
+
+def _end(message: M3asrError | str) -> NoReturn:
+    complain(message)
+    sys.exit(2)
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere, or the end of the process would try it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _version(show: bool) -> None:

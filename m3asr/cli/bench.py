@@ -15,6 +15,9 @@ from m3asr.cli.options import DecoderOption, ModelOption, ThreadsOption
 from m3asr.decode import DecodeOptions
 from m3asr.engines import NAMES
 from m3asr.errors import M3asrError
+from m3asr.files import need_place
+
+_PACKAGES = ("m3asr", "numpy", "onnxruntime", "torch", "triton")
 
 
 def bench(
@@ -37,13 +40,15 @@ def bench(
     plot: Annotated[Optional[Path], typer.Option(help="Write a picture of the table, a PNG.")] = None,  # noqa: UP007, UP045
 ) -> None:
     """Time engines on this machine: a table for people, and one line of JSON on standard output."""
-    from m3asr.bench import INPUTS, machine
+    from m3asr.bench import INPUTS
     from m3asr.bench import bench as measure
+    from m3asr.evaluate import environment
     from m3asr.folder import ModelFolder
 
     names = engine or ["eager", *(name for name in NAMES if name != "eager")]
     if unknown := [name for name in names if name not in NAMES]:
         raise M3asrError(f"there is no engine {unknown[0]!r}; expected some of {', '.join(NAMES)}")
+    need_place(plot)
     folder, shown = ModelFolder.read(model), list(inputs or INPUTS)
     options = DecodeOptions(decoder.value if decoder else None)
     rows = []
@@ -55,7 +60,8 @@ def bench(
     if not any(row.forwards for row in rows):
         raise M3asrError(f"none of the engines {', '.join(names)} can run here: see `m3asr engines`")
     Console(stderr=True, highlight=False).print(_table(rows, shown))
-    result = {"model": folder.path.resolve().name, **machine(), "engines": [row.as_dict() for row in rows]}
+    about = {"model": folder.path.resolve().name, **environment(_PACKAGES)}
+    result = {**about, "engines": [row.as_dict() for row in rows]}
     if plot is not None:
         from m3asr.bench_plot import plot as draw
 

@@ -164,8 +164,8 @@ def read_profile(text: str) -> dict[str, tuple[int, int, int]]:
     sizes = {}
     for part in text.split(","):
         name, _, numbers = part.strip().partition("=")
-        values = numbers.split(":")
-        if name not in ("B", "T") or name in sizes or len(values) != 3 or not all(v.strip().isdigit() for v in values):
+        values = [value.strip() for value in numbers.split(":")]
+        if name not in ("B", "T") or name in sizes or len(values) != 3 or not all(map(str.isdecimal, values)):
             raise M3asrError(f"--profile {shlex.quote(text)} is not readable at {part!r}: {expected}")
         low, usual, high = (int(value) for value in values)
         if not 1 <= low <= usual <= high:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from m3asr.transcribe import UnusableHotword
 err = Console(stderr=True, highlight=False)
 
 
-def complain(error: M3asrError) -> None:
+def complain(error: M3asrError | str) -> None:
     err.print(f"m3asr: {error}", style="red", markup=False, soft_wrap=True)
 
 
@@ -59,11 +60,16 @@ def progress_bar(files: Iterable[str], quiet: bool) -> Iterator:
 
 
 def seconds_of(files: Iterable[str]) -> float | None:
-    """How long recordings are together, by their headers; None if one does not say."""
+    """How long recordings are together, by their headers; None if one does not say.
+
+    Only of files: what is read from a pipe, or from standard input, which libsndfile opens as "-", would be gone.
+    """
     import soundfile
 
     total = 0.0
     for file in files:
+        if file == "-" or not os.path.isfile(file):
+            return None
         try:
             total += soundfile.info(file).duration
         except (soundfile.SoundFileError, OSError, TypeError, ValueError):

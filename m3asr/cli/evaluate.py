@@ -112,18 +112,17 @@ def evaluate(
     segmentation = SegmentOptions(vad=vad, max_seconds=max_seconds)
     all_options = [
         DecodeOptions(
-            chosen,
-            beam_size,
-            ctc_weight,
-            reverse_weight,
-            blank_penalty,
-            1,
-            phrases(hotwords),
-            hotword_score,
-            str(lm) if lm else None,
-            lm_weight,
-            lm_bonus,
-            lm_unit,
+            decoder=chosen,
+            beam_size=beam_size,
+            ctc_weight=ctc_weight,
+            reverse_weight=reverse_weight,
+            blank_penalty=blank_penalty,
+            hotwords=phrases(hotwords),
+            hotword_score=hotword_score,
+            lm=str(lm) if lm else None,
+            lm_weight=lm_weight,
+            lm_bonus=lm_bonus,
+            lm_unit=lm_unit,
         )
         for chosen in dict.fromkeys(name.value for name in decoder or []) or [None]
     ]
@@ -132,7 +131,9 @@ def evaluate(
     def failed(utterance: Utterance, error: M3asrError) -> None:
         if utterance not in unreadable:
             unreadable[utterance] = str(error)
-            complain(M3asrError(f"{utterance.key}: {error}"))
+            # Of a file that is called by its key, the error says the name.
+            known = utterance.shard is None and utterance.path.stem == Path(utterance.key).stem
+            complain(error if known else M3asrError(f"{utterance.key}: {error}"))
 
     kept = ResultsFile(results) if results is not None else None
     rows, found = [], []  # of the report; (engine, decoder, manifest, results)

@@ -21,6 +21,7 @@ from m3asr.cli.options import (
 )
 from m3asr.decode import DecodeOptions
 from m3asr.errors import M3asrError
+from m3asr.files import need_place
 from m3asr.infer import read_features, write_outputs
 from m3asr.transcribe import load
 
@@ -44,6 +45,7 @@ def infer(
     """Run an engine on stored features, for comparison with other implementations."""
     if output is None and decoder is None:
         raise M3asrError("nothing to do: name an output file with -o, or a decoder with --decoder")
+    need_place(output)
     options = DecodeOptions(decoder.value if decoder else None, beam_size, ctc_weight, reverse_weight)
     transcriber = load(model, engine.value, chunk_size=chunk_size, left_chunks=left_chunks)
     err.print(what_runs(transcriber), style="dim", markup=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from m3asr.cli.options import DecoderOption, MaxSecondsOption, ModelOption, Thre
 from m3asr.decode import DecodeOptions
 from m3asr.engines import load_engine
 from m3asr.errors import AudioError, M3asrError, MissingExtra
-from m3asr.files import whole_file
+from m3asr.files import need_place, whole_file
 from m3asr.folder import ModelFolder
 from m3asr.segment import SegmentOptions
 from m3asr.transcribe import Transcriber, name_of
@@ -57,6 +57,9 @@ def inspect(
     if not recordings:
         raise M3asrError("name recordings: `m3asr inspect MODEL AUDIO...`")
     _need(plot_file is not None)
+    need_place(json_file)
+    if plot_file is not None and not plot_file.is_dir():
+        need_place(plot_file)
     folder = ModelFolder.read(model)
     from m3asr.routing import loads, need_experts, route_recording, summary_line
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -10,7 +11,7 @@ import typer
 
 from m3asr.decode import DECODERS
 from m3asr.engines import NAMES
-from m3asr.errors import M3asrError
+from m3asr.errors import M3asrError, reason
 from m3asr.formats import FORMATS
 
 EngineName = Enum("EngineName", {name: name for name in ("auto", *NAMES)}, type=str)
@@ -79,7 +80,10 @@ MaxSecondsOption = Annotated[
 VadOption = Annotated[
     bool, typer.Option("--vad/--no-vad", help="Look for speech; without, everything is taken for speech.")
 ]
-ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves it to the engine.")]
+# A bound, for thousands of threads wait for each other and never end.
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", min=0, max=512, help="CPU threads; 0 leaves it to the engine.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")]
 
 
@@ -89,10 +93,13 @@ def phrases(hotwords: str | None) -> tuple[str, ...]:
         return ()
     path = Path(hotwords)
     try:
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises for a list longer than a name may be
             return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise M3asrError(f"{path} is no readable list of phrases: {error}") from None
+        raise M3asrError(f"{path} is no readable list of phrases: {reason(error)}") from None
     if "," not in hotwords and ("/" in hotwords or path.suffix.lower() in (".txt", ".lst", ".csv")):
         raise M3asrError(f"{hotwords}: no such file; expected a file of phrases, or phrases with commas between them")
-    return tuple(phrase.strip() for phrase in hotwords.split(",") if phrase.strip())
+    found = tuple(phrase.strip() for phrase in hotwords.split(",") if phrase.strip())
+    if not found and hotwords.strip():
+        raise M3asrError(f"--hotwords {hotwords!r} holds no phrase; expected phrases with commas between them")
+    return found

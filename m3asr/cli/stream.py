@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 import numpy as np
 import typer
 
-from m3asr.audio import SAMPLE_RATE, read_blocks, read_pcm
+from m3asr.audio import SAMPLE_RATE, read_blocks, read_pcm, standard_input
 from m3asr.cli.console import err, warnings_as_lines, what_runs
 from m3asr.cli.options import (
     BeamOption,
@@ -32,6 +32,7 @@ from m3asr.cli.options import (
     phrases,
 )
 from m3asr.decode import DecodeOptions
+from m3asr.errors import M3asrError
 from m3asr.formats import plain
 from m3asr.stream import MODES, EndpointRule, Stream, StreamOptions, Update
 from m3asr.transcribe import load
@@ -84,27 +85,31 @@ def stream(
     For example: ffmpeg -i SOURCE -f s16le -ar 16000 -ac 1 - | m3asr stream -
     """
     options = StreamOptions(
-        mode.value,
-        chunk,
-        left_chunks,
-        left,
-        right,
-        (EndpointRule(False, 5.0), EndpointRule(True, pause), EndpointRule(False, 0.0, longest)),
+        mode=mode.value,
+        chunk=chunk,
+        left_chunks=left_chunks,
+        left=left,
+        right=right,
+        endpoints=(EndpointRule(False, 5.0), EndpointRule(True, pause), EndpointRule(False, 0.0, longest)),
         reread=reread,
         decode=DecodeOptions(
-            decoder.value if decoder else None,
-            beam_size,
-            ctc_weight,
-            reverse_weight,
-            blank_penalty,
+            decoder=decoder.value if decoder else None,
+            beam_size=beam_size,
+            ctc_weight=ctc_weight,
+            reverse_weight=reverse_weight,
+            blank_penalty=blank_penalty,
             hotwords=phrases(hotwords),
             hotword_score=hotword_score,
         ),
     )
-    packets = read_pcm(sys.stdin.buffer, rate) if file == "-" else read_blocks(file, PACKET)
+    if file != "-" and rate != SAMPLE_RATE:
+        raise M3asrError(f"--rate is for raw samples on standard input; {file} says its own, so leave it out")
+    packets = read_pcm(standard_input(), rate) if file == "-" else read_blocks(file, PACKET)
     with warnings_as_lines():
         transcriber = load(model, engine.value, threads=threads)
         live = Stream(transcriber, options)
+        if live.mode == "windows" and left_chunks != -1:
+            raise M3asrError("--left-chunks is for the mode chunks, this is windows: give --left, in encoder frames")
         if not quiet:
             again = ", each line read again when it ends" if live.reread else ""
             how = f"{what_runs(transcriber)}, mode {live.mode}{again}"

@@ -93,18 +93,18 @@ def transcribe(
         else [Recording(name_of(file), file) for file in files]
     )
     options = DecodeOptions(
-        decoder.value if decoder else None,
-        beam_size,
-        ctc_weight,
-        reverse_weight,
-        blank_penalty,
-        nbest,
-        phrases(hotwords),
-        hotword_score,
-        str(lm) if lm else None,
-        lm_weight,
-        lm_bonus,
-        lm_unit,
+        decoder=decoder.value if decoder else None,
+        beam_size=beam_size,
+        ctc_weight=ctc_weight,
+        reverse_weight=reverse_weight,
+        blank_penalty=blank_penalty,
+        nbest=nbest,
+        hotwords=phrases(hotwords),
+        hotword_score=hotword_score,
+        lm=str(lm) if lm else None,
+        lm_weight=lm_weight,
+        lm_bonus=lm_bonus,
+        lm_unit=lm_unit,
     )
     segmentation = SegmentOptions(vad=vad, max_seconds=max_seconds)
     format_name = format.value if format else "kaldi" if wav_scp is not None else "text"

@@ -15,10 +15,11 @@ from rich.table import Table
 
 from m3asr.cli.build import ExpertsName, PrecisionName, calibration_batches
 from m3asr.cli.console import err, warnings_as_lines
+from m3asr.cli.convert import need_torch
 from m3asr.cli.options import ChunkSizeOption, LeftChunksOption
 from m3asr.engines import NAMES, check_chunks, load_engine, need_tensorrt
 from m3asr.errors import M3asrError, MissingExtra
-from m3asr.files import whole_file
+from m3asr.files import need_place, whole_file
 from m3asr.folder import ModelFolder
 
 INTERPRETED = "tensorrt-interpreted"
@@ -82,7 +83,7 @@ def verify(
     texts too. 1: it does not. 2: bad input.
     """
     names = engine.value, against.value
-    need_torch()
+    need_torch("verify")
     if precision is not None and INTERPRETED not in names:
         raise M3asrError(f"--precision is for {INTERPRETED}; other engines say theirs themselves")
     if experts is not None and INTERPRETED not in names:
@@ -94,6 +95,8 @@ def verify(
 
     if plot_file is not None:
         _need_matplotlib()
+    need_place(json_file)
+    need_place(plot_file)
     folder = ModelFolder.read(model)
     check_chunks(folder.config, chunk_size, left_chunks)
     options = {"compat": compat, "chunk_size": chunk_size, "left_chunks": left_chunks}
@@ -129,13 +132,6 @@ def verify(
     _show(report, bool(audio))
     if not report.passed:
         raise typer.Exit(1)
-
-
-def need_torch() -> None:
-    import importlib.util
-
-    if any(importlib.util.find_spec(package) is None for package in ("torch", "onnx_ir")):
-        raise MissingExtra("verify", "torch")
 
 
 def _need_matplotlib() -> None:

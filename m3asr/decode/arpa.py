@@ -45,7 +45,7 @@ class ArpaModel:
                 zipped = file.read(2) == b"\x1f\x8b"
             with gzip.open(path, "rt", encoding="utf-8") if zipped else open(path, encoding="utf-8") as file:
                 self._read(enumerate(file, 1))
-        except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise ModelError(f"language model {path} is neither an ARPA nor a KenLM binary file: {reason}") from None
         if "<unk>" not in self._word_ids:

@@ -13,7 +13,7 @@ import numpy as np
 
 from m3asr.decode.ctc import most_probable
 from m3asr.decode.hypothesis import DecodeResult, Hypothesis
-from m3asr.errors import ModelError
+from m3asr.errors import ModelError, NotANumber
 
 
 class AttentionDecoder(Protocol):
@@ -56,7 +56,7 @@ def attention_rescoring(
     tokens and eos; score = attention + ctc_weight * (score of the first pass, context and language model included).
     Of equal scores the better of the first pass comes first. confidence = exp(attention / (tokens + 1)), a token's is
     its probability, averaged over the two directions. An utterance without frames keeps its first-pass result.
-    Raises ModelError if reverse_weight is above 0 and the model has no right-to-left decoder.
+    Raises ModelError if reverse_weight is above 0 and the model has no right-to-left decoder, NotANumber for NaN.
     """
     results = []
     for b, (result, length) in enumerate(zip(ctc_results, np.asarray(lengths).tolist(), strict=True)):
@@ -108,7 +108,12 @@ def rescored(
 
 
 def attended(hypothesis: Hypothesis, attention: float, tokens_confidence: list[float], ctc_weight: float) -> Hypothesis:
-    """A hypothesis of the first pass, its score so far included, under the attention decoder as well."""
+    """A hypothesis of the first pass, its score so far included, under the attention decoder as well.
+
+    Raises NotANumber.
+    """
+    if np.isnan(attention):
+        raise NotANumber
     return replace(
         hypothesis,
         score=float(attention + ctc_weight * hypothesis.score),
@@ -133,7 +138,7 @@ def attention_search(
     hidden: float32 (S, D) or (1, S, D); length: its frames that count. A hypothesis has at most as many tokens as
     there are frames. Ranked by score / tokens ** length_penalty, an empty hypothesis counted as one token; `score` is
     the value ranked by. Without a cache of the decoder's keys: the cost grows with the square of the tokens.
-    confidence as in `attention_rescoring`, without the eos where none was reached.
+    confidence as in `attention_rescoring`, without the eos where none was reached. Raises NotANumber for NaN.
     """
     hidden = np.asarray(hidden).reshape(1, -1, np.shape(hidden)[-1])[:, :length]
     running: list[tuple[float, list[int], list[float]]] = [(0.0, [], [])]  # (score, tokens, log_probs)
@@ -143,7 +148,10 @@ def attention_search(
             break
         tokens = padded([beam[1] for beam in alive], sos, eos)
         log_probs, _ = decoder(hidden, np.array([length]), tokens, np.full(len(alive), size + 1), None)
-        steps = zip(*(rows.tolist() for rows in most_probable(np.asarray(log_probs)[:, -1], beam_size)), strict=True)
+        values, symbols = most_probable(np.asarray(log_probs)[:, -1], beam_size)
+        if np.isnan(values).any():
+            raise NotANumber
+        steps = zip(values.tolist(), symbols.tolist(), strict=True)
         candidates = []
         for beam in running:  # in the order of the beam, because ties go to the better-ranked
             if _ended(beam, eos):

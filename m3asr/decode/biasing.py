@@ -98,6 +98,6 @@ class ContextGraph:
                 for token, child in node.children.items():
                     moves.setdefault(token, (child.value - state.value + child.completed, child))
                 node = node.fail
-            state.moves = moves
             state.top = max([-state.value, *(gain for gain, _ in moves.values())])
+            state.moves = moves  # last: other threads may search with the same graph
         return state.moves

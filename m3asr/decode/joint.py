@@ -73,8 +73,8 @@ def joint_search(
     hypothesis of the beam goes on by its `beam_size` most probable tokens, and is given up `margin` below the best.
     Of the n-best list, only the first is searched for; the others are what was met on the way. An utterance without
     frames keeps its first-pass result.
-    Raises ModelError if reverse_weight is above 0 and the model has no right-to-left decoder, ValueError for a context
-    in the original's mode.
+    Raises ModelError if reverse_weight is above 0 and the model has no right-to-left decoder, NotANumber for NaN from
+    the decoder, ValueError for a context in the original's mode.
     """
     if context is not None and context.original:
         raise ValueError("a context graph in the original's mode is for the prefix beam search alone")

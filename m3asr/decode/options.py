@@ -73,6 +73,8 @@ class DecodeOptions:
         object.__setattr__(self, "hotwords", tuple(self.hotwords))
         if self.lm_unit not in ("word", "token"):
             raise M3asrError(f"lm_unit is {self.lm_unit!r}, expected word or token")
+        if self.lm_unit == "token" and self.lm in (None, NO_LM):
+            raise M3asrError("lm_unit is token, but there is no lm to count them: name its file, or leave lm_unit out")
         if self.decoder not in (None, *WITH_BEAM):
             for name in ("hotwords", "lm"):
                 if getattr(self, name) not in (None, (), NO_LM):

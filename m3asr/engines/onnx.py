@@ -29,6 +29,7 @@ class OnnxEngine:
         self._threads = threads
         self._path = folder.path / "engines" / "onnx"
         self._folder = folder
+        self._rebuild = f"run `m3asr build {folder.path} --engine onnx` where torch is installed"
         self._check()
         weights = folder.weights()
         self._encoder = self._session("encoder.onnx", weights)
@@ -40,19 +41,18 @@ class OnnxEngine:
         ]
 
     def _check(self) -> None:
-        rebuild = f"run `m3asr build {self._folder.path} --engine onnx` where torch is installed"
         try:
             manifest = json.loads((self._path / "manifest.json").read_text(encoding="utf-8"))
             version, digest = manifest["format_version"], manifest["config_sha256"]
             self._weight_names: dict[str, list[str]] = manifest["weights"]
         except FileNotFoundError:
-            raise ModelError(f"{self._folder.path} has no onnx engine: {rebuild}") from None
+            raise ModelError(f"{self._folder.path} has no onnx engine: {self._rebuild}") from None
         except (OSError, ValueError, KeyError, TypeError):
-            raise ModelError(f"{self._path / 'manifest.json'} is damaged: {rebuild}") from None
+            raise ModelError(f"{self._path / 'manifest.json'} is damaged: {self._rebuild}") from None
         if version != GRAPH_FORMAT:
-            raise ModelError(f"{self._path} has format {version}, this m3asr runs {GRAPH_FORMAT}: {rebuild}")
+            raise ModelError(f"{self._path} has format {version}, this m3asr runs {GRAPH_FORMAT}: {self._rebuild}")
         if digest != self._folder.config_digest():
-            raise ModelError(f"{self._path} was built for another config.json: {rebuild}")
+            raise ModelError(f"{self._path} was built for another config.json: {self._rebuild}")
 
     def _session(self, name: str, weights: dict[str, np.ndarray], graph: bytes | None = None) -> ort.InferenceSession:
         """A session whose external initializers are the folder's weights; "NAME[3]" is expert 3's part of NAME.
@@ -116,8 +116,7 @@ class OnnxEngine:
     def stream_start(self) -> StreamState:
         start = stream_start(self.config.encoder)
         if "stream.onnx" not in self._weight_names:
-            rebuild = f"run `m3asr build {self._folder.path} --engine onnx` where torch is installed"
-            raise ModelError(f"{self._path} has no graph for streams, as older versions built it: {rebuild}")
+            raise ModelError(f"{self._path} has no graph for streams, as older versions built it: {self._rebuild}")
         if self._stream is None:
             self._stream = self._session("stream.onnx", self._folder.weights())
         return start

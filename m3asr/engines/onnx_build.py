@@ -20,12 +20,12 @@ from torch.export import Dim
 
 from m3asr import __version__
 from m3asr.config import ModelConfig
+from m3asr.engines.onnx import GRAPH_FORMAT
 from m3asr.engines.streaming import cache_names, stream_start
 from m3asr.errors import MissingExtra
 from m3asr.model import Experts, Model, TransformerDecoder
 
 OPSET = 18
-FORMAT_VERSION = 1
 
 
 class _SymbolicExperts(nn.Module):
@@ -85,7 +85,7 @@ def build(config: ModelConfig, config_digest: str, target: Path) -> None:
     for name, graph in graphs.items():
         ir.save(graph, target / name)
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": GRAPH_FORMAT,
         "m3asr": __version__,
         "opset": OPSET,
         "torch": torch.__version__,

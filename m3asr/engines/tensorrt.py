@@ -171,7 +171,7 @@ def build(
     return plans
 
 
-class _Base:
+class _Plans:
     """What the interpreted and the real engine share: checks, and numpy in and out."""
 
     def __call__(self, features, lengths, *, compat=False, chunk_size=0, left_chunks=-1):
@@ -210,7 +210,7 @@ class _Base:
         return tuple(results)
 
 
-class InterpretedEngine(_Base):
+class InterpretedEngine(_Plans):
     """The networks as they would be handed to TensorRT, evaluated in torch on the CPU. For checking, not for speed."""
 
     name = "tensorrt-interpreted"
@@ -236,7 +236,7 @@ class InterpretedEngine(_Base):
         return self.networks[name].interpret(inputs)
 
 
-class TensorrtEngine(_Base):
+class TensorrtEngine(_Plans):
     """Runs the plans of a model folder. NOT EXECUTED by this project: it needs a GPU that TensorRT accepts."""
 
     name = "tensorrt"

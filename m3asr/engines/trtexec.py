@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
 
 from m3asr.errors import ModelError
 
+_MOST = 10**9  # far more than a plan takes
 TOOLS = {"tensorrt": "trtexec", "tensorrt_rtx": "tensorrt_rtx"}
 
 
@@ -18,10 +20,12 @@ def trtexec_inputs(
 
     batch, frames, width: sizes B, S (frames before subsampling) and D of the features. The files have no header:
     float32 in C order, uniform in [0, 1), and int32 lengths, all S. package: "tensorrt" or "tensorrt_rtx".
-    Raises ModelError for sizes below 1 or an unwritable folder.
+    Raises ModelError for sizes below 1, for more than 4 GB, or an unwritable folder.
     """
     if min(batch, frames, width) < 1:
         raise ModelError(f"sizes are {batch} x {frames} x {width}: expected numbers from 1 on")
+    if batch * frames * width > _MOST:
+        raise ModelError(f"sizes are {batch} x {frames} x {width}: expected at most {_MOST:,} numbers, 4 GB")
     if package not in TOOLS:
         raise ModelError(f"there is no TensorRT package {package!r}: expected one of {', '.join(TOOLS)}")
     name = f"{batch}x{frames}x{width}"
@@ -37,4 +41,5 @@ def trtexec_inputs(
         raise ModelError(f"{folder} cannot be written: {error.strerror}") from None
     shapes = f"feats:{name},lengths:{batch}"
     loads = ",".join(f"{key}:{path}" for key, path in paths.items())
-    return f"{TOOLS[package]} --loadEngine={plan} --shapes={shapes} --loadInputs={loads}"
+    options = f"--loadEngine={plan}", f"--shapes={shapes}", f"--loadInputs={loads}"
+    return shlex.join([TOOLS[package], *options])

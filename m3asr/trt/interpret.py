@@ -2,6 +2,7 @@
 
 import torch
 
+from . import interpret_nn  # noqa: F401 - its layers register themselves
 from .errors import TrtError
 from .interpret_layers import EVALUATE, class_of
 

@@ -164,7 +164,7 @@ def select_scatter(net, x, source, dim, index):
     return x.reshape(-1).scatter(0, positions.reshape(-1), source.reshape(-1)).view(x.shape)
 
 
-@converter(aten.masked_scatter, aten.masked_select, aten.nonzero)
+@converter(aten.masked_select, aten.nonzero)
 def data_dependent(net, *args, **kwargs):
     raise UncoveredOperation(
         f"{net.where()}{net.operation} has as many results as the data says; the plan needs sizes that follow from the "

@@ -22,18 +22,14 @@ def linear(net, x, weight, bias=None):
     return L.reshape(out, (weight.shape[0],)) if x.dim() == 1 else out
 
 
-def _product(net, a, b):
-    a_node, b_node = net.operands(a, b)
-    if a.dim() == 1:
-        a_node = L.reshape(a_node, (1, a.shape[0]))
-    if b.dim() == 1:
-        b_node = L.reshape(b_node, (b.shape[0], 1))
-    out = L.matmul(a_node, b_node)
-    if a.dim() == 1:
-        out = L.reshape(out, [*out.shape[:-2], out.shape[-1]])
-    if b.dim() == 1:
-        out = L.reshape(out, out.shape[:-1])
-    return out
+def _product(a, b):
+    """Of nodes of any rank from 1 on."""
+    vectors = a.rank == 1, b.rank == 1
+    a = L.reshape(a, (1, *a.shape)) if vectors[0] else a
+    b = L.reshape(b, (*b.shape, 1)) if vectors[1] else b
+    out = L.matmul(a, b)
+    out = L.reshape(out, [*out.shape[:-2], out.shape[-1]]) if vectors[0] else out
+    return L.reshape(out, out.shape[:-1]) if vectors[1] else out
 
 
 @converter(
@@ -51,16 +47,8 @@ def matmul(net, a, b):
     dtype = net.result_type(a, b)
     if not dtype.is_floating_point:  # TensorRT multiplies float matrices only; float32 is exact up to 2^24
         a_node, b_node = (L.cast(net.node(v), torch.float32) for v in (a, b))
-        return L.cast(_product_nodes(a_node, b_node, a.dim(), b.dim()), net.package.dtype(dtype))
-    return _product(net, a, b)
-
-
-def _product_nodes(a, b, a_dim, b_dim):
-    a = L.reshape(a, (1, *a.shape)) if a_dim == 1 else a
-    b = L.reshape(b, (*b.shape, 1)) if b_dim == 1 else b
-    out = L.matmul(a, b)
-    out = L.reshape(out, [*out.shape[:-2], out.shape[-1]]) if a_dim == 1 else out
-    return L.reshape(out, out.shape[:-1]) if b_dim == 1 else out
+        return L.cast(_product(a_node, b_node), net.package.dtype(dtype))
+    return _product(*net.operands(a, b))
 
 
 @converter(torch.Tensor.__rmatmul__)
@@ -68,14 +56,14 @@ def rmatmul(net, a, b):
     return torch.matmul(b, a)
 
 
-def _scaled(net, value, factor):
+def _scaled(value, factor):
     return value if factor == 1 else value * factor
 
 
 @converter(aten.addmm, aten.addmv, aten.baddbmm, kind="matmul")
 def addmm(net, bias, a, b, *, beta=1, alpha=1):
-    product = _scaled(net, _product(net, a, b), alpha)
-    return product + _scaled(net, net.operand(bias), beta)
+    product = _scaled(_product(*net.operands(a, b)), alpha)
+    return product + _scaled(net.operand(bias), beta)
 
 
 @converter(aten.addbmm, kind="matmul")

@@ -112,11 +112,8 @@ def plugin_class(package):
             return TorchPlugin(self.description, self.attributes)
 
         def get_output_data_types(self, input_types):
-            named = [
-                t if not isinstance(t, str) else package.dtype(getattr(torch, t))
-                for t in description_types(self, input_types)
-            ]
-            return named
+            types = self.description.output_dtypes(list(input_types))
+            return [package.dtype(getattr(torch, t)) if isinstance(t, str) else t for t in types]
 
         def get_output_shapes(self, inputs, shape_inputs, builder):
             shapes = [tuple(Size(builder, d[i], trt) for i in range(len(d))) for d in inputs]
@@ -172,9 +169,6 @@ def plugin_class(package):
             given, written = described(input_desc, inputs), described(output_desc, outputs)
             launch_at(self.description, self.attributes, given, written, workspace, device)
 
-    def description_types(self, input_types):
-        return self.description.output_dtypes(list(input_types))
-
     _CLASSES[package.name] = TorchPlugin
     return TorchPlugin
 
@@ -217,13 +211,11 @@ def _field_type(trt, parameter):
 
 def _read(field, kind):
     data = field.data
-    if kind is str:
-        return (
-            bytes(np.asarray(data).astype(np.uint8)).decode().rstrip("\0")
-            if not isinstance(data, (str, bytes))
-            else (data if isinstance(data, str) else data.decode())
-        )
-    return kind(np.asarray(data).reshape(-1)[0])
+    if kind is not str:
+        return kind(np.asarray(data).reshape(-1)[0])
+    if isinstance(data, str):
+        return data
+    return data.decode() if isinstance(data, bytes) else bytes(np.asarray(data).astype(np.uint8)).decode().rstrip("\0")
 
 
 def register(package, description):

@@ -6,62 +6,22 @@ the table has no row for that, torch takes the call apart itself and the pieces 
 """
 
 import contextlib
-import types
-from unittest import mock
 
 import torch
 from torch._decomp import decomposition_table
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import layers, sizes, table
+from .doors import Everything, body_of, restored, uncompiled
 from .errors import TraceError, UncoveredOperation
 from .graph import Graph, Node
 from .paths import Paths
 from .plain import PLAIN
 from .tensor import SymTensor
 from .writing import in_place, into_out, remember_views
-
-
-class _Everything(TorchDispatchMode):
-    """Catches calls without a symbolic tensor in them: torch.arange(x.shape[1]), torch.zeros(...)."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, tracer):
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        with self:  # converters written as torch calls create tensors too
-            return self.tracer.dispatch(function, args, kwargs or {})
-
-
-def _uncompiled():
-    """torch.cond compiles itself, and what the compiler learns in here would break its later calls."""
-    from torch._higher_order_ops import utils
-
-    if not hasattr(utils, "_hop_compile_and_call"):
-        return contextlib.nullcontext()
-    return mock.patch.object(utils, "_hop_compile_and_call", lambda call, args, kw=None: call(*args, **(kw or {})))
-
-
-def _restore_modes(wanted):
-    """Torch's own clean-up fails where the stack overflows; what is left over would change every later torch call."""
-    now = _get_current_dispatch_mode_stack()
-    if len(now) != len(wanted) or any(a is not b for a, b in zip(now, wanted, strict=True)):
-        for _ in now:
-            _pop_mode()
-        for mode in wanted:
-            _push_mode(mode)
 
 
 class Tracer(Graph):
@@ -94,11 +54,10 @@ class Tracer(Graph):
     @contextlib.contextmanager
     def tracing(self):
         self.active = True
-        before = _get_current_dispatch_mode_stack()
         try:
             # Scripted modules run unoptimised: the optimiser looks at sizes as fixed numbers.
-            with torch.no_grad(), enable_python_dispatcher(), torch.jit.optimized_execution(False):
-                with _uncompiled(), _Everything(self):
+            with restored(), torch.no_grad(), enable_python_dispatcher(), torch.jit.optimized_execution(False):
+                with uncompiled(), Everything(self):
                     yield
         except RecursionError as error:
             asked = table.name_of(self.asked[0]) if self.asked else self.operation
@@ -112,7 +71,6 @@ class Tracer(Graph):
             ) from None
         finally:
             self.active = False
-            _restore_modes(before)
 
     @contextlib.contextmanager
     def asking_torch(self):
@@ -132,7 +90,7 @@ class Tracer(Graph):
             if kwargs:
                 args, kwargs = table.as_declared(convert, function, args, kwargs)
             return self.convert(convert, function, args, kwargs)
-        body = _body_of(function)
+        body = body_of(function)
         if body is not None:
             with self.asking_torch():
                 return body(*args, **kwargs)
@@ -411,27 +369,3 @@ class Tracer(Graph):
         """Tensors and numbers as nodes of one type: torch's promotion, then the type to compute in."""
         dtype = self.result_type(*values) if dtype is None else dtype
         return [self.operand(v, dtype) for v in values]
-
-
-_BODIES = {}
-COMPOSED = ("torch.nn.functional", "torch.functional")
-
-
-def _body_of(function):
-    """A Python function of torch.nn.functional without its opening question "does anybody override me?".
-
-    Its body then runs on symbolic tensors, and the functions it calls come to the first door one by one.
-    """
-    if not isinstance(function, types.FunctionType) or function.__module__ not in COMPOSED:
-        return None
-    if function not in _BODIES:
-        asks = [n for n in function.__code__.co_names if n.startswith("has_torch_function")]
-        body = None
-        if asks:
-            no = {name: lambda *_: False for name in asks}
-            body = types.FunctionType(
-                function.__code__, {**function.__globals__, **no}, None, function.__defaults__, function.__closure__
-            )
-            body.__kwdefaults__ = function.__kwdefaults__
-        _BODIES[function] = body
-    return _BODIES[function]

@@ -49,14 +49,15 @@ def test_attention(device, options, check, poisoned, tile, dtype, frames, head_w
 
 
 def test_the_folded_positions_are_the_checkpoints_scores(device, options, check, poisoned, tile):
-    """Through the packing's identity: (q+u)(k+p) + (v-u)p is what `ops.rel_pos_attention` computes."""
+    """Through the packing's identity: (q+u)(k+p) + (v-u)p is attention over `ops.rel_pos_keys`."""
     batch, frames, heads, head_width = 2, 13, 2, 16
     q, k, v = torch.randn(3, batch, heads, frames, head_width, device=device)
     p = torch.randn(1, heads, frames, head_width, device=device)
     u, w = torch.randn(2, heads, head_width, device=device)
     lengths = torch.tensor([13, 6], dtype=torch.int32, device=device)
     mask = ops.frame_mask(lengths, frames)[:, None, None, :]
-    reference = ops.rel_pos_attention(q, k, v, p, u, w, mask).transpose(1, 2).flatten(2)
+    keys, key_bias = ops.rel_pos_keys(k, p, u, w)
+    reference = ops.attention(q, keys, v, mask, key_bias).transpose(1, 2).flatten(2)
     qkv = torch.cat([t.transpose(1, 2).flatten(2) for t in (q + u[:, None], k + p, v)], dim=-1)
     key_bias = torch.einsum("hsk,hk->hs", p[0], w - u).contiguous()
     out = poisoned(batch, frames, heads * head_width)

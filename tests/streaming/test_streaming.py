@@ -327,6 +327,10 @@ def test_command(wenet, tmp_path):
         run("-", stdin=(tmp_path / "a.wav").read_bytes())
     with pytest.raises(AudioError, match="no such file"):
         run(str(tmp_path / "b.wav"))
+    with pytest.raises(M3asrError, match="--rate is for raw samples"):
+        run(str(tmp_path / "a.wav"), "--rate", "8000")
+    with pytest.raises(M3asrError, match="--left-chunks is for the mode chunks"):
+        run(str(tmp_path / "a.wav"), "--mode", "windows", "--left-chunks", "2")
 
 
 def test_command_reads_lines_again(folder_of, tmp_path, monkeypatch):

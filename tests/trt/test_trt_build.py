@@ -141,6 +141,18 @@ def test_a_network_from_the_onnx_parser_is_interpreted():
     torch.testing.assert_close(got, torch.softmax(x @ weight, -1).mean(1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_an_average_of_integers_is_over_the_reduced_dimensions(dtype):
+    package = trt.Package("tensorrt_rtx")
+    module, builder = package.module, package.builder()
+    network = package.network(builder)
+    x = network.add_input("x", getattr(module, dtype), module.Dims([2, 3]))
+    y = network.add_reduce(x, module.ReduceOperation.AVG, 1 << 1, False).get_output(0)
+    y.name = "y"
+    network.mark_output(y)
+    assert Interpreter(network, package).run({"x": torch.tensor([[1, 2, 3], [4, 5, 9]])})["y"].tolist() == [2, 6]
+
+
 def test_packages():
     assert trt.Package().is_rtx
     with pytest.raises(trt.TensorRTMissing, match="pip install"):

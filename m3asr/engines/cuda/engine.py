@@ -93,7 +93,8 @@ class CudaEngine:
     model: a `Model`, a `ModelFolder`, a path to one, or `Packed` weights, whose precision stands. precision: "fp32",
     "bf16", "fp16" or "fp8" (the experts' weights, their inputs fp16, the rest bf16); the router is always float32.
     warm: (batch, frames) pairs to capture now instead of when they first come. graphs: how many batch shapes are kept;
-    the least used goes first. Raises ModelError for a model that the kernels do not cover, and where there is no GPU.
+    the least used goes first. For one thread at a time: a graph's inputs and outputs have fixed places.
+    Raises ModelError for a model that the kernels do not cover, and where there is no GPU.
     """
 
     name = "cuda"
