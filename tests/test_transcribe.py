@@ -223,6 +223,7 @@ def test_blank_penalty_gives_more_tokens(transcriber, speech):
         ({"hotwords": ("a",), "decoder": "greedy"}, "hotwords"),
         ({"hotwords": "a,b"}, "hotwords"),
         ({"lm": "x.arpa", "decoder": "attention"}, "lm"),
+        ({"lm_weight": 0.2, "decoder": "greedy"}, "lm_weight"),
         ({"lm_unit": "letter"}, "lm_unit"),
         ({"blank_penalty": 1.0, "decoder": "attention"}, "blank"),
     ],

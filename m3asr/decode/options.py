@@ -76,7 +76,7 @@ class DecodeOptions:
         if self.lm_unit == "token" and self.lm in (None, NO_LM):
             raise M3asrError("lm_unit is token, but there is no lm to count them: name its file, or leave lm_unit out")
         if self.decoder not in (None, *WITH_BEAM):
-            for name in ("hotwords", "lm"):
+            for name in ("hotwords", "lm", "lm_weight", "lm_bonus"):
                 if getattr(self, name) not in (None, (), NO_LM):
                     raise M3asrError(f"the decoder {self.decoder} takes no {name}: choose beam, rescoring or joint")
         if self.decoder == "attention" and self.blank_penalty:
