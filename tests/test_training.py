@@ -109,8 +109,8 @@ def test_render_lays_pieces_where_they_belong(speeds):
 def test_speech_grows_by_parts(tmp_path):
     speech, parts = Speech(np.zeros(100, np.int16), CPU, room=50), Parts(tmp_path)
     assert list(parts.new()) == []
-    np.save(tmp_path / "a.npy", np.arange(40, dtype=np.int16))
-    (tmp_path / "a.jsonl").write_text('{"id": "k1", "text": "one", "offset": 4, "size": 30}\n')
+    np.save(tmp_path / "00000.npy", np.arange(40, dtype=np.int16))
+    (tmp_path / "00000.jsonl").write_text('{"id": "k1", "text": "one", "offset": 4, "size": 30}\n')
     ((flat, utterances),) = parts.new()
     first = speech.add(flat)
     assert first == 100 and utterances == [Utterance("k1", "one", 4, 30)] and not list(parts.new())

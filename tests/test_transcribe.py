@@ -297,7 +297,8 @@ def test_a_models_own_language_model_counts_unless_another_or_none_is_asked_for(
     # Beside CTC alone it would drown what was heard.
     beam = model.scorers(DecodeOptions("beam"))[1]
     assert (beam.weight, beam.bonus) == (0.15, 0.25)
-    live = model.scorers(DecodeOptions(), "beam")[1]
+    live = model.scorers(DecodeOptions(), "beam")[1]  # the same one, not read once more
+    assert live._model is lm._model
     assert (live.weight, live.bonus) == (0.15, 0.25)
     assert model.scorers(DecodeOptions("beam", lm_weight=0.4))[1].weight == 0.4
     assert transcriber.scorers(DecodeOptions()) == (None, None)
@@ -308,4 +309,4 @@ def test_a_models_own_language_model_counts_unless_another_or_none_is_asked_for(
     (tmp_path / "lm.npz").write_text("PK")
     assert model.scorers(DecodeOptions("greedy")) == model.scorers(DecodeOptions("greedy", lm="none")) == (None, None)
     with pytest.raises(ModelError, match="lm.npz"):
-        model.scorers(DecodeOptions(beam_size=9, lm_weight=0.2))
+        Transcriber(model.folder, model.engine).scorers(DecodeOptions())

@@ -128,11 +128,11 @@ def read_sentences(path: Path) -> list[tuple[str, str]]:
 
 
 def without_development(sentences: list[tuple[str, str]], count: int) -> tuple[list[str], list[str]]:
-    """(training, development) texts, split as `training.train` splits its utterances."""
-    from training.data import Utterance, split
+    """(training, development) texts, split as `training.train` splits its lines."""
+    from training.data import split
 
-    parts = split([Utterance(key, text, 0, 0) for key, text in sorted(sentences)], count)
-    return tuple([utterance.text for utterance in part] for part in parts)
+    parts = split([{"text": text} for _, text in sorted(sentences)], count)
+    return tuple([line["text"] for line in part] for part in parts)
 
 
 def units_of(tokenizer: Tokenizer) -> list[str]:
