@@ -13,7 +13,7 @@ from typing import BinaryIO, TypeAlias
 
 import numpy as np
 
-from m3asr.errors import AudioError, MissingExtra
+from m3asr.errors import AudioError, MissingExtra, reason
 
 Blocks: TypeAlias = "Iterator[tuple[int, np.ndarray]]"  # (sample rate, (N, C) float32)
 
@@ -130,7 +130,7 @@ def _decode_pyav(file: BinaryIO, name: str, refusal: str, damaged: Callable[[str
                 seconds += len(block) / rate
                 yield rate, block
         except av.error.FFmpegError as error:
-            cause = error.strerror or str(error)
+            cause = reason(error)
     if not cause and demuxer in _LIBSNDFILE_READS and "malformed" in refusal:
         cause = refusal
     _report_damage(name, seconds, expected, cause, damaged)

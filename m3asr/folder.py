@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from m3asr.config import ModelConfig
-from m3asr.errors import ModelError
+from m3asr.errors import ModelError, reason
 from m3asr.features import Cmvn, fbank
 from m3asr.quantized import dequantize
 from m3asr.tokenizer import Tokenizer
@@ -66,7 +66,10 @@ class ModelFolder:
 
     def features(self, waveform: np.ndarray) -> np.ndarray:
         """Waveform (N,) at 16 kHz -> features float32 (T, F) as the model reads them."""
-        features = fbank(waveform, self.config.fbank)
+        return self.normalised(fbank(waveform, self.config.fbank))
+
+    def normalised(self, features: np.ndarray) -> np.ndarray:
+        """Filterbank features float32 (..., F) after the folder's CMVN, if it has one that is not the model's part."""
         return features if self.cmvn is None else self.cmvn.apply(features)
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -133,7 +136,7 @@ def _folder_aside(target: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror or error}") from None
+        raise ModelError(f"{target} cannot be written: {reason(error)}") from None
 
 
 def write_model_files(

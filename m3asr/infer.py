@@ -33,9 +33,9 @@ def read_features(path: Path, folder: ModelFolder) -> tuple[np.ndarray, np.ndarr
             f"{path}: {name} is {features.dtype} {features.shape}, expected float32 (batch, frames, {bins})"
         )
     features = features.astype(np.float32)
-    if name == "fbank" and folder.cmvn is not None:
-        features = folder.cmvn.apply(features)
-    elif name == "feats" and folder.config.cmvn == "inside":
+    if name == "fbank":
+        features = folder.normalised(features)
+    elif folder.config.cmvn == "inside":
         # The model normalises what it gets, so that is undone first.
         weights = folder.weights()
         features = features / weights["cmvn.istd"] + weights["cmvn.mean"]

@@ -153,9 +153,7 @@ class Stream:
             raise AudioError(f"samples are {samples.dtype} of shape {samples.shape}; expected float32 of one dimension")
         if samples.size and not np.abs(samples).max() <= PEAK_LIMIT:  # also refuses NaN
             raise AudioError("samples hold NaN or values far over full scale; divide 16-bit integers by 32768")
-        features = self._fbank.accept(samples)
-        cmvn = self.transcriber.folder.cmvn
-        features = features if cmvn is None else cmvn.apply(features)
+        features = self.transcriber.folder.normalised(self._fbank.accept(samples))
         self._encoding.add(features)
         if self.reread and len(features):
             self._heard = np.concatenate((self._heard, features))

@@ -102,7 +102,6 @@ def main() -> None:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         run.captured.clear()
-        run.captured_update.clear()
         for _ in range(4 * len(LENGTHS) if cuda else 1):  # a shape's first step makes plans, its second is captured
             first = next(stream)
             shapes.add(first.samples)

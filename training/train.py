@@ -116,6 +116,7 @@ class Run:
             model.to(self.device).to(memory_format=torch.channels_last)
         self.average.requires_grad_(False)
         self.routings = [moe.install(self.model), moe.install(self.average)]
+        # 64 apart, for after a thousand steps a seed gives what the next one began with.
         self.dropout_seed = Seed(self.device, args.seed + 64 * rank)
         blocks.install(self.model, self.dropout_seed)  # not the average: what is evaluated is the model's own forward
         self.optimizer = Optimizer(self.model, args.weight_decay, args.optimizer == "muon")
@@ -178,7 +179,6 @@ class Run:
                 self.say(f"step {self.step}: experts start as copies of the dense feed-forward")
             self.routed = True
             self.captured.clear()
-            self.captured_update.clear()
         fade = args.blend_fraction if args.dense_fraction > 0 and not args.init else 0.0
         for routing in self.routings:
             routing.dense = not self.routed
@@ -309,14 +309,14 @@ def main() -> None:
             log.write(json.dumps({"step": run.step, "elapsed": round(run.elapsed(), 1), **values}) + "\n")
             log.flush()
 
-    def evaluate_and_keep() -> dict[str, float]:
+    def evaluate_and_keep() -> None:
         wer = evaluation(run.average)
         run.model.train()
         run.save()
         # The last is the best for the voices that it learnt from, and need not be for others.
         shutil.copytree(args.out / "model", args.out / f"model-{run.step}", dirs_exist_ok=True)
+        write(wer=wer)
         run.say(f"step {run.step} WER {wer}")
-        return wer
 
     cuda = run.device.type == "cuda"
     run.model.train()
@@ -328,7 +328,7 @@ def main() -> None:
         if evaluate:
             run.alike()
             if first:
-                write(wer=evaluate_and_keep())
+                evaluate_and_keep()
             next_eval = run.elapsed() + args.eval_seconds
             seconds, window, mark = 0.0, [], time.monotonic()
         lr = run.set_schedule()

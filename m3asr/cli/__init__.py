@@ -14,7 +14,7 @@ import typer
 
 from m3asr.cli import bench, build, convert, evaluate, infer, inspect, stream, transcribe, verify
 from m3asr.cli.console import complain
-from m3asr.errors import M3asrError
+from m3asr.errors import M3asrError, reason
 
 app = typer.Typer(
     add_completion=False,
@@ -49,7 +49,7 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         _drop_output()
-        _end(f"{error.filename or 'standard output'} cannot be used: {error.strerror or error}")
+        _end(f"{error.filename or 'standard output'} cannot be used: {reason(error)}")
 
 
 def _end(message: M3asrError | str) -> NoReturn:

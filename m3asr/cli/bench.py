@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m3asr.cli.console import err
-from m3asr.cli.options import DecoderOption, ModelOption, ThreadsOption
-from m3asr.decode import DecodeOptions
+from m3asr.cli.options import DecoderOption, ModelOption, ThreadsOption, decode_options
 from m3asr.engines import NAMES
 from m3asr.errors import M3asrError
 from m3asr.files import need_place
@@ -50,7 +49,7 @@ def bench(
         raise M3asrError(f"there is no engine {unknown[0]!r}; expected some of {', '.join(NAMES)}")
     need_place(plot)
     folder, shown = ModelFolder.read(model), list(inputs or INPUTS)
-    options = DecodeOptions(decoder.value if decoder else None)
+    options = decode_options(decoder)
     rows = []
     with err.status("measuring"):
         for row in measure(folder, names, shown, recordings or (), options=options, repeats=repeats, threads=threads):

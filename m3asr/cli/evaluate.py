@@ -33,7 +33,7 @@ from m3asr.cli.options import (
     ReverseWeightOption,
     ThreadsOption,
     VadOption,
-    phrases,
+    decode_options,
 )
 from m3asr.decode import DecodeOptions
 from m3asr.errors import M3asrError
@@ -111,20 +111,20 @@ def evaluate(
     lists = [(path, utterances[: limit or None]) for path, utterances in lists]
     segmentation = SegmentOptions(vad=vad, max_seconds=max_seconds)
     all_options = [
-        DecodeOptions(
-            decoder=chosen,
+        decode_options(
+            chosen,
             beam_size=beam_size,
             ctc_weight=ctc_weight,
             reverse_weight=reverse_weight,
             blank_penalty=blank_penalty,
-            hotwords=phrases(hotwords),
+            hotwords=hotwords,
             hotword_score=hotword_score,
-            lm=str(lm) if lm else None,
+            lm=lm,
             lm_weight=lm_weight,
             lm_bonus=lm_bonus,
             lm_unit=lm_unit,
         )
-        for chosen in dict.fromkeys(name.value for name in decoder or []) or [None]
+        for chosen in dict.fromkeys(decoder or []) or [None]
     ]
     unreadable: dict[Utterance, str] = {}
 

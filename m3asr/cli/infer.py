@@ -18,8 +18,8 @@ from m3asr.cli.options import (
     EngineOption,
     LeftChunksOption,
     ReverseWeightOption,
+    decode_options,
 )
-from m3asr.decode import DecodeOptions
 from m3asr.errors import M3asrError
 from m3asr.files import need_place
 from m3asr.infer import read_features, write_outputs
@@ -46,7 +46,7 @@ def infer(
     if output is None and decoder is None:
         raise M3asrError("nothing to do: name an output file with -o, or a decoder with --decoder")
     need_place(output)
-    options = DecodeOptions(decoder.value if decoder else None, beam_size, ctc_weight, reverse_weight)
+    options = decode_options(decoder, beam_size=beam_size, ctc_weight=ctc_weight, reverse_weight=reverse_weight)
     transcriber = load(model, engine.value, chunk_size=chunk_size, left_chunks=left_chunks)
     err.print(what_runs(transcriber), style="dim", markup=False, soft_wrap=True)
     feats, lengths = read_features(features, transcriber.folder)

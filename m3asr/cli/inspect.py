@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m3asr.cli.console import complain, err, warnings_as_lines
-from m3asr.cli.options import DecoderOption, MaxSecondsOption, ModelOption, ThreadsOption, VadOption
-from m3asr.decode import DecodeOptions
+from m3asr.cli.options import DecoderOption, MaxSecondsOption, ModelOption, ThreadsOption, VadOption, decode_options
 from m3asr.engines import load_engine
 from m3asr.errors import AudioError, M3asrError, MissingExtra
 from m3asr.files import need_place, whole_file
@@ -64,7 +63,7 @@ def inspect(
     from m3asr.routing import loads, need_experts, route_recording, summary_line
 
     need_experts(folder.config)
-    options, segmentation = DecodeOptions(decoder.value if decoder else None), SegmentOptions(vad, max_seconds)
+    options, segmentation = decode_options(decoder), SegmentOptions(vad, max_seconds)
     routed = []
     with warnings_as_lines():
         transcriber = Transcriber(folder, load_engine(folder, "eager", threads=threads))

@@ -9,7 +9,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from m3asr.decode import DECODERS
+from m3asr.decode import DECODERS, DecodeOptions
+from m3asr.decode.options import JOINT_LM_BONUS, JOINT_LM_WEIGHT, LM_BONUS, LM_WEIGHT
 from m3asr.engines import NAMES
 from m3asr.errors import M3asrError, reason
 from m3asr.formats import FORMATS
@@ -56,11 +57,14 @@ LmOption = Annotated[
 ]
 LmWeightOption = Annotated[
     Optional[float],  # noqa: UP007, UP045
-    typer.Option("--lm-weight", help="Default: 0.3 in joint, 0.15 in beam and rescoring."),
+    typer.Option("--lm-weight", help=f"Default: {JOINT_LM_WEIGHT} in joint, {LM_WEIGHT} in beam and rescoring."),
 ]
 LmBonusOption = Annotated[
     Optional[float],  # noqa: UP007, UP045
-    typer.Option("--lm-bonus", help="For each word, or token. Default: 0.5 in joint, 0.25 in beam and rescoring."),
+    typer.Option(
+        "--lm-bonus",
+        help=f"For each word, or token. Default: {JOINT_LM_BONUS} in joint, {LM_BONUS} in beam and rescoring.",
+    ),
 ]
 LmUnitOption = Annotated[str, typer.Option("--lm-unit", help="What the language model counts: word or token.")]
 ChunkSizeOption = Annotated[
@@ -103,3 +107,12 @@ def phrases(hotwords: str | None) -> tuple[str, ...]:
     if not found and hotwords.strip():
         raise M3asrError(f"--hotwords {hotwords!r} holds no phrase; expected phrases with commas between them")
     return found
+
+
+def decode_options(
+    decoder: DecoderName | None = None, *, hotwords: str | None = None, lm: Path | None = None, **others
+) -> DecodeOptions:
+    """The settings that options as they were typed mean; others: as `DecodeOptions` has them. Raises M3asrError."""
+    return DecodeOptions(
+        decoder=decoder.value if decoder else None, hotwords=phrases(hotwords), lm=str(lm) if lm else None, **others
+    )

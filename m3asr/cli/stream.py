@@ -29,7 +29,7 @@ from m3asr.cli.options import (
     QuietOption,
     ReverseWeightOption,
     ThreadsOption,
-    phrases,
+    decode_options,
 )
 from m3asr.decode import DecodeOptions
 from m3asr.errors import M3asrError
@@ -92,13 +92,13 @@ def stream(
         right=right,
         endpoints=(EndpointRule(False, 5.0), EndpointRule(True, pause), EndpointRule(False, 0.0, longest)),
         reread=reread,
-        decode=DecodeOptions(
-            decoder=decoder.value if decoder else None,
+        decode=decode_options(
+            decoder,
             beam_size=beam_size,
             ctc_weight=ctc_weight,
             reverse_weight=reverse_weight,
             blank_penalty=blank_penalty,
-            hotwords=phrases(hotwords),
+            hotwords=hotwords,
             hotword_score=hotword_score,
         ),
     )

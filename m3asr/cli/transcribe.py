@@ -32,7 +32,7 @@ from m3asr.cli.options import (
     ReverseWeightOption,
     ThreadsOption,
     VadOption,
-    phrases,
+    decode_options,
 )
 from m3asr.decode import DecodeOptions
 from m3asr.errors import M3asrError
@@ -92,16 +92,16 @@ def transcribe(
         if wav_scp is not None
         else [Recording(name_of(file), file) for file in files]
     )
-    options = DecodeOptions(
-        decoder=decoder.value if decoder else None,
+    options = decode_options(
+        decoder,
         beam_size=beam_size,
         ctc_weight=ctc_weight,
         reverse_weight=reverse_weight,
         blank_penalty=blank_penalty,
         nbest=nbest,
-        hotwords=phrases(hotwords),
+        hotwords=hotwords,
         hotword_score=hotword_score,
-        lm=str(lm) if lm else None,
+        lm=lm,
         lm_weight=lm_weight,
         lm_bonus=lm_bonus,
         lm_unit=lm_unit,

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from m3asr.errors import ModelError
+from m3asr.errors import ModelError, reason
 
 UNKNOWN = -100.0  # of a word outside a model that has no <unk>; KenLM's value
 
@@ -46,8 +46,9 @@ class ArpaModel:
             with gzip.open(path, "rt", encoding="utf-8") if zipped else open(path, encoding="utf-8") as file:
                 self._read(enumerate(file, 1))
         except (OSError, EOFError, ValueError, zlib.error) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise ModelError(f"language model {path} is neither an ARPA nor a KenLM binary file: {reason}") from None
+            raise ModelError(
+                f"language model {path} is neither an ARPA nor a KenLM binary file: {reason(error)}"
+            ) from None
         if "<unk>" not in self._word_ids:
             self._add(["<unk>"], UNKNOWN, 0.0)
         self._unknown = self._word_ids["<unk>"]

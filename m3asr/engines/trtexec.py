@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m3asr.errors import ModelError
+from m3asr.errors import ModelError, reason
 
 _MOST = 10**9  # far more than a plan takes
 TOOLS = {"tensorrt": "trtexec", "tensorrt_rtx": "tensorrt_rtx"}
@@ -38,7 +38,7 @@ def trtexec_inputs(
         for key, array in arrays.items():
             array.astype(array.dtype.newbyteorder("<")).tofile(paths[key])
     except OSError as error:
-        raise ModelError(f"{folder} cannot be written: {error.strerror}") from None
+        raise ModelError(f"{folder} cannot be written: {reason(error)}") from None
     shapes = f"feats:{name},lengths:{batch}"
     loads = ",".join(f"{key}:{path}" for key, path in paths.items())
     options = f"--loadEngine={plan}", f"--shapes={shapes}", f"--loadInputs={loads}"
