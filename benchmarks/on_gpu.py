@@ -62,6 +62,8 @@ STAGES = {
         "--out {out}/few",
         100,
     ),
+    # Where the time of few tokens goes, in place.
+    "leave-out": Stage("{python} -m benchmarks.leave_out {tiles} --out {out}/leave_out", 130),
     "kernels-many": Stage("{python} -m benchmarks.kernels --shapes 64x1024 16x1024 --budget 190 --out {out}/many", 210),
     "many": Stage(
         "{python} -m benchmarks.encoder --inputs 16x1024 64x1024 --precisions bf16 --variants package --budget 120 "
