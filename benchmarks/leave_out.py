@@ -18,26 +18,14 @@ import time
 from pathlib import Path
 
 import torch
-import triton
-import triton.language as tl
 
+from benchmarks.barriers import of_programs
 from benchmarks.card import copy_bandwidth, timed
 from benchmarks.encoder import inputs_for
 from benchmarks.launches import ROUTED, Launches, empty_kernel, record, shared_weights
 from benchmarks.models import preset, random_model, spread_routers
 from m3asr.engines.cuda import CudaEngine, tiles
 from m3asr.kernels.pieces import Tile
-
-@triton.jit
-def _barriers_kernel(count_ptr, steps, PROGRAMS: tl.constexpr):
-    """So many barriers of a whole grid, each behind a store and before a load, as a kernel of one grid needs them."""
-    for step in range(steps):
-        tl.debug_barrier()
-        tl.atomic_add(count_ptr, 1, sem="acq_rel")
-        arrived = tl.atomic_add(count_ptr, 0, sem="acquire")
-        while arrived < (step + 1) * PROGRAMS:
-            arrived = tl.atomic_add(count_ptr, 0, sem="acquire")
-        tl.debug_barrier()
 
 
 def chain(launch, count: int, repeats: int = 10) -> float:
@@ -51,8 +39,8 @@ def chain(launch, count: int, repeats: int = 10) -> float:
     return 1e3 * timed(graph.replay, repeats=repeats) / count
 
 
-def of_the_card(say) -> dict:
-    """What a launch and a barrier cost here, without any work."""
+def of_launches(say) -> dict:
+    """What a launch costs here, without any work."""
     scratch, rows = torch.zeros(1024, device="cuda", dtype=torch.int32), {}
     for programs, warps in ((16, 4), (128, 4), (128, 8), (512, 4)):
         for pdl in (True, False):
@@ -60,15 +48,6 @@ def of_the_card(say) -> dict:
             rows[f"empty launch, {programs} programs of {warps} warps, {'dependent' if pdl else 'plain'}"] = chain(
                 lambda n=programs, p=pdl, o=options: empty_kernel[(n,)](scratch, PDL=p, **o), 200
             )
-    for programs in (16, 64, 128):
-        count = torch.zeros(1, device="cuda", dtype=torch.int32)
-
-        def barriers(steps, n=programs, count=count):
-            count.zero_()
-            _barriers_kernel[(n,)](count, steps, PROGRAMS=n, num_warps=4)
-
-        few, many = (chain(lambda s=steps: barriers(s), 1) for steps in (1, 101))
-        rows[f"barrier of a grid of {programs}"] = (many - few) / 100
     for name, us in rows.items():
         say(f"{us:9.2f} us  {name}")
     return rows
@@ -98,11 +77,12 @@ def main() -> None:
     say(f"{results['card']}: copy {results['copy_bytes_per_s'] / 1e12:.2f} TB/s")
     config = preset(args.preset)
     with torch.inference_mode():
-        try:
-            results["card_us"] = of_the_card(say)
-        except Exception as error:
-            results["errors"].append(f"the card's own: {type(error).__name__}: {str(error)[:300]}")
-            say(results["errors"][-1])
+        for part in (of_launches, of_programs):
+            try:
+                results.setdefault("card_us", {}).update(part(say))
+            except Exception as error:
+                results["errors"].append(f"{part.__name__}: {type(error).__name__}: {str(error)[:300]}")
+                say(results["errors"][-1])
         model = random_model(config, "cuda")
         spread_routers(model)
         engine = CudaEngine(model, args.precision, regime=args.regime)

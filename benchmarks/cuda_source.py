@@ -1,0 +1,93 @@
+"""CUDA C++ compiled by NVRTC, which comes with torch, and launched through the driver: for what Triton cannot say."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+CLUSTER, DEPENDENT = 4, 6  # CUlaunchAttributeID
+DYNAMIC_SHARED, ANY_CLUSTER = 8, 14  # CUfunction_attribute
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+def library(names) -> ctypes.CDLL:
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise OSError(f"none of {', '.join(names)} is there")
+
+
+def compiled(source: str, architecture: str = "sm_90a", nvrtc: ctypes.CDLL | None = None) -> bytes:
+    """The machine code of CUDA C++. Raises ValueError with what the compiler says."""
+    nvrtc = nvrtc or library(NVRTC_NAMES)
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"-lineinfo"]
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    size = ctypes.c_size_t()
+    if failed:
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise ValueError(log.value.decode())
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, code)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return code.raw
+
+
+class Kernels:
+    """The `extern "C"` kernels of a source, loaded into the current context."""
+
+    def __init__(self, source: str):
+        torch.cuda.current_stream()  # there must be a context
+        self._driver, self._module, self._found = library(("libcuda.so.1",)), ctypes.c_void_p(), {}
+        self._code = compiled(source)
+        self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), self._code))
+
+    def _check(self, code: int) -> None:
+        if code:
+            text = ctypes.c_char_p()
+            self._driver.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"CUDA error {code}: {text.value and text.value.decode()}")
+
+    def launch(self, name: str, grid: int, threads: int, *args, shared=0, cluster=1, pdl=False) -> None:
+        """args: tensors and ints. shared: dynamic shared memory in bytes; cluster: programs of a cluster."""
+        if name not in self._found:
+            function = ctypes.c_void_p()
+            self._check(self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()))
+            self._check(self._driver.cuFuncSetAttribute(function, ANY_CLUSTER, 1))
+            self._found[name] = function
+        function = self._found[name]
+        if shared > 48 << 10:
+            self._check(self._driver.cuFuncSetAttribute(function, DYNAMIC_SHARED, shared))
+        values = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in args
+        ]  # kept until the launch
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        attributes = (_Attribute * 2)()
+        count = 0
+        if cluster > 1:
+            attributes[count].id, attributes[count].value[:3] = CLUSTER, (cluster, 1, 1)
+            count += 1
+        if pdl:
+            attributes[count].id, attributes[count].value[0] = DEPENDENT, 1
+            count += 1
+        stream = torch.cuda.current_stream().cuda_stream
+        config = _Config(grid, 1, 1, threads, 1, 1, shared, stream, attributes, count)
+        self._check(self._driver.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None))
