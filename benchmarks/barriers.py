@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.card import timed
-from benchmarks.cuda_source import Kernels
+from m3asr.kernels.clusters.machine import Kernels
 
 SOURCE = r"""
 typedef unsigned int u32;

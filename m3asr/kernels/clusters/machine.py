@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
+from pathlib import Path
 
 import torch
+import triton
 
 NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 CLUSTER, DEPENDENT = 4, 6  # CUlaunchAttributeID
@@ -51,13 +55,42 @@ def compiled(source: str, architecture: str = "sm_90a", nvrtc: ctypes.CDLL | Non
     return code.raw
 
 
+def kept(source: str) -> bytes:
+    """`compiled`, once a machine: the code lies beside what Triton keeps."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    key = hashlib.sha256(f"{torch.version.cuda} {triton.__version__} {source}".encode()).hexdigest()
+    path = folder / f"{key}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    code = compiled(source)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}")
+        aside.write_bytes(code)
+        aside.replace(path)
+    except OSError:
+        pass  # a folder that cannot be written to costs the next process some seconds
+    return code
+
+
+def parameters(args) -> tuple[list, ctypes.Array]:
+    """Tensors, None, ints and floats as a kernel's parameters: their values, and the pointers to them."""
+    values = []
+    for a in args:
+        if a is None or isinstance(a, torch.Tensor):
+            values.append(ctypes.c_void_p(a.data_ptr() if a is not None else 0))
+        else:
+            values.append(ctypes.c_float(a) if isinstance(a, float) else ctypes.c_int(a))
+    return values, (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+
+
 class Kernels:
     """The `extern "C"` kernels of a source, loaded into the current context."""
 
     def __init__(self, source: str):
         torch.cuda.current_stream()  # there must be a context
         self._driver, self._module, self._found = library(("libcuda.so.1",)), ctypes.c_void_p(), {}
-        self._code = compiled(source)
+        self._code = kept(source)
         self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), self._code))
 
     def _check(self, code: int) -> None:
@@ -66,22 +99,16 @@ class Kernels:
             self._driver.cuGetErrorString(code, ctypes.byref(text))
             raise RuntimeError(f"CUDA error {code}: {text.value and text.value.decode()}")
 
-    def launch(self, name: str, grid: int, threads: int, *args, shared=0, cluster=1, pdl=False) -> None:
-        """args: tensors and ints. shared: dynamic shared memory in bytes; cluster: programs of a cluster."""
+    def launch(self, name: str, programs: int, threads: int, *args, shared=0, cluster=1, pdl=False) -> None:
+        """args: see `parameters`. shared: dynamic shared memory in bytes; cluster: programs of a cluster."""
         if name not in self._found:
             function = ctypes.c_void_p()
             self._check(self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()))
             self._check(self._driver.cuFuncSetAttribute(function, ANY_CLUSTER, 1))
-            self._found[name] = function
-        function = self._found[name]
-        if shared > 48 << 10:
             self._check(self._driver.cuFuncSetAttribute(function, DYNAMIC_SHARED, shared))
-        values = [
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in args
-        ]  # kept until the launch
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        attributes = (_Attribute * 2)()
-        count = 0
+            self._found[name] = function
+        values, pointers = parameters(args)  # values are kept until the launch
+        attributes, count = (_Attribute * 2)(), 0
         if cluster > 1:
             attributes[count].id, attributes[count].value[:3] = CLUSTER, (cluster, 1, 1)
             count += 1
@@ -89,5 +116,5 @@ class Kernels:
             attributes[count].id, attributes[count].value[0] = DEPENDENT, 1
             count += 1
         stream = torch.cuda.current_stream().cuda_stream
-        config = _Config(grid, 1, 1, threads, 1, 1, shared, stream, attributes, count)
-        self._check(self._driver.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None))
+        config = _Config(programs, 1, 1, threads, 1, 1, shared, stream, attributes, count)
+        self._check(self._driver.cuLaunchKernelEx(ctypes.byref(config), self._found[name], pointers, None))

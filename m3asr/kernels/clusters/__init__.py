@@ -1,0 +1,198 @@
+"""A Conformer block for few tokens in four launches, each of several steps, in CUDA C++.
+
+With few tokens a launch of one step spends most of its time on beginning, on reading what the launch before it wrote
+and on waiting for its last program. Here the steps of a launch are for 16 rows, and the programs that share them are a
+cluster: they exchange results through each other's shared memory, 0.3 us a barrier in place of 0.6 to 1 us a launch.
+Triton has no barrier of a cluster that a kernel could use, hence CUDA C++ (block.cu, experts.cu; steps.cu is what they
+share, machine.cu what they need of the card).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from m3asr.kernels.clusters.machine import Kernels
+
+FOLDER = Path(__file__).parent
+BLOCK_THREADS, EXPERT_THREADS = 256, 512
+BLOCK_COLUMNS, EXPERT_COLUMNS = 32, 64  # of the residual stream, for each program of a cluster
+MOST_KEYS, MOST_TOKENS = 512, 1024
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the kernels are compiled for: sizes of a stack, and types.
+
+    keys: the longest utterance, in subsampled frames. experts: 0 for a stack without. through_cache: results are
+    exchanged by way of the L2 cache.
+    """
+
+    width: int
+    hidden: int
+    heads: int
+    taps: int
+    experts: int
+    half: bool  # float16, else bfloat16
+    experts_half: bool
+    swish: bool
+    keys: int = 128
+    through_cache: bool = False
+
+    @property
+    def block_programs(self) -> int:
+        return self.width // BLOCK_COLUMNS
+
+    @property
+    def expert_programs(self) -> int:
+        return self.width // EXPERT_COLUMNS
+
+    def block_fits(self) -> bool:
+        head = self.width // self.heads
+        return (
+            self.block_programs in (8, 16)
+            and self.width % BLOCK_COLUMNS == head % BLOCK_COLUMNS == 0
+            and self.hidden == 2 * self.width
+            and self.experts <= 32
+            and self.experts % 16 == 0
+            and self.keys <= MOST_KEYS
+        )
+
+    def experts_fit(self) -> bool:
+        """Experts of 16 bits alone."""
+        return (
+            self.expert_programs in (4, 8)
+            and self.width % EXPERT_COLUMNS == 0
+            and self.hidden == 2 * self.width
+            and 0 < self.experts <= 32
+        )
+
+    def source(self, file: str, threads: int, programs: int) -> tuple[str, str]:
+        """Definitions, and CUDA C++ that needs them and machine.cu before it."""
+        names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
+        names |= {"THREADS": threads, "PROGRAMS": programs, "EXPERTS": max(self.experts, 16)}
+        defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
+        return defined, "".join((FOLDER / f).read_text() for f in ("steps.cu", file))
+
+    # Bytes of shared memory, as the kernels cut it.
+    @property
+    def _line(self) -> int:
+        return 16 * 2 * (self.width + 32)
+
+    @property
+    def _sums(self) -> int:
+        return 4 * 64 * (3 * BLOCK_COLUMNS + 8)
+
+    def feed_forward_bytes(self) -> int:
+        inner = 16 * 2 * (self.hidden + 32)
+        return self._line + inner + self._sums + 4 * 16 * BLOCK_COLUMNS + 128 * self.block_programs
+
+    def attention_bytes(self) -> int:
+        scores = 4 * 16 * (self.keys + 8)
+        return 2 * self._line + 2 * self.keys * BLOCK_COLUMNS + self._sums + scores + 128 * self.block_programs
+
+    def convolution_bytes(self) -> int:
+        experts = 4 * max(self.experts, 16)
+        rows = 4 * 16 * (BLOCK_COLUMNS + 4) + 16 * experts + 2 * 128 * self.block_programs
+        return self._line + self._sums + rows + BLOCK_COLUMNS * experts
+
+    def experts_bytes(self) -> int:
+        up, down = 4 * 64 * (self.hidden // self.expert_programs + 8), 4 * 128 * (EXPERT_COLUMNS + 8)
+        weights, inner = EXPERT_COLUMNS * 2 * (self.hidden + 32), 16 * 2 * (self.hidden + 32)
+        return weights + self._line + inner + max(up, down) + 4 * (MOST_TOKENS + 32 + 1)
+
+
+@cache
+def on_card(defined: str, source: str, device: torch.device) -> Kernels:
+    with torch.cuda.device(device):
+        return Kernels(defined + (FOLDER / "machine.cu").read_text() + source)
+
+
+class Clusters:
+    """The launchers for one stack's sizes. All tensors contiguous, weights and biases as `engines.cuda.packing` has
+    them, N a multiple of 16, and of each utterance's S frames too.
+    """
+
+    def __init__(self, sizes: Sizes, device: torch.device, load=on_card):
+        self.sizes, self._device, self._load = sizes, device, load
+
+    def _block(self, name: str, tokens: int, shared: int, *args, pdl: bool) -> None:
+        programs = self.sizes.block_programs
+        kernels = self._load(*self.sizes.source("block.cu", BLOCK_THREADS, programs), self._device)
+        kernels.launch(name, tokens // 16 * programs, BLOCK_THREADS, *args, shared=shared, cluster=programs, pdl=pdl)
+
+    def _place(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor | None:
+        return torch.empty(rows, columns, dtype=like.dtype, device=like.device) if self.sizes.through_cache else None
+
+    def feed_forward_qkv(self, x, up, down, qkv, table, out, *, frames, scale, eps, prior=None, pdl=False) -> None:
+        """x += scale * down(act(up(norm(x)))); out = qkv(norm(x)) + table, of its keys at each position.
+
+        x float32 (N, D) in place; up, down, qkv with `weight` and `bias`; table (>= S, D) or None; out (N, 3D).
+        prior = (weight, bias, eps): x counts as its layer norm.
+        """
+        tokens, width = x.shape
+        prior_w, prior_b, prior_eps = prior or (None, None, 0.0)
+        self._block(
+            "feed_forward_qkv", tokens, self.sizes.feed_forward_bytes(), x, prior_w, prior_b, up.weight, up.bias,
+            down.weight, down.bias, qkv.weight, qkv.bias, table, out, self._place(tokens, self.sizes.hidden, out),
+            self._place(tokens, width, out), frames, float(scale), float(eps), float(prior_eps), pdl=pdl,
+        )  # fmt: skip
+
+    def feed_forward(self, x, up, down, *, scale, eps, pdl=False) -> None:
+        """The same without prior and qkv."""
+        place = self._place(x.shape[0], self.sizes.hidden, up.weight)
+        self._block(
+            "feed_forward_alone", x.shape[0], self.sizes.feed_forward_bytes(), x, up.weight, up.bias, down.weight,
+            down.bias, place, float(scale), float(eps), pdl=pdl,
+        )  # fmt: skip
+
+    def attention_gated(self, qkv, lengths, key_bias, x, out, gated, glu, *, frames, eps, pdl=False) -> None:
+        """x += out(attention(qkv)); glu = gated(norm(x)), zero past the length: see `attention` and `norm_linear`.
+
+        qkv (N, 3D), lengths int32 (B,), key_bias float32 (H, >= S) or None, glu (N, D).
+        """
+        tokens, width = x.shape
+        self._block(
+            "attention_gated", tokens, self.sizes.attention_bytes(), qkv, lengths, key_bias,
+            0 if key_bias is None else key_bias.stride(0), x, out.weight, out.bias, gated.weight, gated.bias, glu,
+            self._place(tokens, width, glu), self._place(tokens, width, glu), frames,
+            math.log2(math.e) / math.sqrt(width // self.sizes.heads), float(eps), pdl=pdl,
+        )  # fmt: skip
+
+    def convolution(self, glu, taps, bias, norm, out, lengths, x, *, frames, left, pdl=False) -> None:
+        """x += out(act(norm(depthwise(glu)))), nothing past the length: see `depthwise`. norm: (weight, bias, eps)."""
+        norm_w, norm_b, norm_eps = norm or (None, None, 0.0)
+        self._block(
+            "convolution_alone", x.shape[0], self.sizes.convolution_bytes(), glu, taps, bias, norm_w, norm_b, out.weight,
+            out.bias, lengths, x, self._place(*x.shape, glu), frames, left, float(norm_eps), pdl=pdl,
+        )  # fmt: skip
+
+    def convolution_router(
+        self, glu, taps, bias, norm, out, lengths, x, router, heard, y, expert_idx, gate, *, frames, left, eps, scale,
+        pdl=False,
+    ) -> None:  # fmt: skip
+        """The same, then y = norm(x), expert_idx and gate as `router.route` has them."""
+        norm_w, norm_b, norm_eps = norm or (None, None, 0.0)
+        self._block(
+            "convolution_router", x.shape[0], self.sizes.convolution_bytes(), glu, taps, bias, norm_w, norm_b,
+            out.weight, out.bias, lengths, x, self._place(*x.shape, glu), router.weight, router.bias, heard,
+            heard.stride(0), y, expert_idx, gate, frames, left, float(norm_eps), float(eps), float(scale), pdl=pdl,
+        )  # fmt: skip
+
+    def experts(self, y, expert_idx, gate, up, down, x, *, scale, pdl=False) -> None:
+        """x[n] += scale * gate[n] * down[e](act(up[e](y[n]))), e = expert_idx[n]; nothing where e is -1.
+
+        y (N, D), N at most MOST_TOKENS; gate float32 (N,) or None.
+        """
+        sizes, tokens = self.sizes, x.shape[0]
+        programs, clusters = sizes.expert_programs, min(tokens, sizes.experts)
+        kernels = self._load(*sizes.source("experts.cu", EXPERT_THREADS, programs), self._device)
+        kernels.launch(
+            "experts", clusters * programs, EXPERT_THREADS, y, expert_idx, gate, up.weight, up.bias, down.weight,
+            down.bias, x, self._place(16 * clusters, sizes.hidden, y), tokens, float(scale),
+            shared=sizes.experts_bytes(), cluster=programs, pdl=pdl,
+        )  # fmt: skip

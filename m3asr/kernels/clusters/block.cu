@@ -1,0 +1,362 @@
+// A Conformer block in three launches, each one a step or two behind what needs all rows of an utterance.
+
+constexpr int LINE = WIDTH + 32, SUMS = 4 * 16 * (3 * COLUMNS + 8);
+
+DEVICE void normalise_in_warp(float (&v)[WIDTH / 32], float eps) {
+    float mean = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < WIDTH / 32; i++) mean += v[i];
+    for (int mask = 16; mask; mask /= 2) mean += shuffle(mean, mask);
+    mean /= WIDTH;
+#pragma unroll
+    for (int i = 0; i < WIDTH / 32; i++) v[i] -= mean, squares += v[i] * v[i];
+    for (int mask = 16; mask; mask /= 2) squares += shuffle(squares, mask);
+    float scale = 1.0f / sqrtf(squares / WIDTH + eps);
+#pragma unroll
+    for (int i = 0; i < WIDTH / 32; i++) v[i] *= scale;
+}
+
+// x += scale * feed_forward(norm(x)); with QKV also qkv = its projection of norm(x), `table` added to the keys.
+// With prior_w, x counts as its layer norm with that weight and bias.
+template <bool QKV> DEVICE void feed_forward(
+    char* memory, float* x, const float* prior_w, const float* prior_b, const Number* up_w, const float* up_b,
+    const Number* down_w, const float* down_b, const Number* qkv_w, const float* qkv_b, const Number* table,
+    Number* qkv, Number* h_place, Number* y_place, int frames, float scale, float eps, float prior_eps
+) {
+    release();
+    arrive();
+    Number *y = (Number*)memory, *h = y + 16 * LINE;
+    float *sums = (float*)(h + 16 * (HIDDEN + 32)), *residual = sums + SUMS;
+    float2* inbox = (float2*)(residual + 16 * COLUMNS);
+    const int me = rank(), warp = thread() / 32, lane = thread() % 32, row = thread() / LANES, j = thread() % LANES;
+    const int first = group() * 16;
+    Product<WIDTH, SHARE, 4> up;
+    Product<HIDDEN, COLUMNS, 8> down;
+    Product<WIDTH, 3 * COLUMNS, 4> projection;
+    up.load(up_w + me * SHARE * WIDTH);
+    down.load(down_w + me * COLUMNS * HIDDEN);
+    if (QKV)
+        for (int i = thread(); i < 3 * COLUMNS * WIDTH / 64; i += THREADS) ahead(qkv_w + me * 3 * COLUMNS * WIDTH + i * 64);
+    wait();
+    float rows[2][WIDTH / 32];
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int i = 0; i < WIDTH / 128; i++) {
+            float4 v = written((const float4*)(x + (first + 2 * warp + r) * WIDTH + i * 128 + lane * 4));
+            rows[r][4 * i] = v.x, rows[r][4 * i + 1] = v.y, rows[r][4 * i + 2] = v.z, rows[r][4 * i + 3] = v.w;
+        }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float(&v)[WIDTH / 32] = rows[r];
+        if (prior_w) {
+            normalise_in_warp(v, prior_eps);
+#pragma unroll
+            for (int i = 0; i < WIDTH / 32; i++) {
+                int column = i / 4 * 128 + lane * 4 + i % 4;
+                v[i] = v[i] * prior_w[column] + prior_b[column];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < WIDTH / 128; i++) {
+            int column = i * 128 + lane * 4;
+            if (column / COLUMNS == me)
+                *(float4*)(residual + (2 * warp + r) * COLUMNS + column % COLUMNS) =
+                    make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+        }
+        normalise_in_warp(v, eps);
+#pragma unroll
+        for (int i = 0; i < WIDTH / 128; i++)
+            *(uint2*)(y + (2 * warp + r) * LINE + i * 128 + lane * 4) =
+                make_uint2(pair(v[4 * i], v[4 * i + 1]), pair(v[4 * i + 2], v[4 * i + 3]));
+    }
+    sync();
+    up.multiply(y, sums);
+    if (QKV) projection.load(qkv_w + me * 3 * COLUMNS * WIDTH);
+    sync();
+    float between[SHARE / 16];
+    up.result(sums, up_b + me * SHARE, between);
+#pragma unroll
+    for (int i = 0; i < SHARE / 16; i++) between[i] = activate(between[i]);
+    all_here();  // before a program's shared memory is written to, it must have begun
+    send<HIDDEN, SHARE / 16>(h, h_place, between);
+    barrier();
+    received<HIDDEN>(h, h_place);
+    down.multiply(h, sums);
+    sync();
+    float v[2];
+    down.result(sums, down_b + me * COLUMNS, v);
+    float2 before = *(const float2*)(residual + row * COLUMNS + 2 * j);
+    v[0] = before.x + scale * v[0], v[1] = before.y + scale * v[1];
+    *(float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j) = make_float2(v[0], v[1]);
+    if (!QKV) return;
+    normalise(v[0], v[1], inbox, eps);
+    send<WIDTH, 2>(y, y_place, v);
+    barrier();
+    received<WIDTH>(y, y_place);
+    projection.multiply(y, sums);
+    sync();
+    float out[3 * COLUMNS / 16];
+    projection.result(sums, qkv_b + me * 3 * COLUMNS, out);
+    const int column = me * 3 * COLUMNS + j * (3 * COLUMNS / 16), position = (first + row) % frames;
+    u32* to = (u32*)(qkv + (first + row) * (3 * WIDTH) + column);
+#pragma unroll
+    for (int i = 0; i < 3 * COLUMNS / 16; i += 2) {
+        int key = column + i - WIDTH;
+        if (table && key >= 0 && key < WIDTH) {
+            float2 more = floats(*(const u32*)(table + position * WIDTH + key));
+            out[i] += more.x, out[i + 1] += more.y;
+        }
+        to[i / 2] = pair(out[i], out[i + 1]);
+    }
+}
+
+KERNEL feed_forward_qkv(
+    float* x, const float* prior_w, const float* prior_b, const Number* up_w, const float* up_b, const Number* down_w,
+    const float* down_b, const Number* qkv_w, const float* qkv_b, const Number* table, Number* qkv, Number* h_place,
+    Number* y_place, int frames, float scale, float eps, float prior_eps
+) {
+    SHARED(memory);
+    feed_forward<true>(
+        memory, x, prior_w, prior_b, up_w, up_b, down_w, down_b, qkv_w, qkv_b, table, qkv, h_place, y_place, frames,
+        scale, eps, prior_eps);
+}
+
+KERNEL feed_forward_alone(
+    float* x, const Number* up_w, const float* up_b, const Number* down_w, const float* down_b, Number* h_place,
+    float scale, float eps
+) {
+    SHARED(memory);
+    feed_forward<false>(
+        memory, x, nullptr, nullptr, up_w, up_b, down_w, down_b, nullptr, nullptr, nullptr, nullptr, h_place, nullptr,
+        1, scale, eps, 0.0f);
+}
+
+// x += out(attention(qkv)); glu = gated(norm(x)), zero past the length. At most KEYS frames an utterance.
+// A program makes 32 columns of its head, and all scores of the head for its rows.
+KERNEL attention_gated(
+    const Number* qkv, const int* lengths, const float* key_bias, int key_bias_stride, float* x, const Number* out_w,
+    const float* out_b, const Number* gated_w, const float* gated_b, Number* glu, Number* context_place,
+    Number* y_place, int frames, float scale, float eps
+) {
+    SHARED(memory);
+    constexpr int PITCH = KEYS + 8;
+    release();
+    arrive();
+    Number *context = (Number*)memory, *y = context + 16 * LINE, *values = y + 16 * LINE;
+    float *sums = (float*)(values + KEYS * COLUMNS), *scores = sums + SUMS;
+    float2* inbox = (float2*)(scores + 16 * PITCH);
+    const int me = rank(), warp = thread() / 32, lane = thread() % 32, row = thread() / LANES, j = thread() % LANES;
+    const int first = group() * 16, head = me / (HEAD / COLUMNS);
+    Product<WIDTH, COLUMNS, 8> attention_out;
+    Product<WIDTH, 2 * COLUMNS, 4> gate;
+    attention_out.load(out_w + me * COLUMNS * WIDTH);
+    gate.load(gated_w + me * 2 * COLUMNS * WIDTH);
+    wait();
+    const int length = written(lengths + first / frames), begin = first / frames * frames;
+    const int seen = first - begin < length ? length : 0;  // nobody reads queries past the length
+    const float2 before = written((const float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j));
+    const Number* keys = qkv + begin * (3 * WIDTH) + WIDTH + head * HEAD;
+    for (int i = thread(); i < (seen + 3) / 4 * 4 * (COLUMNS / 8); i += THREADS) {
+        int key = i / (COLUMNS / 8), part = i % (COLUMNS / 8) * 8;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (key < seen)
+            v = written((const uint4*)(qkv + (begin + key) * (3 * WIDTH) + 2 * WIDTH + me * COLUMNS + part));
+        *(uint4*)(values + key * COLUMNS + part) = v;
+    }
+    const int g = lane / 4, t = lane % 4;
+    for (int tile = warp; tile * 8 < seen; tile += 8) {
+        float c[4] = {};
+#pragma unroll
+        for (int step = 0; step < HEAD / 32; step++) {
+            const Number* q = qkv + (first + g) * (3 * WIDTH) + head * HEAD + step * 32 + t * 8;
+            uint4 low = written((const uint4*)q), high = written((const uint4*)(q + 8 * 3 * WIDTH));
+            uint4 k = written((const uint4*)(keys + (tile * 8 + g) * (3 * WIDTH) + step * 32 + t * 8));
+            multiply_add(c, low.x, high.x, low.y, high.y, k.x, k.y);
+            multiply_add(c, low.z, high.z, low.w, high.w, k.z, k.w);
+        }
+        *(float2*)(scores + g * PITCH + tile * 8 + 2 * t) = make_float2(c[0], c[1]);
+        *(float2*)(scores + (g + 8) * PITCH + tile * 8 + 2 * t) = make_float2(c[2], c[3]);
+    }
+    sync();
+    float top = -1e30f, total = 0.0f, found[KEYS / 16];
+#pragma unroll
+    for (int i = 0; i < KEYS / 16; i++) {
+        int key = i * 16 + j;
+        found[i] = -1e30f;
+        if (key < seen) {
+            float bias = key_bias ? key_bias[head * key_bias_stride + key] : 0.0f;
+            found[i] = (scores[row * PITCH + key] + bias) * scale;
+        }
+        top = fmaxf(top, found[i]);
+    }
+    for (int mask = 8; mask; mask /= 2) top = fmaxf(top, shuffle(top, mask));
+#pragma unroll
+    for (int i = 0; i < KEYS / 16; i++) {
+        int key = i * 16 + j;
+        float weight = key < seen ? exp2f(found[i] - top) : 0.0f;
+        total += weight;
+        scores[row * PITCH + key] = weight;  // zeros behind the length, too
+    }
+    total = sum_of_row(total);
+    sync();
+    float v[2] = {0.0f, 0.0f};
+    for (int key = 0; key < seen; key += 4) {
+        float4 weight = *(const float4*)(scores + row * PITCH + key);
+        const float each[4] = {weight.x, weight.y, weight.z, weight.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 value = floats(*(const u32*)(values + (key + i) * COLUMNS + 2 * j));
+            v[0] += each[i] * value.x, v[1] += each[i] * value.y;
+        }
+    }
+    float share = total > 0.0f ? 1.0f / total : 0.0f;
+    v[0] *= share, v[1] *= share;
+    all_here();
+    send<WIDTH, 2>(context, context_place, v);
+    barrier();
+    received<WIDTH>(context, context_place);
+    attention_out.multiply(context, sums);
+    sync();
+    attention_out.result(sums, out_b + me * COLUMNS, v);
+    v[0] += before.x, v[1] += before.y;
+    *(float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j) = make_float2(v[0], v[1]);
+    normalise(v[0], v[1], inbox, eps);
+    send<WIDTH, 2>(y, y_place, v);
+    barrier();
+    received<WIDTH>(y, y_place);
+    gate.multiply(y, sums);
+    sync();
+    float both[4];
+    gate.result(sums, gated_b + me * 2 * COLUMNS, both);
+    bool valid = (first + row) % frames < length;
+    float a = valid ? both[0] / (1.0f + expf(-both[1])) : 0.0f, b = valid ? both[2] / (1.0f + expf(-both[3])) : 0.0f;
+    *(u32*)(glu + (first + row) * WIDTH + me * COLUMNS + 2 * j) = pair(a, b);
+}
+
+// x += pointwise(activate(norm(depthwise(glu)))), nothing past the length; with ROUTER then y = norm(x), and each
+// token's expert and gate. norm_w may be missing: batch norms are folded into the weights.
+template <bool ROUTER> DEVICE void convolution(
+    char* memory, const Number* glu, const float* taps, const float* taps_b, const float* norm_w, const float* norm_b,
+    const Number* out_w, const float* out_b, const int* lengths, float* x, Number* place, const float* router_w,
+    const float* router_b, const float* heard, int heard_stride, Number* y_out, int* experts, float* gates, int frames,
+    int left, float norm_eps, float eps, float router_scale
+) {
+    release();
+    arrive();
+    Number* inner = (Number*)memory;
+    float *sums = (float*)(inner + 16 * LINE), *mine = sums + SUMS, *logits = mine + 16 * (COLUMNS + 4);
+    float2 *inbox = (float2*)(logits + 16 * EXPERTS), *second = inbox + 16 * PROGRAMS;
+    float* router = (float*)(second + 16 * PROGRAMS);  // (COLUMNS, EXPERTS)
+    const int me = rank(), row = thread() / LANES, j = thread() % LANES, first = group() * 16;
+    const int column = me * COLUMNS + 2 * j, position = (first + row) % frames;
+    Product<WIDTH, COLUMNS, 8> pointwise;
+    pointwise.load(out_w + me * COLUMNS * WIDTH);
+    if (ROUTER)
+        for (int i = thread(); i < COLUMNS * EXPERTS / 4; i += THREADS)
+            *(uint4*)(router + i * 4) = weights16(router_w + me * COLUMNS * EXPERTS + i * 4);
+    float2 weights[TAPS], v = *(const float2*)(taps_b + column);
+#pragma unroll
+    for (int tap = 0; tap < TAPS; tap++) weights[tap] = *(const float2*)(taps + tap * WIDTH + column);
+    wait();
+    const bool valid = position < written(lengths + first / frames);
+    const float2 before = written((const float2*)(x + (first + row) * WIDTH + column));
+#pragma unroll
+    for (int tap = 0; tap < TAPS; tap++) {
+        int source = position + tap - left;
+        if (source >= 0 && source < frames) {
+            float2 in = floats(written((const u32*)(glu + (first + row + tap - left) * WIDTH + column)));
+            v.x += in.x * weights[tap].x, v.y += in.y * weights[tap].y;
+        }
+    }
+    all_here();
+    float both[2] = {v.x, v.y};
+    if (norm_w) {
+        normalise(both[0], both[1], inbox, norm_eps);
+        both[0] = both[0] * norm_w[column] + norm_b[column];
+        both[1] = both[1] * norm_w[column + 1] + norm_b[column + 1];
+    }
+    both[0] = activate(both[0]), both[1] = activate(both[1]);
+    send<WIDTH, 2>(inner, place, both);
+    barrier();
+    received<WIDTH>(inner, place);
+    pointwise.multiply(inner, sums);
+    sync();
+    pointwise.result(sums, out_b + me * COLUMNS, both);
+    both[0] = before.x + (valid ? both[0] : 0.0f), both[1] = before.y + (valid ? both[1] : 0.0f);
+    *(float2*)(x + (first + row) * WIDTH + column) = make_float2(both[0], both[1]);
+    if (!ROUTER) return;
+    normalise(both[0], both[1], second, eps);
+#if EXPERTS_HALF
+    *(u32*)(y_out + (first + row) * WIDTH + column) = pair_half(both[0], both[1]);
+#else
+    *(u32*)(y_out + (first + row) * WIDTH + column) = pair(both[0], both[1]);
+#endif
+    *(float2*)(mine + row * (COLUMNS + 4) + 2 * j) = make_float2(both[0], both[1]);
+    sync();
+    // This program's columns' part of the logits, to the program that has the row: row r is program r's.
+    float part[EXPERTS / 16] = {};
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++) {
+        float in = mine[row * (COLUMNS + 4) + i];
+#pragma unroll
+        for (int e = 0; e < EXPERTS / 16; e++) part[e] += in * router[i * EXPERTS + e * 16 + j];
+    }
+#pragma unroll
+    for (int e = 0; e < EXPERTS / 16; e++)
+        *of(logits + (row / PROGRAMS * PROGRAMS + me) * EXPERTS + e * 16 + j, row % PROGRAMS) = part[e];
+    barrier();
+    const int rows_here = 16 / PROGRAMS, warp = thread() / 32, lane = thread() % 32;
+    if (warp >= rows_here) return;
+    const int token = first + warp * PROGRAMS + me;
+    float top = -1e30f, each[(EXPERTS + 31) / 32];
+    int expert = EXPERTS;
+#pragma unroll
+    for (int i = 0; i < (EXPERTS + 31) / 32; i++) {
+        int e = i * 32 + lane;
+        float logit = 0.0f;
+        if (e < EXPERTS) {
+            for (int p = 0; p < PROGRAMS; p++) logit += logits[(warp * PROGRAMS + p) * EXPERTS + e];
+            logit = logit * router_scale + router_b[e] + written(heard + (long long)token * heard_stride + e);
+        }
+        each[i] = e < EXPERTS ? logit : -1e30f;
+        if (each[i] > top) top = each[i], expert = e;
+    }
+    for (int mask = 16; mask; mask /= 2) {  // the largest, of equals the first
+        float other = shuffle(top, mask);
+        int at = (int)shuffle((u32)expert, mask);
+        if (other > top || (other == top && at < expert)) top = other, expert = at;
+    }
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < (EXPERTS + 31) / 32; i++) total += expf(each[i] - top);
+    for (int mask = 16; mask; mask /= 2) total += shuffle(total, mask);
+    bool counts = token % frames < written(lengths + first / frames);
+    if (lane == 0) {
+        experts[token] = counts ? min(expert, EXPERTS - 1) : -1;
+        gates[token] = counts ? 1.0f / total : 0.0f;
+    }
+}
+
+KERNEL convolution_router(
+    const Number* glu, const float* taps, const float* taps_b, const float* norm_w, const float* norm_b,
+    const Number* out_w, const float* out_b, const int* lengths, float* x, Number* place, const float* router_w,
+    const float* router_b, const float* heard, int heard_stride, Number* y_out, int* experts, float* gates, int frames,
+    int left, float norm_eps, float eps, float router_scale
+) {
+    SHARED(memory);
+    convolution<true>(
+        memory, glu, taps, taps_b, norm_w, norm_b, out_w, out_b, lengths, x, place, router_w, router_b, heard,
+        heard_stride, y_out, experts, gates, frames, left, norm_eps, eps, router_scale);
+}
+
+KERNEL convolution_alone(
+    const Number* glu, const float* taps, const float* taps_b, const float* norm_w, const float* norm_b,
+    const Number* out_w, const float* out_b, const int* lengths, float* x, Number* place, int frames, int left,
+    float norm_eps
+) {
+    SHARED(memory);
+    convolution<false>(
+        memory, glu, taps, taps_b, norm_w, norm_b, out_w, out_b, lengths, x, place, nullptr, nullptr, nullptr, 0,
+        nullptr, nullptr, nullptr, frames, left, norm_eps, 0.0f, 1.0f);
+}

@@ -1,0 +1,80 @@
+// What the kernels need of the card. tests/kernels/emulated.h has the same for a CPU.
+typedef unsigned int u32;
+#define DEVICE __device__ __forceinline__
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#define SHARED(name) extern __shared__ __align__(128) char name[]
+
+DEVICE int thread() { return threadIdx.x; }
+DEVICE int group() { return blockIdx.x / PROGRAMS; }
+DEVICE int rank() {
+    u32 r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+DEVICE void sync() { __syncthreads(); }
+DEVICE void arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void all_here() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE void release() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE float shuffle(float v, int mask) { return __shfl_xor_sync(0xffffffff, v, mask); }
+DEVICE u32 shuffle(u32 v, int mask) { return __shfl_xor_sync(0xffffffff, v, mask); }
+DEVICE u32 ballot(bool v) { return __ballot_sync(0xffffffff, v); }
+DEVICE void together() { __syncwarp(); }
+DEVICE int ones(u32 v) { return __popc(v); }
+
+// The same place in the shared memory of another program of the cluster.
+template <class T> DEVICE T* of(T* place, int program) {
+    T* there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(program));
+    return there;
+}
+
+// Weights, which no kernel writes; volatile, so that they are asked for before a wait that stands behind them.
+DEVICE uint4 weights16(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+// The same into shared memory, there behind `weights_here` of each thread and a barrier.
+DEVICE void copy16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+DEVICE void weights_here() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE void ahead(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+// What another kernel, or another program, wrote: past the L1 cache, where a line may be older.
+template <class T> DEVICE T written(const T* p) { return __ldcg(p); }
+
+DEVICE u32 pair(float a, float b) {  // a in the lower half
+    u32 v;
+#if HALF
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+#endif
+    return v;
+}
+DEVICE u32 pair_half(float a, float b) {
+    u32 v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+    return v;
+}
+DEVICE float2 floats(u32 v) {
+#if HALF
+    float2 f;
+    asm("{.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;}" : "=f"(f.x), "=f"(f.y) : "r"(v));
+    return f;
+#else
+    return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000));
+#endif
+}
+
+// c (16, 8) += a (16, 16) b (16, 8)
+DEVICE void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if HALF
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}

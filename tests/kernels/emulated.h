@@ -1,0 +1,211 @@
+// A card on a CPU: each thread of a cluster is a fibre, and whatever threads do together is a meeting of fibres.
+// Which fibre runs next is drawn at random (`seed`), so that a missing barrier shows.
+#include <stdint.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <utility>
+#include <vector>
+
+typedef unsigned int u32;
+#define DEVICE inline
+#define KERNEL extern "C" void
+#define SHARED(name) char* name = memory_of(here->program)
+using std::min;
+
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct uint2 { u32 x, y; };
+struct uint4 { u32 x, y, z, w; };
+static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+constexpr int BYTES = 232448;
+struct Gate { int count = 0, turn = 0; };
+struct Fibre {
+    ucontext_t context;
+    int thread, program, turn = 0;
+    bool done = false;
+    u32 given[6];
+    std::vector<std::pair<void*, uint4>> copies;
+};
+static std::vector<Fibre> fibres;
+static std::vector<char> shared_memory(PROGRAMS * BYTES + 128), stacks;
+static Gate of_cluster, of_program[PROGRAMS], of_warp[PROGRAMS * THREADS / 32];
+static Fibre* here;
+static int group_now;
+static ucontext_t scheduler;
+static size_t asked;  // bytes of shared memory
+static std::function<void()> body;
+
+static char* memory_of(int program) {
+    char* first = (char*)(((uintptr_t)shared_memory.data() + 127) / 128 * 128);
+    return first + (size_t)program * BYTES;
+}
+static void yield() { swapcontext(&here->context, &scheduler); }
+static void meet(Gate& gate, int size) {
+    int turn = gate.turn;
+    if (++gate.count == size) gate.count = 0, gate.turn++;
+    else while (gate.turn == turn) yield();
+}
+static Gate& warp_gate() { return of_warp[here->program * (THREADS / 32) + here->thread / 32]; }
+static Fibre& mate(int lane) { return fibres[here->program * THREADS + here->thread / 32 * 32 + lane]; }
+
+DEVICE int thread() { return here->thread; }
+DEVICE int group() { return group_now; }
+DEVICE int rank() { return here->program; }
+DEVICE void sync() { meet(of_program[here->program], THREADS); }
+DEVICE void together() { meet(warp_gate(), 32); }
+DEVICE void arrive() {
+    here->turn = of_cluster.turn;
+    if (++of_cluster.count == PROGRAMS * THREADS) of_cluster.count = 0, of_cluster.turn++;
+}
+DEVICE void all_here() { while (of_cluster.turn == here->turn) yield(); }
+DEVICE void release() {}
+DEVICE void wait() {}
+DEVICE u32 shuffle(u32 v, int mask) {
+    here->given[0] = v;
+    together();
+    u32 other = mate(here->thread % 32 ^ mask).given[0];
+    together();
+    return other;
+}
+DEVICE float shuffle(float v, int mask) {
+    u32 bits;
+    memcpy(&bits, &v, 4);
+    bits = shuffle(bits, mask);
+    memcpy(&v, &bits, 4);
+    return v;
+}
+DEVICE u32 ballot(bool v) {
+    here->given[0] = v;
+    together();
+    u32 all = 0;
+    for (int lane = 0; lane < 32; lane++) all |= mate(lane).given[0] << lane;
+    together();
+    return all;
+}
+DEVICE int ones(u32 v) { return __builtin_popcount(v); }
+template <class T> DEVICE T* of(T* place, int program) {
+    size_t at = (char*)place - memory_of(here->program);
+    if (at >= asked) abort();
+    return (T*)(memory_of(program) + at);
+}
+template <class T> static T aligned(const void* p) {
+    if ((uintptr_t)p % sizeof(T)) { fprintf(stderr, "misaligned\n"); abort(); }
+    return *(const T*)p;
+}
+DEVICE uint4 weights16(const void* p) { return aligned<uint4>(p); }
+DEVICE void copy16(void* to, const void* from) { here->copies.push_back({to, aligned<uint4>(from)}); }
+DEVICE void weights_here() {
+    for (auto& copy : here->copies) *(uint4*)copy.first = copy.second;
+    here->copies.clear();
+}
+DEVICE void ahead(const void*) {}
+template <class T> DEVICE T written(const T* p) { return aligned<T>(p); }
+
+static float from_number(uint16_t v, bool half) {
+    if (half) {
+        _Float16 f;
+        memcpy(&f, &v, 2);
+        return f;
+    }
+    u32 bits = (u32)v << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+static u32 to_number(float f, bool half) {
+    if (half) {
+        _Float16 h = f;
+        uint16_t v;
+        memcpy(&v, &h, 2);
+        return v;
+    }
+    u32 bits;
+    memcpy(&bits, &f, 4);
+    if (f != f) return 0x7fff;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+DEVICE u32 pair(float a, float b) { return to_number(a, HALF) | to_number(b, HALF) << 16; }
+DEVICE u32 pair_half(float a, float b) { return to_number(a, true) | to_number(b, true) << 16; }
+DEVICE float2 floats(u32 v) { return {from_number(v & 0xffff, HALF), from_number(v >> 16, HALF)}; }
+
+DEVICE void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+    memcpy(here->given, mine, sizeof mine);
+    together();
+    int g = here->thread % 32 / 4, t = here->thread % 4;
+    for (int i = 0; i < 4; i++) {
+        int column = 2 * t + i % 2, upper = i / 2;
+        for (int k = 0; k < 16; k++) {
+            int lane = k % 8 / 2, later = k / 8, odd = k % 2 * 16;
+            u32 a = mate(g * 4 + lane).given[later * 2 + upper] >> odd & 0xffff;
+            u32 b = mate(column * 4 + lane).given[4 + later] >> odd & 0xffff;
+            c[i] += from_number(a, HALF) * from_number(b, HALF);
+        }
+    }
+    together();
+}
+
+static void start() {
+    body();
+    here->done = true;
+    yield();
+}
+
+static void run(int groups, int seed, size_t shared) {
+    asked = shared;
+    constexpr size_t STACK = 48 << 10;
+    std::minstd_rand random(seed + 1);
+    int all = PROGRAMS * THREADS;
+    stacks.resize(all * STACK);
+    for (group_now = 0; group_now < groups; group_now++) {
+        fibres.assign(all, Fibre());
+        of_cluster = Gate();
+        for (Gate& gate : of_program) gate = Gate();
+        for (Gate& gate : of_warp) gate = Gate();
+        memset(shared_memory.data(), 0xff, shared_memory.size());  // whatever is not written is no number
+        for (int i = 0; i < all; i++) {
+            Fibre& fibre = fibres[i];
+            fibre.thread = i % THREADS, fibre.program = i / THREADS;
+            getcontext(&fibre.context);
+            fibre.context.uc_stack.ss_sp = stacks.data() + i * STACK;
+            fibre.context.uc_stack.ss_size = STACK;
+            makecontext(&fibre.context, start, 0);
+        }
+        for (int left = all, idle = 0; left;) {
+            int favoured = random() % (PROGRAMS + 1), before = left;  // one program runs ahead of the others
+            for (int i = 0; i < all; i++) {
+                here = &fibres[i];
+                if (here->done || (favoured < PROGRAMS && idle < 50 && here->program != favoured)) continue;
+                swapcontext(&scheduler, &here->context);
+                left -= here->done;
+            }
+            idle = favoured < PROGRAMS ? idle + 1 : 0;
+            if (before == left && idle > 1000000) abort();
+        }
+        for (int p = 0; p < PROGRAMS; p++)  // nothing was written past what was asked for
+            for (size_t i = (shared + 3) / 4 * 4; i < BYTES; i += 4)
+                if (*(u32*)(memory_of(p) + i) != 0xffffffff) abort();
+    }
+}
+
+template <class... A, size_t... I> static void call(void (*kernel)(A...), void** given, std::index_sequence<I...>) {
+    kernel(*(A*)given[I]...);
+}
+template <class... A> static void launch(void (*kernel)(A...), int groups, int seed, int shared, void** given) {
+    body = [=] { call(kernel, given, std::index_sequence_for<A...>()); };
+    run(groups, seed, shared);
+}
+#define LAUNCHED(name) \
+    extern "C" void launch_##name(int groups, int seed, int shared, void** given) { \
+        launch(name, groups, seed, shared, given);                                 \
+    }

@@ -1,0 +1,46 @@
+"""CUDA C++ of m3asr/kernels/clusters run by fibres on the CPU: emulated.h in place of machine.cu."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from m3asr.kernels.clusters.machine import parameters
+
+HEADER = Path(__file__).with_name("emulated.h")
+
+
+class Emulated:
+    """`machine.Kernels` for a CPU; `seed` decides the order in which threads run."""
+
+    seed = 0
+
+    def __init__(self, library: ctypes.CDLL):
+        self._library = library
+
+    def launch(self, name, programs, threads, *args, shared=0, cluster=1, pdl=False):
+        assert shared <= 227 << 10
+        _, pointers = parameters(args)
+        getattr(self._library, f"launch_{name}")(programs // cluster, self.seed, shared, pointers)
+
+
+def emulator(folder: Path):
+    """What loads kernels for the CPU, compiled into `folder`. Skips where there is no compiler."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to emulate a card with")
+
+    @cache
+    def load(defined: str, source: str, device) -> Emulated:
+        names = re.findall(r"^KERNEL (\w+)\(", source, re.MULTILINE)
+        text = f'{defined}#include "{HEADER}"\n{source}' + "".join(f"LAUNCHED({name})\n" for name in names)
+        path = folder / f"emulated{abs(hash(text))}.cpp"
+        path.write_text(text)
+        command = ["g++", "-O2", "-std=c++17", "-w", "-shared", "-fPIC", "-o", path.with_suffix(".so"), path]
+        subprocess.run(command, check=True)
+        return Emulated(ctypes.CDLL(str(path.with_suffix(".so"))))
+
+    return load

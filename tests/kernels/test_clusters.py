@@ -1,0 +1,188 @@
+"""The kernels whose programs form clusters: on the GPU as they are, elsewhere run by fibres on the CPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from m3asr import ops
+from m3asr.kernels.clusters import Clusters, Sizes, on_card
+from tests.kernels.emulated import emulator
+
+WIDTH, HIDDEN, HEADS, TAPS, EXPERTS = 256, 512, 4, 15, 32
+EPS = 1e-12
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    if torch.cuda.is_available():
+        if torch.cuda.get_device_properties(0).major < 9:
+            pytest.skip("no clusters before compute capability 9.0")
+        return on_card
+    return emulator(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def clusters(load, device):
+    def of(dtype, keys=128, through_cache=False, half_experts=None):
+        half = dtype == torch.float16
+        experts_half = half if half_experts is None else half_experts
+        sizes = Sizes(WIDTH, HIDDEN, HEADS, TAPS, EXPERTS, half, experts_half, True, keys, through_cache)
+        assert sizes.block_fits() and sizes.experts_fit()
+        return Clusters(sizes, device, load)
+
+    return of
+
+
+TYPES = (torch.bfloat16, torch.float16)
+kinds = pytest.mark.parametrize(
+    "dtype, through_cache", [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)]
+)
+
+
+@pytest.fixture
+def layer(device):
+    def of(columns, width, dtype, *groups):
+        weight = (torch.randn(*groups, columns, width, device=device) / width**0.5).to(dtype)
+        return SimpleNamespace(weight=weight, bias=torch.randn(*groups, columns, device=device) / 10)
+
+    return of
+
+
+def linear(x, layer):
+    return x.double() @ layer.weight.double().t() + layer.bias.double()
+
+
+def norm(x):
+    return F.layer_norm(x.double(), x.shape[-1:], eps=EPS)
+
+
+def pdl(device) -> bool:
+    return device.type == "cuda"
+
+
+@kinds
+@pytest.mark.parametrize("prior", [False, True])
+def test_feed_forward_qkv(clusters, layer, check, poisoned, device, dtype, through_cache, prior):
+    tokens, frames = 32, 16
+    x = torch.randn(tokens, WIDTH, device=device)
+    up, down, qkv = layer(HIDDEN, WIDTH, dtype), layer(WIDTH, HIDDEN, dtype), layer(3 * WIDTH, WIDTH, dtype)
+    table, out = torch.randn(40, WIDTH, device=device).to(dtype), poisoned(tokens, 3 * WIDTH, dtype=dtype)
+    prior = (torch.rand(WIDTH, device=device) + 0.5, torch.randn(WIDTH, device=device), 1e-5) if prior else None
+    expected = x.double()
+    if prior:
+        expected = F.layer_norm(expected, (WIDTH,), *(p.double() for p in prior[:2]), prior[2])
+    expected = expected + 0.5 * linear(F.silu(linear(norm(expected), up)), down)
+    projected = linear(norm(expected), qkv)
+    projected[:, WIDTH : 2 * WIDTH] += table[:frames].double().repeat(tokens // frames, 1)
+    clusters(dtype, through_cache=through_cache).feed_forward_qkv(
+        x, up, down, qkv, table, out, frames=frames, scale=0.5, eps=EPS, prior=prior, pdl=pdl(device)
+    )
+    check(x, expected, dtype)
+    check(out, projected, dtype)
+
+
+def test_feed_forward(clusters, layer, check, device):
+    x, up, down = torch.randn(48, WIDTH, device=device), *(layer(*s, torch.float16) for s in ((HIDDEN, WIDTH), (WIDTH, HIDDEN)))  # fmt: skip
+    expected = x + 0.5 * linear(F.silu(linear(norm(x), up)), down)
+    clusters(torch.float16).feed_forward(x, up, down, scale=0.5, eps=EPS, pdl=pdl(device))
+    check(x, expected, torch.float16)
+
+
+@kinds
+@pytest.mark.parametrize("frames, lengths, keys", [(16, (16, 9, 0), 128), (96, (83,), 128), (256, (241,), 512)])
+def test_attention_gated(clusters, layer, check, poisoned, device, dtype, through_cache, frames, lengths, keys):
+    batch, tokens, head = len(lengths), len(lengths) * frames, WIDTH // HEADS
+    qkv, x = torch.randn(tokens, 3 * WIDTH, device=device).to(dtype), torch.randn(tokens, WIDTH, device=device)
+    lengths, key_bias = torch.tensor(lengths, device=device).int(), torch.randn(HEADS, frames + 7, device=device)
+    out, gated, glu = layer(WIDTH, WIDTH, dtype), layer(2 * WIDTH, WIDTH, dtype), poisoned(tokens, WIDTH, dtype=dtype)
+    q, k, v = (t.double().view(batch, frames, HEADS, head).transpose(1, 2) for t in qkv.chunk(3, -1))
+    mask = ops.frame_mask(lengths, frames)
+    scores = (q @ k.transpose(2, 3) + key_bias[:, None, :frames].double()) / head**0.5
+    weights = scores.masked_fill(~mask[:, None, None], -1e300).softmax(-1) * mask[:, None, None]
+    context = (weights @ v).transpose(1, 2).reshape(tokens, WIDTH)
+    # Queries see nothing where all 16 rows of a cluster lie past the length.
+    sees = (torch.arange(frames, device=device) // 16 * 16)[None] < lengths[:, None]
+    expected = x + linear(context * sees.flatten()[:, None], out)
+    z = linear(norm(expected), gated)
+    glu_expected = z[:, ::2] * torch.sigmoid(z[:, 1::2]) * mask.flatten()[:, None]
+    clusters(dtype, keys, through_cache).attention_gated(
+        qkv, lengths, key_bias, x, out, gated, glu, frames=frames, eps=EPS, pdl=pdl(device)
+    )
+    check(x, expected, dtype)
+    check(glu, glu_expected, dtype)
+
+
+@kinds
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("frames, lengths", [(16, (16, 5)), (48, (41,))])
+def test_convolution(clusters, layer, check, poisoned, device, dtype, through_cache, normed, frames, lengths):
+    batch, tokens = len(lengths), len(lengths) * frames
+    glu, x = torch.randn(tokens, WIDTH, device=device).to(dtype), torch.randn(tokens, WIDTH, device=device)
+    taps, bias = torch.randn(TAPS, WIDTH, device=device) / 3, torch.randn(WIDTH, device=device)
+    norm_of = (torch.rand(WIDTH, device=device) + 0.5, torch.randn(WIDTH, device=device), 1e-5) if normed else None
+    out, lengths = layer(WIDTH, WIDTH, dtype), torch.tensor(lengths, device=device).int()
+    router = SimpleNamespace(
+        weight=torch.randn(WIDTH, EXPERTS, device=device) / 8, bias=torch.randn(EXPERTS, device=device)
+    )
+    heard = torch.randn(tokens, 3 * EXPERTS, device=device)[:, EXPERTS : 2 * EXPERTS]
+    z = glu.double().view(batch, frames, WIDTH).transpose(1, 2)
+    z = F.conv1d(z, taps.double().t()[:, None], bias.double(), padding=TAPS // 2, groups=WIDTH).transpose(1, 2)
+    if normed:
+        z = F.layer_norm(z, (WIDTH,), *(n.double() for n in norm_of[:2]), norm_of[2])
+    mask = ops.frame_mask(lengths, frames).flatten()
+    expected = x + linear(F.silu(z).flatten(0, 1), out) * mask[:, None]
+    chances = (2 * norm(expected) @ router.weight.double() + router.bias + heard).softmax(-1)
+    alone, options = x.clone(), {"frames": frames, "left": TAPS // 2, "pdl": pdl(device)}
+    kernels = clusters(dtype, through_cache=through_cache, half_experts=True)
+    kernels.convolution(glu, taps, bias, norm_of, out, lengths, alone, **options)
+    check(alone, expected, dtype)
+    y, gate = poisoned(tokens, WIDTH, dtype=torch.float16), poisoned(tokens)
+    idx = poisoned(tokens, dtype=torch.int32)
+    kernels.convolution_router(
+        glu, taps, bias, norm_of, out, lengths, x, router, heard, y, idx, gate, eps=EPS, scale=2.0, **options
+    )
+    assert torch.equal(x, alone)
+    check(y, norm(expected), dtype)
+    top = chances.amax(-1)
+    chosen = chances.gather(1, idx.clamp(min=0).long()[:, None])[:, 0]
+    assert torch.equal(idx < 0, ~mask) and ((chosen > 0.97 * top) | ~mask).all()
+    check(gate, chosen * mask, dtype)
+
+
+@kinds
+@pytest.mark.parametrize("kind", ["spread", "one expert", "padding", "only padding", "many"])
+def test_experts(clusters, layer, check, device, dtype, through_cache, kind):
+    tokens = 208 if kind == "many" else 48
+    y, gate = torch.randn(tokens, WIDTH, device=device).to(dtype), torch.rand(tokens, device=device)
+    idx = torch.randint(3 if kind == "many" else EXPERTS, (tokens,), device=device)
+    if kind == "one expert":
+        idx[:] = 31
+    if kind == "padding":
+        idx[1::3] = -1
+    if kind == "only padding":
+        idx[:] = -1
+    up, down = layer(HIDDEN, WIDTH, dtype, EXPERTS), layer(WIDTH, HIDDEN, dtype, EXPERTS)
+    x = torch.randn(tokens, WIDTH, device=device)
+    before, expected, valid = x.clone(), x.double(), idx >= 0
+    if valid.any():
+        weights = (t.double() for t in (up.weight, up.bias, down.weight, down.bias))
+        expected[valid] += 0.5 * gate[valid, None] * ops.moe(y[valid].double(), idx[valid], *weights, "swish")
+    clusters(dtype, through_cache=through_cache).experts(y, idx.int(), gate, up, down, x, scale=0.5, pdl=pdl(device))
+    check(x, expected, dtype)
+    assert torch.equal(x[~valid], before[~valid])
+
+
+def test_order_of_threads_does_not_matter(clusters, layer, load, device):
+    if device.type == "cuda":
+        pytest.skip("for the emulated card")
+    kernels, results = clusters(torch.bfloat16), []
+    up, down, qkv = (layer(*s, torch.bfloat16) for s in ((HIDDEN, WIDTH), (WIDTH, HIDDEN), (3 * WIDTH, WIDTH)))
+    x = torch.randn(16, WIDTH)
+    emulated = load(*kernels.sizes.source("block.cu", 256, 8), device)
+    for emulated.seed in range(4):
+        mine, out = x.clone(), torch.empty(16, 3 * WIDTH, dtype=torch.bfloat16)
+        kernels.feed_forward_qkv(mine, up, down, qkv, None, out, frames=16, scale=0.5, eps=EPS)
+        results.append(torch.cat((mine, out.float()), 1))
+    assert all(torch.equal(result, results[0]) for result in results)
