@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,10 +75,16 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
     only: words of which one must be in a variant's name.
     """
     forward, measured = engine.forward, dict(tiles.MEASURED)
-    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime", "beside")}
+    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime", "beside", "limits")}
     cases = {"as it is": {}, "no dependent launch": {"pdl": False}}
     if name.startswith("1x"):
         cases["the embedding network before the main stack, no branch of its own"] = {"beside": False}
+        limits = forward.limits
+        cases["no clusters"] = {"limits": replace(limits, block=0, experts=0)}
+        cases["clusters for experts alone"] = {"limits": replace(limits, block=0)}
+        cases["clusters for blocks alone"] = {"limits": replace(limits, experts=0)}
+        cases["clusters for blocks of up to 512 tokens"] = {"limits": replace(limits, block=512)}
+        cases["clusters through the L2 cache"] = {"limits": replace(limits, through_cache=True)}
     if tiles.MEASURED:
         cases["the package's own tiles"] = {"package": True}
         cases["tiles by rule, not by measurement"] = {"rule": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import triton
@@ -10,13 +11,15 @@ import triton.language as tl
 
 from m3asr.engines.cuda import CudaEngine
 from m3asr.engines.cuda import forward as launches
+from m3asr.kernels.clusters import Clusters
 from m3asr.kernels.pieces import Tile, release, wait
 
 NAMES = (
     "attention", "depthwise", "experts_few", "experts_many", "first_convolution", "linear", "log_softmax",
     "next_convolution", "norm", "norm_linear", "route", "sort_tokens",
 )  # fmt: skip
-ROUTED = ("router", "sort", "experts 1", "experts 2")
+METHODS = ("attention_gated", "convolution", "convolution_router", "experts", "feed_forward", "feed_forward_qkv")
+ROUTED = ("router", "sort", "experts 1", "experts 2", "cluster: convolution router", "cluster: experts")
 
 
 @triton.jit
@@ -31,6 +34,7 @@ class Launches:
 
     def __init__(self):
         self.original = {name: getattr(launches, name) for name in NAMES}
+        self.methods = {name: getattr(Clusters, name) for name in METHODS}
         self.kinds: dict[str, int] = {}
         self.choices, self.sorted, self.counted, self.lengths = [], [], [], None
         self.recording = False
@@ -45,14 +49,24 @@ class Launches:
 
     def __enter__(self):
         for name in NAMES:
-            setattr(launches, name, self._stands_for(name))
+            setattr(launches, name, self._stands_for(name, self.original[name]))
+        for name, method in self.methods.items():
+            setattr(Clusters, name, self._stands_for_method(name, method))
         return self
 
     def __exit__(self, *_):
         for name, function in self.original.items():
             setattr(launches, name, function)
+        for name, method in self.methods.items():
+            setattr(Clusters, name, method)
 
-    def _stands_for(self, name):
+    def _stands_for_method(self, name, method):
+        def call(kernels, *args, **options):
+            self._stands_for("cluster: " + name, partial(method, kernels))(*args, **options)
+
+        return call
+
+    def _stands_for(self, name, original):
         def call(*args, **options):
             kind = self._kind(name, args, options)
             if name == "first_convolution":  # the first launch of a run
@@ -63,7 +77,7 @@ class Launches:
             if kind in self.plain:
                 options["pdl"] = False
             if self.passes(kind):
-                self.original[name](*args, **options)
+                original(*args, **options)
             elif kind == "first convolution":
                 torch.add(self.lengths, 0, out=args[5])  # a kernel: a dependent launch may follow
             elif self.becomes_empty or kind == "heard":  # where two branches meet there must be a launch
@@ -87,6 +101,8 @@ class Launches:
             if options.get("activation", "none") != "none":
                 return "up"
             return "qkv" if options.get("table") else "gated" if options.get("glu") else "head"
+        if name.startswith("cluster"):
+            return name.replace("_", " ")
         if name.startswith("experts"):
             return "experts 2" if options.get("residual_scale") is not None else "experts 1"
         plain = {"route": "router", "sort_tokens": "sort", "log_softmax": "log-softmax"}
@@ -101,6 +117,8 @@ class Launches:
         choices, by_expert = self.changed or (self.choices, self.sorted)
         if name == "experts_few":
             args[3] = choices[layer]
+        elif kind == "cluster: experts":
+            args[1] = choices[layer]
         elif name == "experts_many":
             args[3:5] = by_expert[layer]
         elif name == "sort_tokens":
@@ -112,8 +130,8 @@ class Launches:
     def _record(self, kind, args, options):
         if kind == "first convolution":
             self.lengths = args[5]
-        elif kind == "router":
-            self.choices.append(args[6])
+        elif kind in ("router", "cluster: convolution router"):
+            self.choices.append(args[6 if kind == "router" else 10])
         elif kind == "sort":
             self.sorted.append((args[1], args[2]))
             self.counted.append(options.get("counts"))

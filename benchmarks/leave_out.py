@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from benchmarks.encoder import inputs_for
 from benchmarks.launches import ROUTED, Launches, empty_kernel, record, shared_weights
 from benchmarks.models import preset, random_model, spread_routers
 from m3asr.engines.cuda import CudaEngine, tiles
+from m3asr.engines.cuda.clustered import Limits
 from m3asr.kernels.pieces import Tile
 
 
@@ -58,6 +60,8 @@ def main() -> None:
     parser.add_argument("--inputs", nargs="+", default=["1x206", "1x1024", "1x2048"])
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--preset", default="seed", choices=("seed", "tiny"))
+    parser.add_argument("--no-clusters", action="store_true")
+    parser.add_argument("--phases-only", action="store_true", help="of clusters, without anything left out")
     parser.add_argument("--regime", default="auto", choices=("auto", "few", "many"))
     parser.add_argument("--tiles", type=Path, help="tiles.json of benchmarks.kernels")
     parser.add_argument("--out", type=Path, required=True)
@@ -77,7 +81,7 @@ def main() -> None:
     say(f"{results['card']}: copy {results['copy_bytes_per_s'] / 1e12:.2f} TB/s")
     config = preset(args.preset)
     with torch.inference_mode():
-        for part in (of_launches, of_programs):
+        for part in () if args.phases_only else (of_launches, of_programs):
             try:
                 results.setdefault("card_us", {}).update(part(say))
             except Exception as error:
@@ -87,13 +91,57 @@ def main() -> None:
         spread_routers(model)
         engine = CudaEngine(model, args.precision, regime=args.regime)
         del model
+        if args.no_clusters:
+            engine.forward.limits = Limits(0, 0)
         watch = Launches()
         for name in args.inputs:
+            try:
+                phases(engine, name, results, say)
+            except Exception as error:
+                results["errors"].append(f"phases {name}: {type(error).__name__}: {str(error)[:300]}")
+            if args.phases_only:
+                continue
             of_one_input(engine, watch, name, args, results, say, lambda: time.monotonic() - began > args.budget)
             (args.out / "leave_out.json").write_text(json.dumps(results, indent=1))
     for error in results["errors"]:
         print("!", error)
     print(json.dumps(results))
+
+
+# What lies between two marks of the kernels, by their first mark.
+PHASES = {
+    "block.cu": {
+        "feed forward, qkv": (0, "weights asked|wait|rows, norm|up|sums|sent|down|x, norm|sent|qkv|stored"),
+        "attention, gated": (16, "weights asked|wait|scores|softmax|values|sent|out|x, norm|sent|gated|stored"),
+        "convolution, router": (32, "weights asked|wait|taps|norm|sent|pointwise|x, norm|logits|sent|chosen"),
+    },
+    "experts.cu": {"experts": (0, "wait|list|weights asked|rows|up|sums|weights here|sent|down|x")},
+}
+
+
+def phases(engine: CudaEngine, name: str, results: dict, say) -> None:
+    """Cycles of the first program of the last launch of each kernel of clusters, from mark to mark."""
+    forward = engine.forward
+    usual, forward.limits = forward.limits, replace(forward.limits, timed=True)
+    try:
+        engine.drop_graphs()
+        engine.graph_for(*map(int, name.split("x"))).replay()
+        for sizes, kernels in forward.clustered[0].made().items():
+            for file, parts in PHASES.items() if sizes.timed else ():
+                try:
+                    marks = kernels.loaded(file).numbers("marks", 64)
+                except Exception as error:
+                    say(f"{file}: {error}")
+                    continue
+                for part, (first, words) in parts.items():
+                    steps = [
+                        f"{word} {marks[first + i + 1] - marks[first + i]}" for i, word in enumerate(words.split("|"))
+                    ]
+                    say(f"{name} {part} (keys {sizes.keys}): " + ", ".join(steps))
+                    results.setdefault("phases", {})[f"{name} {part} {sizes.keys}"] = steps
+    finally:
+        forward.limits = usual
+        engine.drop_graphs()
 
 
 def of_one_input(engine: CudaEngine, watch: Launches, name: str, args, results: dict, say, late) -> None:

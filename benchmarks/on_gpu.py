@@ -62,8 +62,23 @@ STAGES = {
         "--out {out}/few",
         100,
     ),
+    # Blocks and experts of few tokens by clusters of programs.
+    "tests-clusters": Stage(
+        "{python} -m pytest tests/kernels/test_clusters.py tests/test_cuda_engine.py -q -n 12 --dist load "
+        "-p no:cacheprovider",
+        130,
+    ),
+    "clusters": Stage(
+        "{python} -m benchmarks.encoder --inputs 1x206 1x1024 1x2048 --precisions bf16 fp16 --variants cluster "
+        "--budget 100 --no-baselines {tiles} --out {out}/clusters",
+        120,
+    ),
+    "phases": Stage(
+        "{python} -m benchmarks.leave_out --inputs 1x206 1x1024 --budget 30 --out {out}/phases",
+        70,
+    ),
     # Where the time of few tokens goes, in place.
-    "leave-out": Stage("{python} -m benchmarks.leave_out {tiles} --out {out}/leave_out", 130),
+    "leave-out": Stage("{python} -m benchmarks.leave_out --no-clusters {tiles} --out {out}/leave_out", 130),
     "kernels-many": Stage("{python} -m benchmarks.kernels --shapes 64x1024 16x1024 --budget 190 --out {out}/many", 210),
     "many": Stage(
         "{python} -m benchmarks.encoder --inputs 16x1024 64x1024 --precisions bf16 --variants package --budget 120 "

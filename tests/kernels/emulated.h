@@ -16,6 +16,7 @@ typedef unsigned int u32;
 #define DEVICE inline
 #define KERNEL extern "C" void
 #define SHARED(name) char* name = memory_of(here->program)
+#define MARK(i)
 using std::min;
 
 struct float2 { float x, y; };

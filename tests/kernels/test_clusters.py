@@ -84,7 +84,8 @@ def test_feed_forward_qkv(clusters, layer, check, poisoned, device, dtype, throu
 
 
 def test_feed_forward(clusters, layer, check, device):
-    x, up, down = torch.randn(48, WIDTH, device=device), *(layer(*s, torch.float16) for s in ((HIDDEN, WIDTH), (WIDTH, HIDDEN)))  # fmt: skip
+    x = torch.randn(48, WIDTH, device=device)
+    up, down = layer(HIDDEN, WIDTH, torch.float16), layer(WIDTH, HIDDEN, torch.float16)
     expected = x + 0.5 * linear(F.silu(linear(norm(x), up)), down)
     clusters(torch.float16).feed_forward(x, up, down, scale=0.5, eps=EPS, pdl=pdl(device))
     check(x, expected, torch.float16)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from m3asr.config import ModelConfig
-from m3asr.engines.cuda import tiles
+from m3asr.engines.cuda import clustered, tiles
 from m3asr.engines.cuda.packing import EXPERTS_TYPES, TYPES, Block, Stack, Subsampling, Weights
 from m3asr.kernels.attention import attention
 from m3asr.kernels.best import best_path
@@ -52,6 +52,7 @@ class Forward:
     `beside`: the embedding network is a branch of its own, beside the main stack's first sub-layers, up to the router.
     `regime` "few" or "many" fixes the kind of kernels; "auto" chooses by the number of tokens. `trace`, if set, is
     called with ("blocks", block, x), x the block's output before its final norm, and ("routes", block, expert_idx).
+    `limits`: for how many tokens programs work in clusters.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, precision: str, pdl: bool, regime: str = "auto"):
@@ -63,6 +64,11 @@ class Forward:
         if not self.wide:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
         self.beside, self.best_alone, self._side = True, True, None
+        self.limits = clustered.Limits()
+        self.clustered = [
+            None if stack is None else clustered.ClusteredStack(stack, self.dtype, self.experts_dtype)
+            for stack in (weights.main, weights.embed)
+        ]
         self.trace = None
         # Where log_probs go, float32, flat: they are larger than all else, and all graphs can share one place.
         self.shared: Tensor | None = None
@@ -183,6 +189,14 @@ class Forward:
         """
         width, scale = x.shape[1], 0.5 if block.macaron_up else 1.0
         mask = (shape.lengths, shape.frames)
+        kernels = self._by_clusters(config).for_blocks(self.limits, shape.tokens, shape.frames, shape.chunk)
+        if kernels is not None:
+            glu = clustered.attention_part(kernels, x, shape, config, block, prior, self._new, self.pdl)
+            routed = self._routed(x, heard()) if block.router else None
+            clustered.convolution_part(kernels, x, glu, shape, config, block, routed, self.pdl)
+            if routed is not None:
+                self._experts(x, shape, config, block, scale, *routed[1:])
+            return x
         if block.macaron_up:
             hidden = block.macaron_up.weight.shape[0]
             h = self._new((x.shape[0], hidden))
@@ -199,7 +213,7 @@ class Forward:
         self._up(x, shape, config, "gated", block.pointwise_1, glu, None, glu=mask)
         self._convolution(x, glu, shape, config, block, tile)
         if block.router:
-            self._experts(x, shape, config, block, heard(), scale)
+            self._experts(x, shape, config, block, scale, *self._route(x, shape, config, block, heard()))
             return x
         hidden = block.up.weight.shape[0]
         h = self._new((x.shape[0], hidden))
@@ -245,22 +259,39 @@ class Forward:
         self._linear(y, layer, out, tile=tile, **options)
         return x
 
-    def _experts(self, x, shape: Shape, config, block: Block, heard, scale: float) -> None:
-        """x += the experts' part."""
-        tokens, width = x.shape
+    def _by_clusters(self, config) -> clustered.ClusteredStack:
+        return self.clustered[0 if config is self.weights.main.config else 1]
+
+    def _routed(self, x, heard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the router hears, and places for what it finds."""
+        y, gate = self._new(x.shape, self.experts_dtype), self._new((x.shape[0],), torch.float32)
+        return heard, y, self._new((x.shape[0],), torch.int32), gate
+
+    def _route(self, x, shape: Shape, config, block: Block, heard):
+        """The experts' input, each token's expert and gate, and, where the sort wants them, counts of experts."""
+        heard, y, expert_idx, gate = self._routed(x, heard)
         experts, hidden, _ = block.up.weight.shape
-        tile = self._tiles(shape, width, hidden)
-        y, gate = self._new(x.shape, self.experts_dtype), self._new((tokens,), torch.float32)
-        expert_idx, counts = self._new((tokens,), torch.int32), None
+        tile, counts = self._tiles(shape, x.shape[1], hidden), None
         if tile.sort.parts > 1 and not self._few(shape):
-            counts = self._new((-(-tokens // tile.router.m), experts), torch.int32)
+            counts = self._new((-(-shape.tokens // tile.router.m), experts), torch.int32)
         route(
             x, block.router.weight, block.router.bias, heard, shape.lengths, y, expert_idx, gate, frames=shape.frames,
             eps=config.norm_eps, tile=tile.router, scale=block.router_scale, counts=counts, pdl=self.pdl,
         )  # fmt: skip
+        return y, expert_idx, gate, counts
+
+    def _experts(self, x, shape: Shape, config, block: Block, scale: float, y, expert_idx, gate, counts=None) -> None:
+        """x += the experts' part."""
+        tokens, width = x.shape
+        experts, hidden, _ = block.up.weight.shape
+        tile = self._tiles(shape, width, hidden)
         if self.trace is not None:
             self.trace("routes", block, expert_idx)
         gate = None if config.moe.keep_expert_output else gate
+        kernels = self._by_clusters(config).for_experts(self.limits, tokens)
+        if kernels is not None:
+            kernels.experts(y, expert_idx, gate, block.up, block.down, x, scale=scale, pdl=self.pdl)
+            return
         up = {"activation": config.activation_type, "tile": tile.expert_up, "weight_scale": block.up.scale}
         down = {"residual_scale": scale, "gate": gate, "tile": tile.expert_down, "weight_scale": block.down.scale}
         both = {"dot": self.dot, "pdl": self.pdl}

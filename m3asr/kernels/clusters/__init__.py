@@ -29,7 +29,7 @@ class Sizes:
     """What the kernels are compiled for: sizes of a stack, and types.
 
     keys: the longest utterance, in subsampled frames. experts: 0 for a stack without. through_cache: results are
-    exchanged by way of the L2 cache.
+    exchanged by way of the L2 cache. timed: the first program leaves the clock at each MARK in `marks`.
     """
 
     width: int
@@ -42,6 +42,7 @@ class Sizes:
     swish: bool
     keys: int = 128
     through_cache: bool = False
+    timed: bool = False
 
     @property
     def block_programs(self) -> int:
@@ -120,10 +121,19 @@ class Clusters:
     def __init__(self, sizes: Sizes, device: torch.device, load=on_card):
         self.sizes, self._device, self._load = sizes, device, load
 
+    def loaded(self, file: str) -> Kernels:
+        """The kernels of block.cu or of experts.cu."""
+        sizes, of_block = self.sizes, file == "block.cu"
+        threads, programs = (
+            (BLOCK_THREADS, sizes.block_programs) if of_block else (EXPERT_THREADS, sizes.expert_programs)
+        )
+        return self._load(*sizes.source(file, threads, programs), self._device)
+
     def _block(self, name: str, tokens: int, shared: int, *args, pdl: bool) -> None:
         programs = self.sizes.block_programs
-        kernels = self._load(*self.sizes.source("block.cu", BLOCK_THREADS, programs), self._device)
-        kernels.launch(name, tokens // 16 * programs, BLOCK_THREADS, *args, shared=shared, cluster=programs, pdl=pdl)
+        self.loaded("block.cu").launch(
+            name, tokens // 16 * programs, BLOCK_THREADS, *args, shared=shared, cluster=programs, pdl=pdl
+        )
 
     def _place(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor | None:
         return torch.empty(rows, columns, dtype=like.dtype, device=like.device) if self.sizes.through_cache else None
@@ -167,8 +177,8 @@ class Clusters:
         """x += out(act(norm(depthwise(glu)))), nothing past the length: see `depthwise`. norm: (weight, bias, eps)."""
         norm_w, norm_b, norm_eps = norm or (None, None, 0.0)
         self._block(
-            "convolution_alone", x.shape[0], self.sizes.convolution_bytes(), glu, taps, bias, norm_w, norm_b, out.weight,
-            out.bias, lengths, x, self._place(*x.shape, glu), frames, left, float(norm_eps), pdl=pdl,
+            "convolution_alone", x.shape[0], self.sizes.convolution_bytes(), glu, taps, bias, norm_w, norm_b,
+            out.weight, out.bias, lengths, x, self._place(*x.shape, glu), frames, left, float(norm_eps), pdl=pdl,
         )  # fmt: skip
 
     def convolution_router(
@@ -190,8 +200,7 @@ class Clusters:
         """
         sizes, tokens = self.sizes, x.shape[0]
         programs, clusters = sizes.expert_programs, min(tokens, sizes.experts)
-        kernels = self._load(*sizes.source("experts.cu", EXPERT_THREADS, programs), self._device)
-        kernels.launch(
+        self.loaded("experts.cu").launch(
             "experts", clusters * programs, EXPERT_THREADS, y, expert_idx, gate, up.weight, up.bias, down.weight,
             down.bias, x, self._place(16 * clusters, sizes.hidden, y), tokens, float(scale),
             shared=sizes.experts_bytes(), cluster=programs, pdl=pdl,

@@ -23,6 +23,7 @@ template <bool QKV> DEVICE void feed_forward(
     const Number* down_w, const float* down_b, const Number* qkv_w, const float* qkv_b, const Number* table,
     Number* qkv, Number* h_place, Number* y_place, int frames, float scale, float eps, float prior_eps
 ) {
+    MARK(0);
     release();
     arrive();
     Number *y = (Number*)memory, *h = y + 16 * LINE;
@@ -37,7 +38,9 @@ template <bool QKV> DEVICE void feed_forward(
     down.load(down_w + me * COLUMNS * HIDDEN);
     if (QKV)
         for (int i = thread(); i < 3 * COLUMNS * WIDTH / 64; i += THREADS) ahead(qkv_w + me * 3 * COLUMNS * WIDTH + i * 64);
+    MARK(1);
     wait();
+    MARK(2);
     float rows[2][WIDTH / 32];
 #pragma unroll
     for (int r = 0; r < 2; r++)
@@ -71,19 +74,24 @@ template <bool QKV> DEVICE void feed_forward(
                 make_uint2(pair(v[4 * i], v[4 * i + 1]), pair(v[4 * i + 2], v[4 * i + 3]));
     }
     sync();
+    MARK(3);
     up.multiply(y, sums);
     if (QKV) projection.load(qkv_w + me * 3 * COLUMNS * WIDTH);
     sync();
+    MARK(4);
     float between[SHARE / 16];
     up.result(sums, up_b + me * SHARE, between);
 #pragma unroll
     for (int i = 0; i < SHARE / 16; i++) between[i] = activate(between[i]);
+    MARK(5);
     all_here();  // before a program's shared memory is written to, it must have begun
     send<HIDDEN, SHARE / 16>(h, h_place, between);
     barrier();
     received<HIDDEN>(h, h_place);
+    MARK(6);
     down.multiply(h, sums);
     sync();
+    MARK(7);
     float v[2];
     down.result(sums, down_b + me * COLUMNS, v);
     float2 before = *(const float2*)(residual + row * COLUMNS + 2 * j);
@@ -91,11 +99,14 @@ template <bool QKV> DEVICE void feed_forward(
     *(float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j) = make_float2(v[0], v[1]);
     if (!QKV) return;
     normalise(v[0], v[1], inbox, eps);
+    MARK(8);
     send<WIDTH, 2>(y, y_place, v);
     barrier();
     received<WIDTH>(y, y_place);
+    MARK(9);
     projection.multiply(y, sums);
     sync();
+    MARK(10);
     float out[3 * COLUMNS / 16];
     projection.result(sums, qkv_b + me * 3 * COLUMNS, out);
     const int column = me * 3 * COLUMNS + j * (3 * COLUMNS / 16), position = (first + row) % frames;
@@ -109,6 +120,7 @@ template <bool QKV> DEVICE void feed_forward(
         }
         to[i / 2] = pair(out[i], out[i + 1]);
     }
+    MARK(11);
 }
 
 KERNEL feed_forward_qkv(
@@ -141,6 +153,7 @@ KERNEL attention_gated(
 ) {
     SHARED(memory);
     constexpr int PITCH = KEYS + 8;
+    MARK(16);
     release();
     arrive();
     Number *context = (Number*)memory, *y = context + 16 * LINE, *values = y + 16 * LINE;
@@ -152,7 +165,9 @@ KERNEL attention_gated(
     Product<WIDTH, 2 * COLUMNS, 4> gate;
     attention_out.load(out_w + me * COLUMNS * WIDTH);
     gate.load(gated_w + me * 2 * COLUMNS * WIDTH);
+    MARK(17);
     wait();
+    MARK(18);
     const int length = written(lengths + first / frames), begin = first / frames * frames;
     const int seen = first - begin < length ? length : 0;  // nobody reads queries past the length
     const float2 before = written((const float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j));
@@ -179,6 +194,7 @@ KERNEL attention_gated(
         *(float2*)(scores + (g + 8) * PITCH + tile * 8 + 2 * t) = make_float2(c[2], c[3]);
     }
     sync();
+    MARK(19);
     float top = -1e30f, total = 0.0f, found[KEYS / 16];
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++) {
@@ -200,6 +216,7 @@ KERNEL attention_gated(
     }
     total = sum_of_row(total);
     sync();
+    MARK(20);
     float v[2] = {0.0f, 0.0f};
     for (int key = 0; key < seen; key += 4) {
         float4 weight = *(const float4*)(scores + row * PITCH + key);
@@ -212,26 +229,33 @@ KERNEL attention_gated(
     }
     float share = total > 0.0f ? 1.0f / total : 0.0f;
     v[0] *= share, v[1] *= share;
+    MARK(21);
     all_here();
     send<WIDTH, 2>(context, context_place, v);
     barrier();
     received<WIDTH>(context, context_place);
+    MARK(22);
     attention_out.multiply(context, sums);
     sync();
+    MARK(23);
     attention_out.result(sums, out_b + me * COLUMNS, v);
     v[0] += before.x, v[1] += before.y;
     *(float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j) = make_float2(v[0], v[1]);
     normalise(v[0], v[1], inbox, eps);
+    MARK(24);
     send<WIDTH, 2>(y, y_place, v);
     barrier();
     received<WIDTH>(y, y_place);
+    MARK(25);
     gate.multiply(y, sums);
     sync();
+    MARK(26);
     float both[4];
     gate.result(sums, gated_b + me * 2 * COLUMNS, both);
     bool valid = (first + row) % frames < length;
     float a = valid ? both[0] / (1.0f + expf(-both[1])) : 0.0f, b = valid ? both[2] / (1.0f + expf(-both[3])) : 0.0f;
     *(u32*)(glu + (first + row) * WIDTH + me * COLUMNS + 2 * j) = pair(a, b);
+    MARK(27);
 }
 
 // x += pointwise(activate(norm(depthwise(glu)))), nothing past the length; with ROUTER then y = norm(x), and each
@@ -242,6 +266,7 @@ template <bool ROUTER> DEVICE void convolution(
     const float* router_b, const float* heard, int heard_stride, Number* y_out, int* experts, float* gates, int frames,
     int left, float norm_eps, float eps, float router_scale
 ) {
+    MARK(32);
     release();
     arrive();
     Number* inner = (Number*)memory;
@@ -258,7 +283,9 @@ template <bool ROUTER> DEVICE void convolution(
     float2 weights[TAPS], v = *(const float2*)(taps_b + column);
 #pragma unroll
     for (int tap = 0; tap < TAPS; tap++) weights[tap] = *(const float2*)(taps + tap * WIDTH + column);
+    MARK(33);
     wait();
+    MARK(34);
     const bool valid = position < written(lengths + first / frames);
     const float2 before = written((const float2*)(x + (first + row) * WIDTH + column));
 #pragma unroll
@@ -269,6 +296,7 @@ template <bool ROUTER> DEVICE void convolution(
             v.x += in.x * weights[tap].x, v.y += in.y * weights[tap].y;
         }
     }
+    MARK(35);
     all_here();
     float both[2] = {v.x, v.y};
     if (norm_w) {
@@ -277,16 +305,20 @@ template <bool ROUTER> DEVICE void convolution(
         both[1] = both[1] * norm_w[column + 1] + norm_b[column + 1];
     }
     both[0] = activate(both[0]), both[1] = activate(both[1]);
+    MARK(36);
     send<WIDTH, 2>(inner, place, both);
     barrier();
     received<WIDTH>(inner, place);
+    MARK(37);
     pointwise.multiply(inner, sums);
     sync();
+    MARK(38);
     pointwise.result(sums, out_b + me * COLUMNS, both);
     both[0] = before.x + (valid ? both[0] : 0.0f), both[1] = before.y + (valid ? both[1] : 0.0f);
     *(float2*)(x + (first + row) * WIDTH + column) = make_float2(both[0], both[1]);
     if (!ROUTER) return;
     normalise(both[0], both[1], second, eps);
+    MARK(39);
 #if EXPERTS_HALF
     *(u32*)(y_out + (first + row) * WIDTH + column) = pair_half(both[0], both[1]);
 #else
@@ -305,7 +337,9 @@ template <bool ROUTER> DEVICE void convolution(
 #pragma unroll
     for (int e = 0; e < EXPERTS / 16; e++)
         *of(logits + (row / PROGRAMS * PROGRAMS + me) * EXPERTS + e * 16 + j, row % PROGRAMS) = part[e];
+    MARK(40);
     barrier();
+    MARK(41);
     const int rows_here = 16 / PROGRAMS, warp = thread() / 32, lane = thread() % 32;
     if (warp >= rows_here) return;
     const int token = first + warp * PROGRAMS + me;
@@ -336,6 +370,7 @@ template <bool ROUTER> DEVICE void convolution(
         experts[token] = counts ? min(expert, EXPERTS - 1) : -1;
         gates[token] = counts ? 1.0f / total : 0.0f;
     }
+    MARK(42);
 }
 
 KERNEL convolution_router(

@@ -9,7 +9,9 @@ KERNEL experts(
     const float* down_b, float* x, Number* h_place, int tokens, float scale
 ) {
     SHARED(memory);
+    MARK(0);
     wait();
+    MARK(1);
     release();
     arrive();
     typedef Product<WIDTH, SHARE, 4> Up;
@@ -35,6 +37,7 @@ KERNEL experts(
     }
     for (int i = 0; i < group(); i++) hit &= hit - 1;
     const int expert = ones((hit & -hit) - 1);
+    MARK(2);
     Up up;
     up.load(up_w + ((long long)expert * HIDDEN + me * SHARE) * WIDTH);
     const Number* from = down_w + ((long long)expert * WIDTH + me * COLUMNS) * HIDDEN;
@@ -52,6 +55,7 @@ KERNEL experts(
         if (lane == 0) *found = count;
     }
     sync();
+    MARK(3);
     count = *found;
     for (int first = 0; first < count; first += 16) {
         for (int i = thread(); i < 16 * WIDTH / 8; i += THREADS) {
@@ -66,22 +70,29 @@ KERNEL experts(
         float2 before = written(out);
         const float gate = gates ? written(gates + token) * scale : scale;
         sync();
+        MARK(4);
         up.multiply(a, sums);
         sync();
+        MARK(5);
         float between[SHARE / LANES], v[2];
         Up::result(sums, up_b + expert * HIDDEN + me * SHARE, between);
 #pragma unroll
         for (int i = 0; i < SHARE / LANES; i++) between[i] = activate(between[i]);
         all_here();  // nobody reads h any more
         send<HIDDEN, SHARE / LANES>(h, h_place, between);
+        MARK(6);
         if (first == 0) weights_here();
+        MARK(7);
         barrier();
         received<HIDDEN>(h, h_place);
+        MARK(8);
         Down::multiply_shared(h, weights, sums);
         sync();
+        MARK(9);
         if (first + 16 < count) arrive();
         Down::result(sums, down_b + expert * WIDTH + me * COLUMNS, v);
         before.x += gate * v[0], before.y += gate * v[1];
         if (used) *out = before;
+        MARK(10);
     }
 }

@@ -4,6 +4,13 @@ typedef unsigned int u32;
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #define SHARED(name) extern __shared__ __align__(128) char name[]
 
+#if TIMED
+extern "C" { __device__ long long marks[64]; }
+#define MARK(i) if (threadIdx.x == 0 && blockIdx.x == 0) marks[i] = clock64()
+#else
+#define MARK(i)
+#endif
+
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int group() { return blockIdx.x / PROGRAMS; }
 DEVICE int rank() {

@@ -118,3 +118,13 @@ class Kernels:
         stream = torch.cuda.current_stream().cuda_stream
         config = _Config(programs, 1, 1, threads, 1, 1, shared, stream, attributes, count)
         self._check(self._driver.cuLaunchKernelEx(ctypes.byref(config), self._found[name], pointers, None))
+
+    def numbers(self, name: str, count: int) -> list[int]:
+        """What an array of 64-bit integers of the source holds, once all launches are done."""
+        place, size, values = ctypes.c_void_p(), ctypes.c_size_t(), (ctypes.c_longlong * count)()
+        torch.cuda.synchronize()
+        self._check(
+            self._driver.cuModuleGetGlobal_v2(ctypes.byref(place), ctypes.byref(size), self._module, name.encode())
+        )
+        self._check(self._driver.cuMemcpyDtoH_v2(values, place, ctypes.c_size_t(8 * count)))
+        return list(values)
