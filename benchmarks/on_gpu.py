@@ -64,9 +64,8 @@ STAGES = {
     ),
     # Blocks and experts of few tokens by clusters of programs.
     "tests-clusters": Stage(
-        "{python} -m pytest tests/kernels/test_clusters.py tests/test_cuda_engine.py -q -n 12 --dist load "
-        "-p no:cacheprovider",
-        130,
+        "{python} -m pytest tests/kernels/test_clusters.py -q -n 8 --dist load -p no:cacheprovider",
+        90,
     ),
     "clusters": Stage(
         "{python} -m benchmarks.encoder --inputs 1x206 1x1024 1x2048 --precisions bf16 fp16 --variants cluster "
