@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from m3asr import ops
 from m3asr.kernels.clusters import Clusters, Sizes, on_card
-from tests.kernels.emulated import emulator
+from emulated import emulator
 
 WIDTH, HIDDEN, HEADS, TAPS, EXPERTS = 256, 512, 4, 15, 32
 EPS = 1e-12

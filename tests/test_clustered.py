@@ -1,0 +1,107 @@
+"""The CUDA engine where programs work in clusters. Their kernels alone are tested everywhere (tests/kernels)."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from m3asr.config import EncoderConfig, ModelConfig, MoEConfig  # noqa: E402
+from m3asr.engines.cuda import CudaEngine  # noqa: E402
+from m3asr.engines.cuda.clustered import ClusteredStack, Limits  # noqa: E402
+from m3asr.engines.cuda.packing import pack  # noqa: E402
+from m3asr.model import Model  # noqa: E402
+
+
+def config(**changes) -> ModelConfig:
+    shape = {"input_dim": 20, "attention_dim": 256, "attention_heads": 4, "linear_units": 512, **changes}
+    embed = EncoderConfig(**shape, num_blocks=2)
+    encoder = EncoderConfig(**shape, num_blocks=3, moe=MoEConfig(32, 512), embed=embed)
+    return ModelConfig(family="3m", vocab_size=37, encoder=encoder)
+
+
+@torch.no_grad()
+def model(config: ModelConfig) -> Model:
+    torch.manual_seed(0)
+    built = Model(config).eval()
+    for name, value in built.named_parameters():
+        if value.dim() > 1:
+            value.normal_(0.0, (value.shape[-1] if "experts" in name else value[0].numel()) ** -0.5)
+        if "router" in name:
+            value.normal_()
+    return built
+
+
+def relative(value, reference) -> float:
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize(
+    "changes, tokens, frames, blocks, experts",
+    [
+        ({}, 64, 64, True, True),
+        ({}, 256, 256, True, True),
+        ({}, 512, 512, False, True),
+        ({}, 1024, 64, False, False),
+        ({"cnn_module_norm": "batch_norm"}, 64, 64, True, True),
+        ({"causal": True}, 64, 64, False, True),
+        ({"activation_type": "gelu"}, 64, 64, False, False),
+        ({"linear_units": 768}, 64, 64, False, False),
+        ({"attention_dim": 320, "attention_heads": 5}, 64, 64, False, False),
+    ],
+)
+def test_what_clusters_run(changes, tokens, frames, blocks, experts):
+    config_ = config(**changes)
+    packed = pack(config_, model(config_).state_dict(), "fp16", "cpu")
+    stack = ClusteredStack(packed.weights.main, torch.float16, torch.float16, load=lambda *_: None)
+    limits = Limits(block=256, experts=512)
+    assert (stack.for_blocks(limits, tokens, frames, None) is not None) == blocks
+    assert (stack.for_experts(limits, tokens) is not None) == (experts and config_.encoder.moe.hidden_units == 512)
+    assert stack.for_blocks(limits, tokens, frames, (4, 2)) is None
+    assert stack.for_blocks(Limits(0, 0), tokens, frames, None) is None
+
+
+@pytest.fixture(scope="module")
+def engines():
+    if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).major != 9:
+        pytest.skip("needs a Hopper GPU")
+    built = model(config()).cuda()
+    made = {}
+    for precision in ("bf16", "fp16", "fp8"):
+        made[precision] = CudaEngine(built, precision)
+    return built, made
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision, tolerance", [("bf16", 2e-2), ("fp16", 3e-3), ("fp8", 5e-2)])
+@pytest.mark.parametrize("batch, frames", [(1, 206), (2, 90), (1, 700)])
+def test_clusters_agree_with_single_launches(engines, precision, tolerance, batch, frames):
+    engine = engines[1][precision]
+    features = torch.randn(batch, frames, 20, device="cuda")
+    lengths = torch.tensor([frames, frames // 2][:batch], dtype=torch.int32, device="cuda")
+    results = []
+    for limits in (Limits(0, 0), Limits(0, 512), Limits(256, 512)):
+        engine.forward.limits = limits
+        engine.drop_graphs()
+        results.append(engine(features, lengths)[1])
+    engine.forward.limits = Limits()
+    engine.drop_graphs()
+    valid = torch.arange(results[0].shape[1], device="cuda")[None] < engine.subsampled(frames)
+    valid = valid.expand(batch, -1).clone()
+    valid[1:, engine.subsampled(frames // 2) :] = False
+    for result in results[1:]:
+        # A token whose two best experts are close may go to the other one: of most it must not be so.
+        errors = (result - results[0])[valid].norm(dim=1) / results[0][valid].norm(dim=1)
+        assert float(errors.median()) < tolerance
+
+
+@pytest.mark.gpu
+def test_bits_do_not_depend_on_the_rest_of_a_batch(engines):
+    engine = engines[1]["bf16"]
+    features = torch.randn(2, 200, 20, device="cuda")
+    lengths = torch.tensor([200, 131], dtype=torch.int32, device="cuda")
+    size = engine.subsampled(131)
+    both = engine(features, lengths)[1]
+    other = engine(torch.randn(2, 200, 20, device="cuda").index_copy(0, torch.tensor([0], device="cuda"), features[1:]),
+                   torch.tensor([131, 163], dtype=torch.int32, device="cuda"))[1]  # fmt: skip
+    assert torch.equal(both[1, :size], other[0, :size])
+    assert torch.equal(engine(features, lengths)[1][0], both[0])
