@@ -109,7 +109,13 @@ DEVICE void weights_here() {
     for (auto& copy : here->copies) *(uint4*)copy.first = copy.second;
     here->copies.clear();
 }
+DEVICE float2 weights8(const void* p) { return aligned<float2>(p); }
+DEVICE float weights4(const void* p) { return aligned<float>(p); }
+DEVICE u32 weights_pair(const void* p) { return aligned<u32>(p); }
 DEVICE void ahead(const void*) {}
+DEVICE float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
+DEVICE float root_below(float v) { return 1.0f / sqrtf(v); }
+DEVICE float power_of_two(float v) { return exp2f(v); }
 template <class T> DEVICE T written(const T* p) { return aligned<T>(p); }
 
 static float from_number(uint16_t v, bool half) {

@@ -2,18 +2,34 @@
 
 constexpr int LINE = WIDTH + 32, SUMS = 4 * 16 * (3 * COLUMNS + 8);
 
-DEVICE void normalise_in_warp(float (&v)[WIDTH / 32], float eps) {
-    float mean = 0.0f, squares = 0.0f;
+// Two rows of a warp.
+DEVICE void normalise_rows(float (&v)[2][WIDTH / 32], float eps) {
+    float mean[2] = {}, squares[2] = {};
 #pragma unroll
-    for (int i = 0; i < WIDTH / 32; i++) mean += v[i];
-    for (int mask = 16; mask; mask /= 2) mean += shuffle(mean, mask);
-    mean /= WIDTH;
+    for (int i = 0; i < WIDTH / 32; i++) mean[0] += v[0][i], mean[1] += v[1][i];
 #pragma unroll
-    for (int i = 0; i < WIDTH / 32; i++) v[i] -= mean, squares += v[i] * v[i];
-    for (int mask = 16; mask; mask /= 2) squares += shuffle(squares, mask);
-    float scale = 1.0f / sqrtf(squares / WIDTH + eps);
+    for (int mask = 16; mask; mask /= 2) {
+        float a = shuffle(mean[0], mask), b = shuffle(mean[1], mask);
+        mean[0] += a, mean[1] += b;
+    }
 #pragma unroll
-    for (int i = 0; i < WIDTH / 32; i++) v[i] *= scale;
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int i = 0; i < WIDTH / 32; i++) {
+            v[r][i] -= mean[r] / WIDTH;
+            squares[r] += v[r][i] * v[r][i];
+        }
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) {
+        float a = shuffle(squares[0], mask), b = shuffle(squares[1], mask);
+        squares[0] += a, squares[1] += b;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float scale = root_below(squares[r] / WIDTH + eps);
+#pragma unroll
+        for (int i = 0; i < WIDTH / 32; i++) v[r][i] *= scale;
+    }
 }
 
 // x += scale * feed_forward(norm(x)); with QKV also qkv = its projection of norm(x), `table` added to the keys.
@@ -36,6 +52,28 @@ template <bool QKV> DEVICE void feed_forward(
     Product<WIDTH, 3 * COLUMNS, 4> projection;
     up.load(up_w + me * SHARE * WIDTH);
     down.load(down_w + me * COLUMNS * HIDDEN);
+    up.load_bias(up_b + me * SHARE);
+    down.load_bias(down_b + me * COLUMNS);
+    const int row_first = first + row, column_first = me * 3 * COLUMNS + j * (3 * COLUMNS / 16);
+    float factor[WIDTH / 32] = {}, summand[WIDTH / 32] = {}, added[3 * COLUMNS / 16] = {};
+    if (prior_w)
+#pragma unroll
+        for (int i = 0; i < WIDTH / 32; i += 2) {
+            int column = i / 4 * 128 + lane * 4 + i % 4;
+            float2 w = weights8(prior_w + column), b = weights8(prior_b + column);
+            factor[i] = w.x, factor[i + 1] = w.y, summand[i] = b.x, summand[i + 1] = b.y;
+        }
+    if (QKV) {
+        projection.load_bias(qkv_b + me * 3 * COLUMNS);
+#pragma unroll
+        for (int i = 0; i < 3 * COLUMNS / 16; i += 2) {
+            int key = column_first + i - WIDTH;
+            if (table && key >= 0 && key < WIDTH) {
+                float2 more = floats(weights_pair(table + row_first % frames * WIDTH + key));
+                added[i] = more.x, added[i + 1] = more.y;
+            }
+        }
+    }
     if (QKV)
         for (int i = thread(); i < 3 * COLUMNS * WIDTH / 64; i += THREADS) ahead(qkv_w + me * 3 * COLUMNS * WIDTH + i * 64);
     MARK(1);
@@ -49,54 +87,55 @@ template <bool QKV> DEVICE void feed_forward(
             float4 v = written((const float4*)(x + (first + 2 * warp + r) * WIDTH + i * 128 + lane * 4));
             rows[r][4 * i] = v.x, rows[r][4 * i + 1] = v.y, rows[r][4 * i + 2] = v.z, rows[r][4 * i + 3] = v.w;
         }
+    if (prior_w) {
+        normalise_rows(rows, prior_eps);
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float(&v)[WIDTH / 32] = rows[r];
-        if (prior_w) {
-            normalise_in_warp(v, prior_eps);
-#pragma unroll
-            for (int i = 0; i < WIDTH / 32; i++) {
-                int column = i / 4 * 128 + lane * 4 + i % 4;
-                v[i] = v[i] * prior_w[column] + prior_b[column];
-            }
+        for (int i = 0; i < WIDTH / 32; i++) {
+            rows[0][i] = rows[0][i] * factor[i] + summand[i];
+            rows[1][i] = rows[1][i] * factor[i] + summand[i];
         }
+    }
+#pragma unroll
+    for (int i = 0; i < WIDTH / 128; i++) {
+        int column = i * 128 + lane * 4;
+        if (column / COLUMNS == me)
+            for (int r = 0; r < 2; r++)
+                *(float4*)(residual + (2 * warp + r) * COLUMNS + column % COLUMNS) =
+                    make_float4(rows[r][4 * i], rows[r][4 * i + 1], rows[r][4 * i + 2], rows[r][4 * i + 3]);
+    }
+    normalise_rows(rows, eps);
+#pragma unroll
+    for (int r = 0; r < 2; r++)
 #pragma unroll
         for (int i = 0; i < WIDTH / 128; i++) {
-            int column = i * 128 + lane * 4;
-            if (column / COLUMNS == me)
-                *(float4*)(residual + (2 * warp + r) * COLUMNS + column % COLUMNS) =
-                    make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+            const float* v = rows[r] + 4 * i;
+            *(uint2*)(y + (2 * warp + r) * LINE + i * 128 + lane * 4) = make_uint2(pair(v[0], v[1]), pair(v[2], v[3]));
         }
-        normalise_in_warp(v, eps);
-#pragma unroll
-        for (int i = 0; i < WIDTH / 128; i++)
-            *(uint2*)(y + (2 * warp + r) * LINE + i * 128 + lane * 4) =
-                make_uint2(pair(v[4 * i], v[4 * i + 1]), pair(v[4 * i + 2], v[4 * i + 3]));
-    }
     sync();
     MARK(3);
     up.multiply(y, sums);
-    if (QKV) projection.load(qkv_w + me * 3 * COLUMNS * WIDTH);
     sync();
     MARK(4);
     float between[SHARE / 16];
-    up.result(sums, up_b + me * SHARE, between);
+    up.result(sums, between);
 #pragma unroll
     for (int i = 0; i < SHARE / 16; i++) between[i] = activate(between[i]);
     MARK(5);
     all_here();  // before a program's shared memory is written to, it must have begun
     send<HIDDEN, SHARE / 16>(h, h_place, between);
-    barrier();
+    arrive();
+    if (QKV) projection.load(qkv_w + me * 3 * COLUMNS * WIDTH);  // while the others' results are under way
+    all_here();
     received<HIDDEN>(h, h_place);
     MARK(6);
     down.multiply(h, sums);
     sync();
     MARK(7);
     float v[2];
-    down.result(sums, down_b + me * COLUMNS, v);
+    down.result(sums, v);
     float2 before = *(const float2*)(residual + row * COLUMNS + 2 * j);
     v[0] = before.x + scale * v[0], v[1] = before.y + scale * v[1];
-    *(float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j) = make_float2(v[0], v[1]);
+    *(float2*)(x + row_first * WIDTH + me * COLUMNS + 2 * j) = make_float2(v[0], v[1]);
     if (!QKV) return;
     normalise(v[0], v[1], inbox, eps);
     MARK(8);
@@ -108,18 +147,10 @@ template <bool QKV> DEVICE void feed_forward(
     sync();
     MARK(10);
     float out[3 * COLUMNS / 16];
-    projection.result(sums, qkv_b + me * 3 * COLUMNS, out);
-    const int column = me * 3 * COLUMNS + j * (3 * COLUMNS / 16), position = (first + row) % frames;
-    u32* to = (u32*)(qkv + (first + row) * (3 * WIDTH) + column);
+    projection.result(sums, out);
+    u32* to = (u32*)(qkv + row_first * (3 * WIDTH) + column_first);
 #pragma unroll
-    for (int i = 0; i < 3 * COLUMNS / 16; i += 2) {
-        int key = column + i - WIDTH;
-        if (table && key >= 0 && key < WIDTH) {
-            float2 more = floats(*(const u32*)(table + position * WIDTH + key));
-            out[i] += more.x, out[i + 1] += more.y;
-        }
-        to[i / 2] = pair(out[i], out[i + 1]);
-    }
+    for (int i = 0; i < 3 * COLUMNS / 16; i += 2) to[i / 2] = pair(out[i] + added[i], out[i + 1] + added[i + 1]);
     MARK(11);
 }
 
@@ -164,53 +195,79 @@ KERNEL attention_gated(
     Product<WIDTH, COLUMNS, 8> attention_out;
     Product<WIDTH, 2 * COLUMNS, 4> gate;
     attention_out.load(out_w + me * COLUMNS * WIDTH);
+    attention_out.load_bias(out_b + me * COLUMNS);
     gate.load(gated_w + me * 2 * COLUMNS * WIDTH);
-    MARK(17);
-    wait();
-    MARK(18);
-    const int length = written(lengths + first / frames), begin = first / frames * frames;
-    const int seen = first - begin < length ? length : 0;  // nobody reads queries past the length
-    const float2 before = written((const float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j));
-    const Number* keys = qkv + begin * (3 * WIDTH) + WIDTH + head * HEAD;
-    for (int i = thread(); i < (seen + 3) / 4 * 4 * (COLUMNS / 8); i += THREADS) {
-        int key = i / (COLUMNS / 8), part = i % (COLUMNS / 8) * 8;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (key < seen)
-            v = written((const uint4*)(qkv + (begin + key) * (3 * WIDTH) + 2 * WIDTH + me * COLUMNS + part));
-        *(uint4*)(values + key * COLUMNS + part) = v;
-    }
-    const int g = lane / 4, t = lane % 4;
-    for (int tile = warp; tile * 8 < seen; tile += 8) {
-        float c[4] = {};
-#pragma unroll
-        for (int step = 0; step < HEAD / 32; step++) {
-            const Number* q = qkv + (first + g) * (3 * WIDTH) + head * HEAD + step * 32 + t * 8;
-            uint4 low = written((const uint4*)q), high = written((const uint4*)(q + 8 * 3 * WIDTH));
-            uint4 k = written((const uint4*)(keys + (tile * 8 + g) * (3 * WIDTH) + step * 32 + t * 8));
-            multiply_add(c, low.x, high.x, low.y, high.y, k.x, k.y);
-            multiply_add(c, low.z, high.z, low.w, high.w, k.z, k.w);
-        }
-        *(float2*)(scores + g * PITCH + tile * 8 + 2 * t) = make_float2(c[0], c[1]);
-        *(float2*)(scores + (g + 8) * PITCH + tile * 8 + 2 * t) = make_float2(c[2], c[3]);
-    }
-    sync();
-    MARK(19);
-    float top = -1e30f, total = 0.0f, found[KEYS / 16];
+    gate.load_bias(gated_b + me * 2 * COLUMNS);
+    float found[KEYS / 16];
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++) {
         int key = i * 16 + j;
-        found[i] = -1e30f;
-        if (key < seen) {
-            float bias = key_bias ? key_bias[head * key_bias_stride + key] : 0.0f;
-            found[i] = (scores[row * PITCH + key] + bias) * scale;
+        found[i] = key_bias && key < frames ? weights4(key_bias + head * key_bias_stride + key) : 0.0f;
+    }
+    MARK(17);
+    wait();
+    MARK(18);
+    // All that is read is asked for before any of it is looked at; rows past the length are there, too.
+    const int length = written(lengths + first / frames), begin = first / frames * frames;
+    const float2 before = written((const float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j));
+    const Number* keys = qkv + begin * (3 * WIDTH) + WIDTH + head * HEAD;
+    const int g = lane / 4, t = lane % 4;
+    uint4 low[HEAD / 32], high[HEAD / 32];
+#pragma unroll
+    for (int step = 0; step < HEAD / 32; step++) {
+        const Number* q = qkv + (first + g) * (3 * WIDTH) + head * HEAD + step * 32 + t * 8;
+        low[step] = written((const uint4*)q), high[step] = written((const uint4*)(q + 8 * 3 * WIDTH));
+    }
+    for (int from = 0; from < frames; from += 128) {
+        uint4 k[2][HEAD / 32], v[128 * COLUMNS / 8 / THREADS];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int step = 0; step < HEAD / 32; step++) {
+                int key = from + (warp + 8 * i) * 8 + g;
+                if (key < frames) k[i][step] = written((const uint4*)(keys + key * (3 * WIDTH) + step * 32 + t * 8));
+            }
+#pragma unroll
+        for (int i = 0; i < 128 * COLUMNS / 8 / THREADS; i++) {
+            int key = from + (thread() + i * THREADS) / (COLUMNS / 8), part = thread() % (COLUMNS / 8) * 8;
+            v[i] = make_uint4(0, 0, 0, 0);
+            if (key < frames)
+                v[i] = written((const uint4*)(qkv + (begin + key) * (3 * WIDTH) + 2 * WIDTH + me * COLUMNS + part));
         }
+#pragma unroll
+        for (int i = 0; i < 128 * COLUMNS / 8 / THREADS; i++) {
+            int key = from + (thread() + i * THREADS) / (COLUMNS / 8), part = thread() % (COLUMNS / 8) * 8;
+            *(uint4*)(values + key * COLUMNS + part) = key < length ? v[i] : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int at = from + (warp + 8 * i) * 8;
+            if (at >= frames) continue;
+            float c[4] = {};
+#pragma unroll
+            for (int step = 0; step < HEAD / 32; step++) {
+                multiply_add(c, low[step].x, high[step].x, low[step].y, high[step].y, k[i][step].x, k[i][step].y);
+                multiply_add(c, low[step].z, high[step].z, low[step].w, high[step].w, k[i][step].z, k[i][step].w);
+            }
+            *(float2*)(scores + g * PITCH + at + 2 * t) = make_float2(c[0], c[1]);
+            *(float2*)(scores + (g + 8) * PITCH + at + 2 * t) = make_float2(c[2], c[3]);
+        }
+    }
+    const int seen = first - begin < length ? length : 0;  // nobody reads queries past the length
+    sync();
+    MARK(19);
+    float top = -1e30f, total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < KEYS / 16; i++) {
+        int key = i * 16 + j;
+        found[i] = key < seen ? (scores[row * PITCH + key] + found[i]) * scale : -1e30f;
         top = fmaxf(top, found[i]);
     }
     for (int mask = 8; mask; mask /= 2) top = fmaxf(top, shuffle(top, mask));
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++) {
         int key = i * 16 + j;
-        float weight = key < seen ? exp2f(found[i] - top) : 0.0f;
+        float weight = key < seen ? power_of_two(found[i] - top) : 0.0f;
         total += weight;
         scores[row * PITCH + key] = weight;  // zeros behind the length, too
     }
@@ -238,7 +295,7 @@ KERNEL attention_gated(
     attention_out.multiply(context, sums);
     sync();
     MARK(23);
-    attention_out.result(sums, out_b + me * COLUMNS, v);
+    attention_out.result(sums, v);
     v[0] += before.x, v[1] += before.y;
     *(float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j) = make_float2(v[0], v[1]);
     normalise(v[0], v[1], inbox, eps);
@@ -251,9 +308,9 @@ KERNEL attention_gated(
     sync();
     MARK(26);
     float both[4];
-    gate.result(sums, gated_b + me * 2 * COLUMNS, both);
+    gate.result(sums, both);
     bool valid = (first + row) % frames < length;
-    float a = valid ? both[0] / (1.0f + expf(-both[1])) : 0.0f, b = valid ? both[2] / (1.0f + expf(-both[3])) : 0.0f;
+    float a = valid ? both[0] * sigmoid(both[1]) : 0.0f, b = valid ? both[2] * sigmoid(both[3]) : 0.0f;
     *(u32*)(glu + (first + row) * WIDTH + me * COLUMNS + 2 * j) = pair(a, b);
     MARK(27);
 }
@@ -277,32 +334,48 @@ template <bool ROUTER> DEVICE void convolution(
     const int column = me * COLUMNS + 2 * j, position = (first + row) % frames;
     Product<WIDTH, COLUMNS, 8> pointwise;
     pointwise.load(out_w + me * COLUMNS * WIDTH);
+    pointwise.load_bias(out_b + me * COLUMNS);
     if (ROUTER)
         for (int i = thread(); i < COLUMNS * EXPERTS / 4; i += THREADS)
             *(uint4*)(router + i * 4) = weights16(router_w + me * COLUMNS * EXPERTS + i * 4);
-    float2 weights[TAPS], v = *(const float2*)(taps_b + column);
+    float2 weights[TAPS], v = weights8(taps_b + column), factor = {}, summand = {};
+    if (norm_w) factor = weights8(norm_w + column), summand = weights8(norm_b + column);
 #pragma unroll
-    for (int tap = 0; tap < TAPS; tap++) weights[tap] = *(const float2*)(taps + tap * WIDTH + column);
+    for (int tap = 0; tap < TAPS; tap++) weights[tap] = weights8(taps + tap * WIDTH + column);
     MARK(33);
     wait();
     MARK(34);
-    const bool valid = position < written(lengths + first / frames);
+    const int length = written(lengths + first / frames);
     const float2 before = written((const float2*)(x + (first + row) * WIDTH + column));
+    u32 in[TAPS];
 #pragma unroll
     for (int tap = 0; tap < TAPS; tap++) {
         int source = position + tap - left;
-        if (source >= 0 && source < frames) {
-            float2 in = floats(written((const u32*)(glu + (first + row + tap - left) * WIDTH + column)));
-            v.x += in.x * weights[tap].x, v.y += in.y * weights[tap].y;
-        }
+        in[tap] = 0;
+        if (source >= 0 && source < frames)
+            in[tap] = written((const u32*)(glu + (first + row + tap - left) * WIDTH + column));
     }
+    // What the row that this warp decides on hears, ahead of its logits.
+    const int warp = thread() / 32, lane = thread() % 32, token = first + warp % (16 / PROGRAMS) * PROGRAMS + me;
+    float hears[(EXPERTS + 31) / 32] = {};
+    if (ROUTER)
+#pragma unroll
+        for (int i = 0; i < (EXPERTS + 31) / 32; i++)
+            if (i * 32 + lane < EXPERTS)
+                hears[i] = written(heard + (long long)token * heard_stride + i * 32 + lane) +
+                           weights4(router_b + i * 32 + lane);
+#pragma unroll
+    for (int tap = 0; tap < TAPS; tap++) {
+        float2 each = floats(in[tap]);
+        v.x += each.x * weights[tap].x, v.y += each.y * weights[tap].y;
+    }
+    const bool valid = position < length;
     MARK(35);
     all_here();
     float both[2] = {v.x, v.y};
     if (norm_w) {
         normalise(both[0], both[1], inbox, norm_eps);
-        both[0] = both[0] * norm_w[column] + norm_b[column];
-        both[1] = both[1] * norm_w[column + 1] + norm_b[column + 1];
+        both[0] = both[0] * factor.x + summand.x, both[1] = both[1] * factor.y + summand.y;
     }
     both[0] = activate(both[0]), both[1] = activate(both[1]);
     MARK(36);
@@ -313,7 +386,7 @@ template <bool ROUTER> DEVICE void convolution(
     pointwise.multiply(inner, sums);
     sync();
     MARK(38);
-    pointwise.result(sums, out_b + me * COLUMNS, both);
+    pointwise.result(sums, both);
     both[0] = before.x + (valid ? both[0] : 0.0f), both[1] = before.y + (valid ? both[1] : 0.0f);
     *(float2*)(x + (first + row) * WIDTH + column) = make_float2(both[0], both[1]);
     if (!ROUTER) return;
@@ -340,9 +413,7 @@ template <bool ROUTER> DEVICE void convolution(
     MARK(40);
     barrier();
     MARK(41);
-    const int rows_here = 16 / PROGRAMS, warp = thread() / 32, lane = thread() % 32;
-    if (warp >= rows_here) return;
-    const int token = first + warp * PROGRAMS + me;
+    if (warp >= 16 / PROGRAMS) return;
     float top = -1e30f, each[(EXPERTS + 31) / 32];
     int expert = EXPERTS;
 #pragma unroll
@@ -350,8 +421,9 @@ template <bool ROUTER> DEVICE void convolution(
         int e = i * 32 + lane;
         float logit = 0.0f;
         if (e < EXPERTS) {
+#pragma unroll
             for (int p = 0; p < PROGRAMS; p++) logit += logits[(warp * PROGRAMS + p) * EXPERTS + e];
-            logit = logit * router_scale + router_b[e] + written(heard + (long long)token * heard_stride + e);
+            logit = logit * router_scale + hears[i];
         }
         each[i] = e < EXPERTS ? logit : -1e30f;
         if (each[i] > top) top = each[i], expert = e;
@@ -365,7 +437,7 @@ template <bool ROUTER> DEVICE void convolution(
 #pragma unroll
     for (int i = 0; i < (EXPERTS + 31) / 32; i++) total += expf(each[i] - top);
     for (int mask = 16; mask; mask /= 2) total += shuffle(total, mask);
-    bool counts = token % frames < written(lengths + first / frames);
+    bool counts = token % frames < length;
     if (lane == 0) {
         experts[token] = counts ? min(expert, EXPERTS - 1) : -1;
         gates[token] = counts ? 1.0f / total : 0.0f;

@@ -39,6 +39,9 @@ KERNEL experts(
     const int expert = ones((hit & -hit) - 1);
     MARK(2);
     Up up;
+    Down down;  // but for its weights
+    up.load_bias(up_b + expert * HIDDEN + me * SHARE);
+    down.load_bias(down_b + expert * WIDTH + me * COLUMNS);
     up.load(up_w + ((long long)expert * HIDDEN + me * SHARE) * WIDTH);
     const Number* from = down_w + ((long long)expert * WIDTH + me * COLUMNS) * HIDDEN;
     for (int i = thread(); i < COLUMNS * HIDDEN / 8; i += THREADS)
@@ -75,7 +78,7 @@ KERNEL experts(
         sync();
         MARK(5);
         float between[SHARE / LANES], v[2];
-        Up::result(sums, up_b + expert * HIDDEN + me * SHARE, between);
+        up.result(sums, between);
 #pragma unroll
         for (int i = 0; i < SHARE / LANES; i++) between[i] = activate(between[i]);
         all_here();  // nobody reads h any more
@@ -90,7 +93,7 @@ KERNEL experts(
         sync();
         MARK(9);
         if (first + 16 < count) arrive();
-        Down::result(sums, down_b + expert * WIDTH + me * COLUMNS, v);
+        down.result(sums, v);
         before.x += gate * v[0], before.y += gate * v[1];
         if (used) *out = before;
         MARK(10);

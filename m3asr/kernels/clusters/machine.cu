@@ -48,9 +48,32 @@ DEVICE void copy16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
 DEVICE void weights_here() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE float2 weights8(const void* p) {
+    float2 v;
+    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
+    return v;
+}
+DEVICE float weights4(const void* p) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
+    return v;
+}
+DEVICE u32 weights_pair(const void* p) {
+    u32 v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
 DEVICE void ahead(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 // What another kernel, or another program, wrote: past the L1 cache, where a line may be older.
 template <class T> DEVICE T written(const T* p) { return __ldcg(p); }
+
+DEVICE float sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
+DEVICE float root_below(float v) { return rsqrtf(v); }  // 1 / sqrt(v)
+DEVICE float power_of_two(float v) {
+    float p;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(v));
+    return p;
+}
 
 DEVICE u32 pair(float a, float b) {  // a in the lower half
     u32 v;

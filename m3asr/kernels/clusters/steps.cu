@@ -21,7 +21,7 @@ DEVICE float sum_of_row(float v) {  // over the threads of a row
 
 DEVICE float activate(float v) {
 #if SWISH
-    return v / (1.0f + expf(-v));
+    return v * sigmoid(v);
 #else
     return fmaxf(v, 0.0f);
 #endif
@@ -78,12 +78,19 @@ template <int K, int N, int KG> struct Product {
         }
     }
 
-    // This thread's sums, with their bias, float32 of the program's N columns.
-    DEVICE static void result(const float* sums, const float* bias, float (&v)[EACH]) {
+    // This thread's part of the bias, float32 of the program's N columns: a sum that begins with it waits for nothing.
+    float2 bias[EACH / 2];
+    DEVICE void load_bias(const float* from) {
+#pragma unroll
+        for (int i = 0; i < EACH; i += 2) bias[i / 2] = weights8(from + thread() % LANES * EACH + i);
+    }
+
+    // This thread's sums.
+    DEVICE void result(const float* sums, float (&v)[EACH]) const {
         int row = thread() / LANES, first = thread() % LANES * EACH;
 #pragma unroll
         for (int i = 0; i < EACH; i += 2) {
-            float2 total = *(const float2*)(bias + first + i);
+            float2 total = bias[i / 2];
 #pragma unroll
             for (int part = 0; part < KG; part++) {
                 float2 s = *(const float2*)(sums + (part * 16 + row) * PITCH + first + i);
@@ -147,7 +154,7 @@ DEVICE void normalise(float& a, float& b, float2* inbox, float eps) {
     mean = sum_of_row(part.x) / PROGRAMS;
     float off = part.x - mean;
     squares = sum_of_row(j < PROGRAMS ? part.y + COLUMNS * off * off : 0.0f);
-    float scale = 1.0f / sqrtf(squares / WIDTH + eps);
+    float scale = root_below(squares / WIDTH + eps);
     a = (a - mean) * scale;
     b = (b - mean) * scale;
 }
