@@ -84,7 +84,6 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
         cases["clusters for experts alone"] = {"limits": replace(limits, block=0)}
         cases["clusters for blocks alone"] = {"limits": replace(limits, experts=0)}
         cases["clusters for blocks of up to 512 tokens"] = {"limits": replace(limits, block=512)}
-        cases["clusters through the L2 cache"] = {"limits": replace(limits, through_cache=True)}
     if tiles.MEASURED:
         cases["the package's own tiles"] = {"package": True}
         cases["tiles by rule, not by measurement"] = {"rule": True}

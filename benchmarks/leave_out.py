@@ -115,7 +115,10 @@ PHASES = {
         "attention, gated": (16, "weights asked|wait|scores|softmax|values|sent|out|x, norm|sent|gated|stored"),
         "convolution, router": (32, "weights asked|wait|taps|norm|sent|pointwise|x, norm|logits|sent|chosen"),
     },
-    "experts.cu": {"experts": (0, "wait|list|weights asked|rows|up|sums|weights here|sent|down|x")},
+    "experts.cu": {
+        "experts, up": (0, "wait|routing|weights asked|rows|up|stored"),
+        "experts, down": (8, "routing|weights asked|wait|rows|down|stored"),
+    },
 }
 
 
@@ -125,7 +128,10 @@ def phases(engine: CudaEngine, name: str, results: dict, say) -> None:
     usual, forward.limits = forward.limits, replace(forward.limits, timed=True)
     try:
         engine.drop_graphs()
-        engine.graph_for(*map(int, name.split("x"))).replay()
+        graph = engine.graph_for(*map(int, name.split("x")))
+        graph.features.normal_()
+        graph.lengths.fill_(int(name.split("x")[1]))
+        graph.replay()
         for sizes, kernels in forward.clustered[0].made().items():
             for file, parts in PHASES.items() if sizes.timed else ():
                 try:

@@ -64,7 +64,8 @@ STAGES = {
     ),
     # Blocks and experts of few tokens by clusters of programs.
     "tests-clusters": Stage(
-        "{python} -m pytest tests/kernels/test_clusters.py tests/test_clustered.py -q -n 8 --dist load -p no:cacheprovider",
+        "{python} -m pytest tests/kernels/test_clusters.py tests/test_clustered.py -q -n 8 --dist load "
+        "-p no:cacheprovider",
         90,
     ),
     "clusters": Stage(

@@ -35,13 +35,12 @@ struct Fibre {
     int thread, program, turn = 0;
     bool done = false;
     u32 given[6];
-    std::vector<std::pair<void*, uint4>> copies;
 };
 static std::vector<Fibre> fibres;
 static std::vector<char> shared_memory(PROGRAMS * BYTES + 128), stacks;
 static Gate of_cluster, of_program[PROGRAMS], of_warp[PROGRAMS * THREADS / 32];
 static Fibre* here;
-static int group_now;
+static int group_now, groups_all;
 static ucontext_t scheduler;
 static size_t asked;  // bytes of shared memory
 static std::function<void()> body;
@@ -61,6 +60,7 @@ static Fibre& mate(int lane) { return fibres[here->program * THREADS + here->thr
 
 DEVICE int thread() { return here->thread; }
 DEVICE int group() { return group_now; }
+DEVICE int groups() { return groups_all; }
 DEVICE int rank() { return here->program; }
 DEVICE void sync() { meet(of_program[here->program], THREADS); }
 DEVICE void together() { meet(warp_gate(), 32); }
@@ -104,11 +104,6 @@ template <class T> static T aligned(const void* p) {
     return *(const T*)p;
 }
 DEVICE uint4 weights16(const void* p) { return aligned<uint4>(p); }
-DEVICE void copy16(void* to, const void* from) { here->copies.push_back({to, aligned<uint4>(from)}); }
-DEVICE void weights_here() {
-    for (auto& copy : here->copies) *(uint4*)copy.first = copy.second;
-    here->copies.clear();
-}
 DEVICE float2 weights8(const void* p) { return aligned<float2>(p); }
 DEVICE float weights4(const void* p) { return aligned<float>(p); }
 DEVICE u32 weights_pair(const void* p) { return aligned<u32>(p); }
@@ -169,7 +164,7 @@ static void start() {
 }
 
 static void run(int groups, int seed, size_t shared) {
-    asked = shared;
+    asked = shared, groups_all = groups;
     constexpr size_t STACK = 48 << 10;
     std::minstd_rand random(seed + 1);
     int all = PROGRAMS * THREADS;

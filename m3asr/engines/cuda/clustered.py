@@ -16,7 +16,7 @@ from m3asr.kernels.clusters import MOST_KEYS, MOST_TOKENS, Clusters, Sizes
 class Limits:
     """The most tokens for which blocks, and experts, run by clusters; 0: never. The rest: see `clusters.Sizes`."""
 
-    block: int = 256
+    block: int = 128
     experts: int = 512
     through_cache: bool = False
     timed: bool = False

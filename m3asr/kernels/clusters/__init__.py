@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 
 from m3asr.kernels.clusters.machine import Kernels
+from m3asr.kernels.pieces import multiprocessors
 
 FOLDER = Path(__file__).parent
-BLOCK_THREADS, EXPERT_THREADS = 256, 512
-BLOCK_COLUMNS, EXPERT_COLUMNS = 32, 64  # of the residual stream, for each program of a cluster
+THREADS = 256
+BLOCK_COLUMNS = 32  # of the residual stream, for each program of a cluster
+UP_COLUMNS, DOWN_COLUMNS = 64, 32  # of an expert's products, for each program
 MOST_KEYS, MOST_TOKENS = 512, 1024
 
 
@@ -48,10 +50,6 @@ class Sizes:
     def block_programs(self) -> int:
         return self.width // BLOCK_COLUMNS
 
-    @property
-    def expert_programs(self) -> int:
-        return self.width // EXPERT_COLUMNS
-
     def block_fits(self) -> bool:
         head = self.width // self.heads
         return (
@@ -66,16 +64,17 @@ class Sizes:
     def experts_fit(self) -> bool:
         """Experts of 16 bits alone."""
         return (
-            self.expert_programs in (4, 8)
-            and self.width % EXPERT_COLUMNS == 0
-            and self.hidden == 2 * self.width
+            self.width in (128, 256, 384, 512)
+            and self.hidden % 256 == 0
+            and self.hidden <= 1024
             and 0 < self.experts <= 32
         )
 
-    def source(self, file: str, threads: int, programs: int) -> tuple[str, str]:
+    def source(self, file: str) -> tuple[str, str]:
         """Definitions, and CUDA C++ that needs them and machine.cu before it."""
         names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
-        names |= {"THREADS": threads, "PROGRAMS": programs, "EXPERTS": max(self.experts, 16)}
+        together, resident = (self.block_programs, 1) if file == "block.cu" else (1, 2)
+        names |= {"THREADS": THREADS, "PROGRAMS": together, "RESIDENT": resident, "EXPERTS": max(self.experts, 16)}
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
         return defined, "".join((FOLDER / f).read_text() for f in ("steps.cu", file))
 
@@ -101,10 +100,10 @@ class Sizes:
         rows = 4 * 16 * (BLOCK_COLUMNS + 4) + 16 * experts + 2 * 128 * self.block_programs
         return self._line + self._sums + rows + BLOCK_COLUMNS * experts
 
-    def experts_bytes(self) -> int:
-        up, down = 4 * 64 * (self.hidden // self.expert_programs + 8), 4 * 128 * (EXPERT_COLUMNS + 8)
-        weights, inner = EXPERT_COLUMNS * 2 * (self.hidden + 32), 16 * 2 * (self.hidden + 32)
-        return weights + self._line + inner + max(up, down) + 4 * (MOST_TOKENS + 32 + 1)
+    def expert_bytes(self) -> tuple[int, int]:
+        """For the first product and the second."""
+        lists, inner = 4 * (2 * MOST_TOKENS + 32 + 1), 16 * 2 * (self.hidden + 32)
+        return self._line + 4 * 64 * (UP_COLUMNS + 8) + lists, inner + 4 * 128 * (DOWN_COLUMNS + 8) + lists
 
 
 @cache
@@ -123,16 +122,12 @@ class Clusters:
 
     def loaded(self, file: str) -> Kernels:
         """The kernels of block.cu or of experts.cu."""
-        sizes, of_block = self.sizes, file == "block.cu"
-        threads, programs = (
-            (BLOCK_THREADS, sizes.block_programs) if of_block else (EXPERT_THREADS, sizes.expert_programs)
-        )
-        return self._load(*sizes.source(file, threads, programs), self._device)
+        return self._load(*self.sizes.source(file), self._device)
 
     def _block(self, name: str, tokens: int, shared: int, *args, pdl: bool) -> None:
         programs = self.sizes.block_programs
         self.loaded("block.cu").launch(
-            name, tokens // 16 * programs, BLOCK_THREADS, *args, shared=shared, cluster=programs, pdl=pdl
+            name, tokens // 16 * programs, THREADS, *args, shared=shared, cluster=programs, pdl=pdl
         )
 
     def _place(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor | None:
@@ -198,10 +193,15 @@ class Clusters:
 
         y (N, D), N at most MOST_TOKENS; gate float32 (N,) or None.
         """
-        sizes, tokens = self.sizes, x.shape[0]
-        programs, clusters = sizes.expert_programs, min(tokens, sizes.experts)
-        self.loaded("experts.cu").launch(
-            "experts", clusters * programs, EXPERT_THREADS, y, expert_idx, gate, up.weight, up.bias, down.weight,
-            down.bias, x, self._place(16 * clusters, sizes.hidden, y), tokens, float(scale),
-            shared=sizes.experts_bytes(), cluster=programs, pdl=pdl,
+        sizes, tokens, kernels = self.sizes, x.shape[0], self.loaded("experts.cu")
+        most, resident = min(tokens, sizes.experts), 2 * multiprocessors(self._device)
+        h = torch.empty(tokens, sizes.hidden, dtype=y.dtype, device=y.device)
+        shared, slices = sizes.expert_bytes(), (sizes.hidden // UP_COLUMNS, sizes.width // DOWN_COLUMNS)
+        kernels.launch(
+            "experts_up", min(resident, most * slices[0]), THREADS, y, expert_idx, up.weight, up.bias, h, tokens,
+            shared=shared[0], pdl=pdl,
+        )  # fmt: skip
+        kernels.launch(
+            "experts_down", min(resident, most * slices[1]), THREADS, h, expert_idx, gate, down.weight, down.bias, x,
+            tokens, float(scale), shared=shared[1], pdl=pdl,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 // What the kernels need of the card. tests/kernels/emulated.h has the same for a CPU.
 typedef unsigned int u32;
 #define DEVICE __device__ __forceinline__
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #define SHARED(name) extern __shared__ __align__(128) char name[]
 
 #if TIMED
@@ -13,6 +13,7 @@ extern "C" { __device__ long long marks[64]; }
 
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int group() { return blockIdx.x / PROGRAMS; }
+DEVICE int groups() { return gridDim.x / PROGRAMS; }
 DEVICE int rank() {
     u32 r;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -26,7 +27,6 @@ DEVICE void wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE float shuffle(float v, int mask) { return __shfl_xor_sync(0xffffffff, v, mask); }
 DEVICE u32 shuffle(u32 v, int mask) { return __shfl_xor_sync(0xffffffff, v, mask); }
 DEVICE u32 ballot(bool v) { return __ballot_sync(0xffffffff, v); }
-DEVICE void together() { __syncwarp(); }
 DEVICE int ones(u32 v) { return __popc(v); }
 
 // The same place in the shared memory of another program of the cluster.
@@ -43,11 +43,6 @@ DEVICE uint4 weights16(const void* p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
-// The same into shared memory, there behind `weights_here` of each thread and a barrier.
-DEVICE void copy16(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-DEVICE void weights_here() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE float2 weights8(const void* p) {
     float2 v;
     asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
