@@ -131,7 +131,7 @@ class Launches:
         if kind == "first convolution":
             self.lengths = args[5]
         elif kind in ("router", "cluster: convolution router"):
-            self.choices.append(args[6 if kind == "router" else 10])
+            self.choices.append(args[6 if kind == "router" else 11])
         elif kind == "sort":
             self.sorted.append((args[1], args[2]))
             self.counted.append(options.get("counts"))

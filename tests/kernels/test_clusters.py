@@ -25,10 +25,10 @@ def load(tmp_path_factory):
 
 @pytest.fixture
 def clusters(load, device):
-    def of(dtype, keys=128, through_cache=False, half_experts=None):
+    def of(dtype, keys=128, half_experts=None):
         half = dtype == torch.float16
         experts_half = half if half_experts is None else half_experts
-        sizes = Sizes(WIDTH, HIDDEN, HEADS, TAPS, EXPERTS, half, experts_half, True, keys, through_cache)
+        sizes = Sizes(WIDTH, HIDDEN, HEADS, TAPS, EXPERTS, half, experts_half, True, keys)
         assert sizes.block_fits() and sizes.experts_fit()
         return Clusters(sizes, device, load)
 
@@ -36,9 +36,7 @@ def clusters(load, device):
 
 
 TYPES = (torch.bfloat16, torch.float16)
-kinds = pytest.mark.parametrize(
-    "dtype, through_cache", [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)]
-)
+kinds = pytest.mark.parametrize("dtype", TYPES)
 
 
 @pytest.fixture
@@ -64,7 +62,7 @@ def pdl(device) -> bool:
 
 @kinds
 @pytest.mark.parametrize("prior", [False, True])
-def test_feed_forward_qkv(clusters, layer, check, poisoned, device, dtype, through_cache, prior):
+def test_feed_forward_qkv(clusters, layer, check, poisoned, device, dtype, prior):
     tokens, frames = 32, 16
     x = torch.randn(tokens, WIDTH, device=device)
     up, down, qkv = layer(HIDDEN, WIDTH, dtype), layer(WIDTH, HIDDEN, dtype), layer(3 * WIDTH, WIDTH, dtype)
@@ -76,8 +74,19 @@ def test_feed_forward_qkv(clusters, layer, check, poisoned, device, dtype, throu
     expected = expected + 0.5 * linear(F.silu(linear(norm(expected), up)), down)
     projected = linear(norm(expected), qkv)
     projected[:, WIDTH : 2 * WIDTH] += table[:frames].double().repeat(tokens // frames, 1)
-    clusters(dtype, through_cache=through_cache).feed_forward_qkv(
-        x, up, down, qkv, table, out, frames=frames, scale=0.5, eps=EPS, prior=prior, pdl=pdl(device)
+    clusters(dtype).feed_forward_qkv(
+        x,
+        up,
+        down,
+        qkv,
+        qkv.weight.float().sum(1),
+        table,
+        out,
+        frames=frames,
+        scale=0.5,
+        eps=EPS,
+        prior=prior,
+        pdl=pdl(device),
     )
     check(x, expected, dtype)
     check(out, projected, dtype)
@@ -93,7 +102,7 @@ def test_feed_forward(clusters, layer, check, device):
 
 @kinds
 @pytest.mark.parametrize("frames, lengths, keys", [(16, (16, 9, 0), 128), (96, (83,), 128), (256, (241,), 512)])
-def test_attention_gated(clusters, layer, check, poisoned, device, dtype, through_cache, frames, lengths, keys):
+def test_attention_gated(clusters, layer, check, poisoned, device, dtype, frames, lengths, keys):
     batch, tokens, head = len(lengths), len(lengths) * frames, WIDTH // HEADS
     qkv, x = torch.randn(tokens, 3 * WIDTH, device=device).to(dtype), torch.randn(tokens, WIDTH, device=device)
     lengths, key_bias = torch.tensor(lengths, device=device).int(), torch.randn(HEADS, frames + 7, device=device)
@@ -108,8 +117,8 @@ def test_attention_gated(clusters, layer, check, poisoned, device, dtype, throug
     expected = x + linear(context * sees.flatten()[:, None], out)
     z = linear(norm(expected), gated)
     glu_expected = z[:, ::2] * torch.sigmoid(z[:, 1::2]) * mask.flatten()[:, None]
-    clusters(dtype, keys, through_cache).attention_gated(
-        qkv, lengths, key_bias, x, out, gated, glu, frames=frames, eps=EPS, pdl=pdl(device)
+    clusters(dtype, keys).attention_gated(
+        qkv, lengths, key_bias, x, out, gated, gated.weight.float().sum(1), glu, frames=frames, eps=EPS, pdl=pdl(device)
     )
     check(x, expected, dtype)
     check(glu, glu_expected, dtype)
@@ -118,7 +127,7 @@ def test_attention_gated(clusters, layer, check, poisoned, device, dtype, throug
 @kinds
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("frames, lengths", [(16, (16, 5)), (48, (41,))])
-def test_convolution(clusters, layer, check, poisoned, device, dtype, through_cache, normed, frames, lengths):
+def test_convolution(clusters, layer, check, poisoned, device, dtype, normed, frames, lengths):
     batch, tokens = len(lengths), len(lengths) * frames
     glu, x = torch.randn(tokens, WIDTH, device=device).to(dtype), torch.randn(tokens, WIDTH, device=device)
     taps, bias = torch.randn(TAPS, WIDTH, device=device) / 3, torch.randn(WIDTH, device=device)
@@ -136,13 +145,28 @@ def test_convolution(clusters, layer, check, poisoned, device, dtype, through_ca
     expected = x + linear(F.silu(z).flatten(0, 1), out) * mask[:, None]
     chances = (2 * norm(expected) @ router.weight.double() + router.bias + heard).softmax(-1)
     alone, options = x.clone(), {"frames": frames, "left": TAPS // 2, "pdl": pdl(device)}
-    kernels = clusters(dtype, through_cache=through_cache, half_experts=True)
+    kernels = clusters(dtype, half_experts=True)
     kernels.convolution(glu, taps, bias, norm_of, out, lengths, alone, **options)
     check(alone, expected, dtype)
     y, gate = poisoned(tokens, WIDTH, dtype=torch.float16), poisoned(tokens)
     idx = poisoned(tokens, dtype=torch.int32)
     kernels.convolution_router(
-        glu, taps, bias, norm_of, out, lengths, x, router, heard, y, idx, gate, eps=EPS, scale=2.0, **options
+        glu,
+        taps,
+        bias,
+        norm_of,
+        out,
+        lengths,
+        x,
+        router,
+        router.weight.sum(0),
+        heard,
+        y,
+        idx,
+        gate,
+        eps=EPS,
+        scale=2.0,
+        **options,
     )
     assert torch.equal(x, alone)
     check(y, norm(expected), dtype)
@@ -154,7 +178,7 @@ def test_convolution(clusters, layer, check, poisoned, device, dtype, through_ca
 
 @kinds
 @pytest.mark.parametrize("kind", ["spread", "one expert", "padding", "only padding", "many"])
-def test_experts(clusters, layer, check, device, dtype, through_cache, kind):
+def test_experts(clusters, layer, check, device, dtype, kind):
     tokens = 208 if kind == "many" else 48
     y, gate = torch.randn(tokens, WIDTH, device=device).to(dtype), torch.rand(tokens, device=device)
     idx = torch.randint(3 if kind == "many" else EXPERTS, (tokens,), device=device)
@@ -170,7 +194,7 @@ def test_experts(clusters, layer, check, device, dtype, through_cache, kind):
     if valid.any():
         weights = (t.double() for t in (up.weight, up.bias, down.weight, down.bias))
         expected[valid] += 0.5 * gate[valid, None] * ops.moe(y[valid].double(), idx[valid], *weights, "swish")
-    clusters(dtype, through_cache=through_cache).experts(y, idx.int(), gate, up, down, x, scale=0.5, pdl=pdl(device))
+    clusters(dtype).experts(y, idx.int(), gate, up, down, x, scale=0.5, pdl=pdl(device))
     check(x, expected, dtype)
     assert torch.equal(x[~valid], before[~valid])
 
@@ -184,6 +208,8 @@ def test_order_of_threads_does_not_matter(clusters, layer, load, device):
     emulated = load(*kernels.sizes.source("block.cu"), device)
     for emulated.seed in range(4):
         mine, out = x.clone(), torch.empty(16, 3 * WIDTH, dtype=torch.bfloat16)
-        kernels.feed_forward_qkv(mine, up, down, qkv, None, out, frames=16, scale=0.5, eps=EPS)
+        kernels.feed_forward_qkv(
+            mine, up, down, qkv, qkv.weight.float().sum(1), None, out, frames=16, scale=0.5, eps=EPS
+        )
         results.append(torch.cat((mine, out.float()), 1))
     assert all(torch.equal(result, results[0]) for result in results)

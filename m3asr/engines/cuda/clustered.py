@@ -12,13 +12,23 @@ from m3asr.engines.cuda.packing import Block, Stack
 from m3asr.kernels.clusters import MOST_KEYS, MOST_TOKENS, Clusters, Sizes
 
 
+_SUMS: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+def sums(weight: Tensor, dim: int = -1) -> Tensor:
+    """Float32 sums of a weight, made once: what its product takes of a row's mean."""
+    known = _SUMS.get(id(weight))
+    if known is None or known[0] is not weight:
+        known = _SUMS[id(weight)] = weight, weight.float().sum(dim)
+    return known[1]
+
+
 @dataclass(frozen=True)
 class Limits:
     """The most tokens for which blocks, and experts, run by clusters; 0: never. The rest: see `clusters.Sizes`."""
 
     block: int = 128
     experts: int = 512
-    through_cache: bool = False
     timed: bool = False
 
 
@@ -36,7 +46,7 @@ class ClusteredStack:
             taps=config.cnn_module_kernel, experts=config.moe.num_experts if config.moe else 0,
             half=dtype == torch.float16, experts_half=experts_dtype == torch.float16,
             swish=config.activation_type == "swish", keys=keys,
-            through_cache=limits.through_cache, timed=limits.timed,
+            timed=limits.timed,
         )  # fmt: skip
 
     def _kernels(self, sizes: Sizes) -> Clusters:
@@ -87,12 +97,12 @@ def attention_part(kernels: Clusters, x: Tensor, shape, config: EncoderConfig, b
     """The block up to the gated unit in front of the convolution, which it returns; x is overwritten."""
     qkv, glu = new((x.shape[0], 3 * x.shape[1])), new(x.shape)
     kernels.feed_forward_qkv(
-        x, block.macaron_up, block.macaron_down, block.qkv, block.key_table, qkv, frames=shape.frames, scale=0.5,
-        eps=config.norm_eps, prior=prior, pdl=pdl,
+        x, block.macaron_up, block.macaron_down, block.qkv, sums(block.qkv.weight), block.key_table, qkv,
+        frames=shape.frames, scale=0.5, eps=config.norm_eps, prior=prior, pdl=pdl,
     )  # fmt: skip
     kernels.attention_gated(
-        qkv, shape.lengths, block.key_bias, x, block.attention_out, block.pointwise_1, glu, frames=shape.frames,
-        eps=config.norm_eps, pdl=pdl,
+        qkv, shape.lengths, block.key_bias, x, block.attention_out, block.pointwise_1, sums(block.pointwise_1.weight),
+        glu, frames=shape.frames, eps=config.norm_eps, pdl=pdl,
     )  # fmt: skip
     return glu
 
@@ -107,7 +117,13 @@ def convolution_part(
     options = {"frames": shape.frames, "left": (config.cnn_module_kernel - 1) // 2, "pdl": pdl}
     if routed is not None:
         kernels.convolution_router(
-            *convolution, block.router, *routed, eps=config.norm_eps, scale=block.router_scale, **options
+            *convolution,
+            block.router,
+            sums(block.router.weight, 0),
+            *routed,
+            eps=config.norm_eps,
+            scale=block.router_scale,
+            **options,
         )
         return
     kernels.convolution(*convolution, **options)

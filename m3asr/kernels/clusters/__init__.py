@@ -30,8 +30,8 @@ MOST_KEYS, MOST_TOKENS = 512, 1024
 class Sizes:
     """What the kernels are compiled for: sizes of a stack, and types.
 
-    keys: the longest utterance, in subsampled frames. experts: 0 for a stack without. through_cache: results are
-    exchanged by way of the L2 cache. timed: the first program leaves the clock at each MARK in `marks`.
+    keys: the longest utterance, in subsampled frames. experts: 0 for a stack without. timed: the first program leaves
+    the clock at each MARK in `marks`.
     """
 
     width: int
@@ -43,7 +43,6 @@ class Sizes:
     experts_half: bool
     swish: bool
     keys: int = 128
-    through_cache: bool = False
     timed: bool = False
 
     @property
@@ -130,32 +129,33 @@ class Clusters:
             name, tokens // 16 * programs, THREADS, *args, shared=shared, cluster=programs, pdl=pdl
         )
 
-    def _place(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor | None:
-        return torch.empty(rows, columns, dtype=like.dtype, device=like.device) if self.sizes.through_cache else None
-
-    def feed_forward_qkv(self, x, up, down, qkv, table, out, *, frames, scale, eps, prior=None, pdl=False) -> None:
+    def feed_forward_qkv(
+        self, x, up, down, qkv, qkv_sums, table, out, *, frames, scale, eps, prior=None, pdl=False
+    ) -> None:
         """x += scale * down(act(up(norm(x)))); out = qkv(norm(x)) + table, of its keys at each position.
 
         x float32 (N, D) in place; up, down, qkv with `weight` and `bias`; table (>= S, D) or None; out (N, 3D).
         prior = (weight, bias, eps): x counts as its layer norm.
+        qkv_sums float32 (3D,): of the rows of qkv's weights.
         """
-        tokens, width = x.shape
+        tokens = x.shape[0]
         prior_w, prior_b, prior_eps = prior or (None, None, 0.0)
         self._block(
             "feed_forward_qkv", tokens, self.sizes.feed_forward_bytes(), x, prior_w, prior_b, up.weight, up.bias,
-            down.weight, down.bias, qkv.weight, qkv.bias, table, out, self._place(tokens, self.sizes.hidden, out),
-            self._place(tokens, width, out), frames, float(scale), float(eps), float(prior_eps), pdl=pdl,
+            down.weight, down.bias, qkv.weight, qkv.bias, table, out, qkv_sums, frames,
+            float(scale), float(eps), float(prior_eps), pdl=pdl,
         )  # fmt: skip
 
     def feed_forward(self, x, up, down, *, scale, eps, pdl=False) -> None:
         """The same without prior and qkv."""
-        place = self._place(x.shape[0], self.sizes.hidden, up.weight)
         self._block(
             "feed_forward_alone", x.shape[0], self.sizes.feed_forward_bytes(), x, up.weight, up.bias, down.weight,
-            down.bias, place, float(scale), float(eps), pdl=pdl,
+            down.bias, float(scale), float(eps), pdl=pdl,
         )  # fmt: skip
 
-    def attention_gated(self, qkv, lengths, key_bias, x, out, gated, glu, *, frames, eps, pdl=False) -> None:
+    def attention_gated(
+        self, qkv, lengths, key_bias, x, out, gated, gated_sums, glu, *, frames, eps, pdl=False
+    ) -> None:
         """x += out(attention(qkv)); glu = gated(norm(x)), zero past the length: see `attention` and `norm_linear`.
 
         qkv (N, 3D), lengths int32 (B,), key_bias float32 (H, >= S) or None, glu (N, D).
@@ -164,7 +164,7 @@ class Clusters:
         self._block(
             "attention_gated", tokens, self.sizes.attention_bytes(), qkv, lengths, key_bias,
             0 if key_bias is None else key_bias.stride(0), x, out.weight, out.bias, gated.weight, gated.bias, glu,
-            self._place(tokens, width, glu), self._place(tokens, width, glu), frames,
+            gated_sums, frames,
             math.log2(math.e) / math.sqrt(width // self.sizes.heads), float(eps), pdl=pdl,
         )  # fmt: skip
 
@@ -173,18 +173,19 @@ class Clusters:
         norm_w, norm_b, norm_eps = norm or (None, None, 0.0)
         self._block(
             "convolution_alone", x.shape[0], self.sizes.convolution_bytes(), glu, taps, bias, norm_w, norm_b,
-            out.weight, out.bias, lengths, x, self._place(*x.shape, glu), frames, left, float(norm_eps), pdl=pdl,
+            out.weight, out.bias, lengths, x, frames, left, float(norm_eps), pdl=pdl,
         )  # fmt: skip
 
     def convolution_router(
-        self, glu, taps, bias, norm, out, lengths, x, router, heard, y, expert_idx, gate, *, frames, left, eps, scale,
+        self, glu, taps, bias, norm, out, lengths, x, router, router_sums, heard, y, expert_idx, gate, *, frames, left,
+        eps, scale,
         pdl=False,
     ) -> None:  # fmt: skip
         """The same, then y = norm(x), expert_idx and gate as `router.route` has them."""
         norm_w, norm_b, norm_eps = norm or (None, None, 0.0)
         self._block(
             "convolution_router", x.shape[0], self.sizes.convolution_bytes(), glu, taps, bias, norm_w, norm_b,
-            out.weight, out.bias, lengths, x, self._place(*x.shape, glu), router.weight, router.bias, heard,
+            out.weight, out.bias, lengths, x, router.weight, router.bias, router_sums, heard,
             heard.stride(0), y, expert_idx, gate, frames, left, float(norm_eps), float(eps), float(scale), pdl=pdl,
         )  # fmt: skip
 
@@ -198,8 +199,8 @@ class Clusters:
         h = torch.empty(tokens, sizes.hidden, dtype=y.dtype, device=y.device)
         shared, slices = sizes.expert_bytes(), (sizes.hidden // UP_COLUMNS, sizes.width // DOWN_COLUMNS)
         kernels.launch(
-            "experts_up", min(resident, most * slices[0]), THREADS, y, expert_idx, up.weight, up.bias, h, tokens,
-            shared=shared[0], pdl=pdl,
+            "experts_up", min(resident, most * slices[0]), THREADS, y, expert_idx, up.weight, up.bias, down.weight, h,
+            tokens, shared=shared[0], pdl=pdl,
         )  # fmt: skip
         kernels.launch(
             "experts_down", min(resident, most * slices[1]), THREADS, h, expert_idx, gate, down.weight, down.bias, x,

@@ -37,7 +37,7 @@ DEVICE void normalise_rows(float (&v)[2][WIDTH / 32], float eps) {
 template <bool QKV> DEVICE void feed_forward(
     char* memory, float* x, const float* prior_w, const float* prior_b, const Number* up_w, const float* up_b,
     const Number* down_w, const float* down_b, const Number* qkv_w, const float* qkv_b, const Number* table,
-    Number* qkv, Number* h_place, Number* y_place, int frames, float scale, float eps, float prior_eps
+    Number* qkv, const float* qkv_sums, int frames, float scale, float eps, float prior_eps
 ) {
     MARK(0);
     release();
@@ -65,6 +65,7 @@ template <bool QKV> DEVICE void feed_forward(
         }
     if (QKV) {
         projection.load_bias(qkv_b + me * 3 * COLUMNS);
+        projection.load_sums(qkv_sums + me * 3 * COLUMNS);
 #pragma unroll
         for (int i = 0; i < 3 * COLUMNS / 16; i += 2) {
             int key = column_first + i - WIDTH;
@@ -122,11 +123,10 @@ template <bool QKV> DEVICE void feed_forward(
     for (int i = 0; i < SHARE / 16; i++) between[i] = activate(between[i]);
     MARK(5);
     all_here();  // before a program's shared memory is written to, it must have begun
-    send<HIDDEN, SHARE / 16>(h, h_place, between);
+    send<HIDDEN, SHARE / 16>(h, between);
     arrive();
     if (QKV) projection.load(qkv_w + me * 3 * COLUMNS * WIDTH);  // while the others' results are under way
     all_here();
-    received<HIDDEN>(h, h_place);
     MARK(6);
     down.multiply(h, sums);
     sync();
@@ -137,17 +137,17 @@ template <bool QKV> DEVICE void feed_forward(
     v[0] = before.x + scale * v[0], v[1] = before.y + scale * v[1];
     *(float2*)(x + row_first * WIDTH + me * COLUMNS + 2 * j) = make_float2(v[0], v[1]);
     if (!QKV) return;
-    normalise(v[0], v[1], inbox, eps);
+    send<WIDTH, 2>(y, v);
+    send_parts(inbox, v[0], v[1]);
     MARK(8);
-    send<WIDTH, 2>(y, y_place, v);
     barrier();
-    received<WIDTH>(y, y_place);
     MARK(9);
     projection.multiply(y, sums);
+    const Norm norm = joined(inbox, row, j, eps);
     sync();
     MARK(10);
     float out[3 * COLUMNS / 16];
-    projection.result(sums, out);
+    projection.result(sums, norm, out);
     u32* to = (u32*)(qkv + row_first * (3 * WIDTH) + column_first);
 #pragma unroll
     for (int i = 0; i < 3 * COLUMNS / 16; i += 2) to[i / 2] = pair(out[i] + added[i], out[i + 1] + added[i + 1]);
@@ -156,31 +156,29 @@ template <bool QKV> DEVICE void feed_forward(
 
 KERNEL feed_forward_qkv(
     float* x, const float* prior_w, const float* prior_b, const Number* up_w, const float* up_b, const Number* down_w,
-    const float* down_b, const Number* qkv_w, const float* qkv_b, const Number* table, Number* qkv, Number* h_place,
-    Number* y_place, int frames, float scale, float eps, float prior_eps
+    const float* down_b, const Number* qkv_w, const float* qkv_b, const Number* table, Number* qkv, const float* qkv_sums,
+    int frames, float scale, float eps, float prior_eps
 ) {
     SHARED(memory);
     feed_forward<true>(
-        memory, x, prior_w, prior_b, up_w, up_b, down_w, down_b, qkv_w, qkv_b, table, qkv, h_place, y_place, frames,
+        memory, x, prior_w, prior_b, up_w, up_b, down_w, down_b, qkv_w, qkv_b, table, qkv, qkv_sums, frames,
         scale, eps, prior_eps);
 }
 
 KERNEL feed_forward_alone(
-    float* x, const Number* up_w, const float* up_b, const Number* down_w, const float* down_b, Number* h_place,
-    float scale, float eps
+    float* x, const Number* up_w, const float* up_b, const Number* down_w, const float* down_b, float scale, float eps
 ) {
     SHARED(memory);
     feed_forward<false>(
-        memory, x, nullptr, nullptr, up_w, up_b, down_w, down_b, nullptr, nullptr, nullptr, nullptr, h_place, nullptr,
-        1, scale, eps, 0.0f);
+        memory, x, nullptr, nullptr, up_w, up_b, down_w, down_b, nullptr, nullptr, nullptr, nullptr, nullptr, 1, scale, eps, 0.0f);
 }
 
 // x += out(attention(qkv)); glu = gated(norm(x)), zero past the length. At most KEYS frames an utterance.
 // A program makes 32 columns of its head, and all scores of the head for its rows.
 KERNEL attention_gated(
     const Number* qkv, const int* lengths, const float* key_bias, int key_bias_stride, float* x, const Number* out_w,
-    const float* out_b, const Number* gated_w, const float* gated_b, Number* glu, Number* context_place,
-    Number* y_place, int frames, float scale, float eps
+    const float* out_b, const Number* gated_w, const float* gated_b, Number* glu, const float* gated_sums,
+    int frames, float scale, float eps
 ) {
     SHARED(memory);
     constexpr int PITCH = KEYS + 8;
@@ -198,6 +196,7 @@ KERNEL attention_gated(
     attention_out.load_bias(out_b + me * COLUMNS);
     gate.load(gated_w + me * 2 * COLUMNS * WIDTH);
     gate.load_bias(gated_b + me * 2 * COLUMNS);
+    gate.load_sums(gated_sums + me * 2 * COLUMNS);
     float found[KEYS / 16];
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++) {
@@ -288,9 +287,8 @@ KERNEL attention_gated(
     v[0] *= share, v[1] *= share;
     MARK(21);
     all_here();
-    send<WIDTH, 2>(context, context_place, v);
+    send<WIDTH, 2>(context, v);
     barrier();
-    received<WIDTH>(context, context_place);
     MARK(22);
     attention_out.multiply(context, sums);
     sync();
@@ -298,17 +296,17 @@ KERNEL attention_gated(
     attention_out.result(sums, v);
     v[0] += before.x, v[1] += before.y;
     *(float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j) = make_float2(v[0], v[1]);
-    normalise(v[0], v[1], inbox, eps);
+    send<WIDTH, 2>(y, v);
+    send_parts(inbox, v[0], v[1]);
     MARK(24);
-    send<WIDTH, 2>(y, y_place, v);
     barrier();
-    received<WIDTH>(y, y_place);
     MARK(25);
     gate.multiply(y, sums);
+    const Norm norm = joined(inbox, row, j, eps);
     sync();
     MARK(26);
     float both[4];
-    gate.result(sums, both);
+    gate.result(sums, norm, both);
     bool valid = (first + row) % frames < length;
     float a = valid ? both[0] * sigmoid(both[1]) : 0.0f, b = valid ? both[2] * sigmoid(both[3]) : 0.0f;
     *(u32*)(glu + (first + row) * WIDTH + me * COLUMNS + 2 * j) = pair(a, b);
@@ -319,8 +317,8 @@ KERNEL attention_gated(
 // token's expert and gate. norm_w may be missing: batch norms are folded into the weights.
 template <bool ROUTER> DEVICE void convolution(
     char* memory, const Number* glu, const float* taps, const float* taps_b, const float* norm_w, const float* norm_b,
-    const Number* out_w, const float* out_b, const int* lengths, float* x, Number* place, const float* router_w,
-    const float* router_b, const float* heard, int heard_stride, Number* y_out, int* experts, float* gates, int frames,
+    const Number* out_w, const float* out_b, const int* lengths, float* x, const float* router_w,
+    const float* router_b, const float* router_sums, const float* heard, int heard_stride, Number* y_out, int* experts, float* gates, int frames,
     int left, float norm_eps, float eps, float router_scale
 ) {
     MARK(32);
@@ -357,11 +355,12 @@ template <bool ROUTER> DEVICE void convolution(
     }
     // What the row that this warp decides on hears, ahead of its logits.
     const int warp = thread() / 32, lane = thread() % 32, token = first + warp % (16 / PROGRAMS) * PROGRAMS + me;
-    float hears[(EXPERTS + 31) / 32] = {};
+    float hears[(EXPERTS + 31) / 32] = {}, columns[(EXPERTS + 31) / 32] = {};
     if (ROUTER)
 #pragma unroll
         for (int i = 0; i < (EXPERTS + 31) / 32; i++)
             if (i * 32 + lane < EXPERTS)
+                columns[i] = weights4(router_sums + i * 32 + lane),
                 hears[i] = written(heard + (long long)token * heard_stride + i * 32 + lane) +
                            weights4(router_b + i * 32 + lane);
 #pragma unroll
@@ -374,14 +373,16 @@ template <bool ROUTER> DEVICE void convolution(
     all_here();
     float both[2] = {v.x, v.y};
     if (norm_w) {
-        normalise(both[0], both[1], inbox, norm_eps);
+        send_parts(inbox, both[0], both[1]);
+        barrier();
+        const Norm norm = joined(inbox, row, j, norm_eps);
+        both[0] = (both[0] - norm.mean) * norm.scale, both[1] = (both[1] - norm.mean) * norm.scale;
         both[0] = both[0] * factor.x + summand.x, both[1] = both[1] * factor.y + summand.y;
     }
     both[0] = activate(both[0]), both[1] = activate(both[1]);
     MARK(36);
-    send<WIDTH, 2>(inner, place, both);
+    send<WIDTH, 2>(inner, both);
     barrier();
-    received<WIDTH>(inner, place);
     MARK(37);
     pointwise.multiply(inner, sums);
     sync();
@@ -390,14 +391,9 @@ template <bool ROUTER> DEVICE void convolution(
     both[0] = before.x + (valid ? both[0] : 0.0f), both[1] = before.y + (valid ? both[1] : 0.0f);
     *(float2*)(x + (first + row) * WIDTH + column) = make_float2(both[0], both[1]);
     if (!ROUTER) return;
-    normalise(both[0], both[1], second, eps);
-    MARK(39);
-#if EXPERTS_HALF
-    *(u32*)(y_out + (first + row) * WIDTH + column) = pair_half(both[0], both[1]);
-#else
-    *(u32*)(y_out + (first + row) * WIDTH + column) = pair(both[0], both[1]);
-#endif
+    send_parts(second, both[0], both[1]);
     *(float2*)(mine + row * (COLUMNS + 4) + 2 * j) = make_float2(both[0], both[1]);
+    MARK(39);
     sync();
     // This program's columns' part of the logits, to the program that has the row: row r is program r's.
     float part[EXPERTS / 16] = {};
@@ -413,7 +409,15 @@ template <bool ROUTER> DEVICE void convolution(
     MARK(40);
     barrier();
     MARK(41);
+    const Norm norm = joined(second, row, j, eps);
+    both[0] = (both[0] - norm.mean) * norm.scale, both[1] = (both[1] - norm.mean) * norm.scale;
+#if EXPERTS_HALF
+    *(u32*)(y_out + (first + row) * WIDTH + column) = pair_half(both[0], both[1]);
+#else
+    *(u32*)(y_out + (first + row) * WIDTH + column) = pair(both[0], both[1]);
+#endif
     if (warp >= 16 / PROGRAMS) return;
+    const Norm decided = joined(second, warp * PROGRAMS + me, lane % LANES, eps);
     float top = -1e30f, each[(EXPERTS + 31) / 32];
     int expert = EXPERTS;
 #pragma unroll
@@ -423,7 +427,7 @@ template <bool ROUTER> DEVICE void convolution(
         if (e < EXPERTS) {
 #pragma unroll
             for (int p = 0; p < PROGRAMS; p++) logit += logits[(warp * PROGRAMS + p) * EXPERTS + e];
-            logit = logit * router_scale + hears[i];
+            logit = decided.scale * (logit - decided.mean * columns[i]) * router_scale + hears[i];
         }
         each[i] = e < EXPERTS ? logit : -1e30f;
         if (each[i] > top) top = each[i], expert = e;
@@ -447,23 +451,23 @@ template <bool ROUTER> DEVICE void convolution(
 
 KERNEL convolution_router(
     const Number* glu, const float* taps, const float* taps_b, const float* norm_w, const float* norm_b,
-    const Number* out_w, const float* out_b, const int* lengths, float* x, Number* place, const float* router_w,
-    const float* router_b, const float* heard, int heard_stride, Number* y_out, int* experts, float* gates, int frames,
+    const Number* out_w, const float* out_b, const int* lengths, float* x, const float* router_w,
+    const float* router_b, const float* router_sums, const float* heard, int heard_stride, Number* y_out, int* experts, float* gates, int frames,
     int left, float norm_eps, float eps, float router_scale
 ) {
     SHARED(memory);
     convolution<true>(
-        memory, glu, taps, taps_b, norm_w, norm_b, out_w, out_b, lengths, x, place, router_w, router_b, heard,
+        memory, glu, taps, taps_b, norm_w, norm_b, out_w, out_b, lengths, x, router_w, router_b, router_sums, heard,
         heard_stride, y_out, experts, gates, frames, left, norm_eps, eps, router_scale);
 }
 
 KERNEL convolution_alone(
     const Number* glu, const float* taps, const float* taps_b, const float* norm_w, const float* norm_b,
-    const Number* out_w, const float* out_b, const int* lengths, float* x, Number* place, int frames, int left,
+    const Number* out_w, const float* out_b, const int* lengths, float* x, int frames, int left,
     float norm_eps
 ) {
     SHARED(memory);
     convolution<false>(
-        memory, glu, taps, taps_b, norm_w, norm_b, out_w, out_b, lengths, x, place, nullptr, nullptr, nullptr, 0,
+        memory, glu, taps, taps_b, norm_w, norm_b, out_w, out_b, lengths, x, nullptr, nullptr, nullptr, nullptr, 0,
         nullptr, nullptr, nullptr, frames, left, norm_eps, 0.0f, 1.0f);
 }

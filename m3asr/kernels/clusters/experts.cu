@@ -54,7 +54,10 @@ template <int K> DEVICE void gather(Number* to, const Number* from, const Routin
 }
 
 // h[n] = activate(up_w[e] y[n] + up_b[e]), e = chosen[n]
-KERNEL experts_up(const Number* y, const int* chosen, const Number* up_w, const float* up_b, Number* h, int tokens) {
+// Of the second product's weights, those of the same experts come into the L2 cache.
+KERNEL experts_up(
+    const Number* y, const int* chosen, const Number* up_w, const float* up_b, const Number* down_w, Number* h, int tokens
+) {
     SHARED(memory);
     MARK(0);
     wait();  // before the release: the second product's programs rely on it
@@ -72,6 +75,8 @@ KERNEL experts_up(const Number* y, const int* chosen, const Number* up_w, const 
         Up up;
         up.load(up_w + ((long long)expert * HIDDEN + column) * WIDTH);
         up.load_bias(up_b + expert * HIDDEN + column);
+        const Number* later = down_w + ((long long)expert * HIDDEN + column) * WIDTH;  // as large a part of them
+        for (int i = thread(); i < UP_COLUMNS * WIDTH / 64; i += THREADS) ahead(later + i * 64);
         routing.list(expert, tokens);
         sync();
         MARK(3);

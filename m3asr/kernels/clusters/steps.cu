@@ -27,6 +27,31 @@ DEVICE float activate(float v) {
 #endif
 }
 
+// A row's norm. Of its mean and squares each program knows its columns' part; parts are joined as Chan et al. (1979)
+// have it. A product of the row before its norm, minus `mean` times the sums of its weights' rows, times `scale`, is
+// the product of the normed row: so the row and its norm's parts go the same way at once.
+struct Norm {
+    float mean, scale;
+};
+
+// inbox: shared (PROGRAMS, 16). (a, b): this thread's two columns.
+DEVICE void send_parts(float2* inbox, float a, float b) {
+    int row = thread() / LANES, j = thread() % LANES;
+    float mean = sum_of_row(a + b) / COLUMNS;
+    float squares = sum_of_row((a - mean) * (a - mean) + (b - mean) * (b - mean));
+    if (j < PROGRAMS) *of(inbox + rank() * 16 + row, j) = make_float2(mean, squares);
+}
+
+DEVICE Norm joined(const float2* inbox, int row, int j, float eps) {  // of LANES threads together
+    float2 part = j < PROGRAMS ? inbox[j * 16 + row] : make_float2(0.0f, 0.0f);
+    Norm norm;
+    norm.mean = sum_of_row(part.x) / PROGRAMS;
+    float off = part.x - norm.mean;
+    float squares = sum_of_row(j < PROGRAMS ? part.y + COLUMNS * off * off : 0.0f);
+    norm.scale = root_below(squares / WIDTH + eps);
+    return norm;
+}
+
 // N columns of a product over K, with all their weights: warps share K in KG parts and the columns in WARPS / KG.
 // A thread's numbers of 32 neighbours along K are 8 neighbours: of the matrix unit's order that is a permutation, the
 // same for both operands, and weights need no packing: 16 bytes a load, and no shared memory.
@@ -74,43 +99,48 @@ template <int K, int N, int KG> struct Product {
         for (int i = 0; i < EACH; i += 2) bias[i / 2] = weights8(from + thread() % LANES * EACH + i);
     }
 
-    // This thread's sums.
-    DEVICE void result(const float* sums, float (&v)[EACH]) const {
+    // This thread's part of the sums of the weights' rows, for `Norm`.
+    float2 of_rows[EACH / 2];
+    DEVICE void load_sums(const float* from) {
+#pragma unroll
+        for (int i = 0; i < EACH; i += 2) of_rows[i / 2] = weights8(from + thread() % LANES * EACH + i);
+    }
+    DEVICE void result(const float* sums, Norm norm, float (&v)[EACH]) const {
+        const float off = -norm.mean * norm.scale;
+        result(sums, v, norm.scale);
+#pragma unroll
+        for (int i = 0; i < EACH; i += 2) v[i] += off * of_rows[i / 2].x, v[i + 1] += off * of_rows[i / 2].y;
+    }
+
+    // This thread's sums, times `scale` but for the bias.
+    DEVICE void result(const float* sums, float (&v)[EACH], float scale = 1.0f) const {
         int row = thread() / LANES, first = thread() % LANES * EACH;
 #pragma unroll
         for (int i = 0; i < EACH; i += 2) {
-            float2 total = bias[i / 2];
+            float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
             for (int part = 0; part < KG; part++) {
                 float2 s = *(const float2*)(sums + (part * 16 + row) * PITCH + first + i);
                 total.x += s.x, total.y += s.y;
             }
-            v[i] = total.x, v[i + 1] = total.y;
+            v[i] = scale * total.x + bias[i / 2].x, v[i + 1] = scale * total.y + bias[i / 2].y;
         }
     }
 };
 
 // Each thread's COUNT numbers, 2 or 4, go to all programs: (16, K) in rows of K + 32, this program's columns at
-// their place. They are there behind a barrier and `received`. By way of each other's shared memory, or, where
-// THROUGH_CACHE, of `place` (rows, K) in the L2 cache.
-template <int K, int COUNT> DEVICE void send(Number* buffer, Number* place, const float (&v)[COUNT]) {
+// their place. They are there behind a barrier.
+template <int K, int COUNT> DEVICE void send(Number* buffer, const float (&v)[COUNT]) {
     int row = thread() / LANES, j = thread() % LANES, column = (rank() * LANES + j) * COUNT;
-    u32 mine[COUNT / 2];
-#pragma unroll
-    for (int i = 0; i < COUNT / 2; i++) mine[i] = pair(v[2 * i], v[2 * i + 1]);
-#if THROUGH_CACHE
-    u32* to = (u32*)(place + (group() * 16 + row) * K + column);
-    if (COUNT == 4) *(uint2*)to = make_uint2(mine[0], mine[1 % (COUNT / 2)]);
-    else *to = mine[0];
-#else
     // 8 columns, of 2 or 4 neighbours, in one store; each of the neighbours sends them to some of the programs.
     constexpr int MATES = 8 / COUNT;
     uint4 eight;
     if (COUNT == 4) {
-        u32 first = mine[0], second = mine[1 % (COUNT / 2)], a = shuffle(first, 1), b = shuffle(second, 1);
+        u32 first = pair(v[0], v[1]), second = pair(v[COUNT - 2], v[COUNT - 1]);
+        u32 a = shuffle(first, 1), b = shuffle(second, 1);
         eight = j % 2 ? make_uint4(a, b, first, second) : make_uint4(first, second, a, b);
     } else {
-        u32 other = shuffle(mine[0], 1), x = j % 2 ? other : mine[0], y = j % 2 ? mine[0] : other;
+        u32 mine = pair(v[0], v[1]), other = shuffle(mine, 1), x = j % 2 ? other : mine, y = j % 2 ? mine : other;
         u32 p = shuffle(x, 2), q = shuffle(y, 2);
         eight = j / 2 % 2 ? make_uint4(p, q, x, y) : make_uint4(x, y, p, q);
     }
@@ -118,32 +148,4 @@ template <int K, int COUNT> DEVICE void send(Number* buffer, Number* place, cons
 #pragma unroll
     for (int i = 0; i < PROGRAMS / MATES; i++)
         *(uint4*)of(at, (i * MATES + j % MATES + rank()) % PROGRAMS) = eight;
-#endif
-}
-
-template <int K> DEVICE void received(Number* buffer, const Number* place) {
-#if THROUGH_CACHE
-#pragma unroll
-    for (int i = thread(); i < 16 * K / 8; i += THREADS)
-        *(uint4*)(buffer + i / (K / 8) * (K + 32) + i % (K / 8) * 8) =
-            written((const uint4*)(place + (group() * 16) * K) + i);
-    sync();
-#endif
-}
-
-// (a, b), this thread's two columns, become (v - mean) / sqrt(var + eps) of the whole row, of which each program knows
-// its part: mean and squares of all parts are joined as Chan et al. (1979) have it. inbox: shared (PROGRAMS, 16).
-DEVICE void normalise(float& a, float& b, float2* inbox, float eps) {
-    int row = thread() / LANES, j = thread() % LANES;
-    float mean = sum_of_row(a + b) / COLUMNS;
-    float squares = sum_of_row((a - mean) * (a - mean) + (b - mean) * (b - mean));
-    if (j < PROGRAMS) *of(inbox + rank() * 16 + row, j) = make_float2(mean, squares);
-    barrier();
-    float2 part = j < PROGRAMS ? inbox[j * 16 + row] : make_float2(0.0f, 0.0f);
-    mean = sum_of_row(part.x) / PROGRAMS;
-    float off = part.x - mean;
-    squares = sum_of_row(j < PROGRAMS ? part.y + COLUMNS * off * off : 0.0f);
-    float scale = root_below(squares / WIDTH + eps);
-    a = (a - mean) * scale;
-    b = (b - mean) * scale;
 }
