@@ -11,7 +11,6 @@ from m3asr.config import EncoderConfig
 from m3asr.engines.cuda.packing import Block, Stack
 from m3asr.kernels.clusters import MOST_KEYS, MOST_TOKENS, Clusters, Sizes
 
-
 _SUMS: dict[int, tuple[Tensor, Tensor]] = {}
 
 
