@@ -1,4 +1,4 @@
-"""Blocks of few tokens by clusters of programs (`kernels.clusters`): four launches in place of eleven."""
+"""Blocks of few tokens by clusters of programs (`kernels.clusters`): five launches in place of eleven."""
 
 from __future__ import annotations
 

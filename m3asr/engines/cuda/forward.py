@@ -150,7 +150,8 @@ class Forward:
         """The embedding network from its residual stream on: what the router of each block hears, float32 (N, E)."""
         experts, layer, side = self.config.encoder.moe.num_experts, self.weights.heard, None
         if self.beside and x.is_cuda:
-            side = self._side = self._side or torch.cuda.Stream(x.device)
+            # Ahead of the main stack's launches, which must wait for it anyway.
+            side = self._side = self._side or torch.cuda.Stream(x.device, priority=-1)
             side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
             _, embedding = self._stack(x, shape, self.weights.embed, None)  # float32 (N, D')

@@ -1,10 +1,10 @@
-"""A Conformer block for few tokens in four launches, each of several steps, in CUDA C++.
+"""A Conformer block for few tokens in five launches, three of them of several steps each, in CUDA C++.
 
 With few tokens a launch of one step spends most of its time on beginning, on reading what the launch before it wrote
 and on waiting for its last program. Here the steps of a launch are for 16 rows, and the programs that share them are a
 cluster: they exchange results through each other's shared memory, 0.3 us a barrier in place of 0.6 to 1 us a launch.
-Triton has no barrier of a cluster that a kernel could use, hence CUDA C++ (block.cu, experts.cu; steps.cu is what they
-share, machine.cu what they need of the card).
+Triton has no barrier of a cluster that a kernel could use, and keeps no weights in registers across steps, hence CUDA
+C++: block.cu and experts.cu; steps.cu is what they share, machine.cu what they need of the card.
 """
 
 from __future__ import annotations
