@@ -27,6 +27,7 @@ from benchmarks.launches import ROUTED, Launches, empty_kernel, record, shared_w
 from benchmarks.models import preset, random_model, spread_routers
 from m3asr.engines.cuda import CudaEngine, tiles
 from m3asr.engines.cuda.clustered import Limits
+from m3asr.kernels.clusters import BLOCK, EXPERTS
 from m3asr.kernels.pieces import Tile
 
 
@@ -110,12 +111,12 @@ def main() -> None:
 
 # What lies between two marks of the kernels, by their first mark.
 PHASES = {
-    "block.cu": {
+    BLOCK: {
         "feed forward, qkv": (0, "weights asked|wait|rows, norm|up|sums|sent|down|x, norm|sent|qkv|stored"),
         "attention, gated": (16, "weights asked|wait|scores|softmax|values|sent|out|x, norm|sent|gated|stored"),
         "convolution, router": (32, "weights asked|wait|taps|norm|sent|pointwise|x, norm|logits|sent|chosen"),
     },
-    "experts.cu": {
+    EXPERTS: {
         "experts, up": (0, "wait|routing|weights asked|rows|up|stored"),
         "experts, down": (8, "routing|weights asked|wait|rows|down|stored"),
     },
@@ -133,11 +134,11 @@ def phases(engine: CudaEngine, name: str, results: dict, say) -> None:
         graph.lengths.fill_(int(name.split("x")[1]))
         graph.replay()
         for sizes, kernels in forward.clustered[0].made().items():
-            for file, parts in PHASES.items() if sizes.timed else ():
+            for files, parts in PHASES.items() if sizes.timed else ():
                 try:
-                    marks = kernels.loaded(file).numbers("marks", 64)
+                    marks = kernels.loaded(files).numbers("marks", 64)
                 except Exception as error:
-                    say(f"{file}: {error}")
+                    say(f"{files}: {error}")
                     continue
                 for part, (first, words) in parts.items():
                     steps = [

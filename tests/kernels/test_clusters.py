@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from emulated import emulator
 
 from m3asr import ops
-from m3asr.kernels.clusters import Clusters, Sizes, on_card
+from m3asr.kernels.clusters import BLOCK, Clusters, Sizes, on_card
 
 WIDTH, HIDDEN, HEADS, TAPS, EXPERTS = 256, 512, 4, 15, 32
 EPS = 1e-12
@@ -206,7 +206,7 @@ def test_order_of_threads_does_not_matter(clusters, layer, load, device):
     kernels, results = clusters(torch.bfloat16), []
     up, down, qkv = (layer(*s, torch.bfloat16) for s in ((HIDDEN, WIDTH), (WIDTH, HIDDEN), (3 * WIDTH, WIDTH)))
     x = torch.randn(16, WIDTH)
-    emulated = load(*kernels.sizes.source("block.cu"), device)
+    emulated = load(*kernels.sizes.source(BLOCK), device)
     for emulated.seed in range(4):
         mine, out = x.clone(), torch.empty(16, 3 * WIDTH, dtype=torch.bfloat16)
         kernels.feed_forward_qkv(

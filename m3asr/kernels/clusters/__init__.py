@@ -4,7 +4,7 @@ With few tokens a launch of one step spends most of its time on beginning, on re
 and on waiting for its last program. Here the steps of a launch are for 16 rows, and the programs that share them are a
 cluster: they exchange results through each other's shared memory, 0.3 us a barrier in place of 0.6 to 1 us a launch.
 Triton has no barrier of a cluster that a kernel could use, and keeps no weights in registers across steps, hence CUDA
-C++: block.cu and experts.cu; steps.cu is what they share, machine.cu what they need of the card.
+C++: BLOCK and EXPERTS name the files, steps.cu is what they share, machine.cu what they need of the card.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from m3asr.kernels.clusters.machine import Kernels
 from m3asr.kernels.pieces import multiprocessors
 
 FOLDER = Path(__file__).parent
+BLOCK, EXPERTS = ("feed_forward.cu", "attention.cu", "convolution.cu"), ("experts.cu",)
 THREADS = 256
 BLOCK_COLUMNS = 32  # of the residual stream, for each program of a cluster
 UP_COLUMNS, DOWN_COLUMNS = 64, 32  # of an expert's products, for each program
@@ -69,13 +70,13 @@ class Sizes:
             and 0 < self.experts <= 32
         )
 
-    def source(self, file: str) -> tuple[str, str]:
+    def source(self, files: tuple[str, ...]) -> tuple[str, str]:
         """Definitions, and CUDA C++ that needs them and machine.cu before it."""
         names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
-        together, resident = (self.block_programs, 1) if file == "block.cu" else (1, 2)
+        together, resident = (self.block_programs, 1) if files == BLOCK else (1, 2)
         names |= {"THREADS": THREADS, "PROGRAMS": together, "RESIDENT": resident, "EXPERTS": max(self.experts, 16)}
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
-        return defined, "".join((FOLDER / f).read_text() for f in ("steps.cu", file))
+        return defined, "".join((FOLDER / f).read_text() for f in ("steps.cu", *files))
 
     # Bytes of shared memory, as the kernels cut it.
     @property
@@ -119,13 +120,13 @@ class Clusters:
     def __init__(self, sizes: Sizes, device: torch.device, load=on_card):
         self.sizes, self._device, self._load = sizes, device, load
 
-    def loaded(self, file: str) -> Kernels:
-        """The kernels of block.cu or of experts.cu."""
-        return self._load(*self.sizes.source(file), self._device)
+    def loaded(self, files: tuple[str, ...]) -> Kernels:
+        """The kernels of BLOCK or of EXPERTS."""
+        return self._load(*self.sizes.source(files), self._device)
 
     def _block(self, name: str, tokens: int, shared: int, *args, pdl: bool) -> None:
         programs = self.sizes.block_programs
-        self.loaded("block.cu").launch(
+        self.loaded(BLOCK).launch(
             name, tokens // 16 * programs, THREADS, *args, shared=shared, cluster=programs, pdl=pdl
         )
 
@@ -194,7 +195,7 @@ class Clusters:
 
         y (N, D), N at most MOST_TOKENS; gate float32 (N,) or None.
         """
-        sizes, tokens, kernels = self.sizes, x.shape[0], self.loaded("experts.cu")
+        sizes, tokens, kernels = self.sizes, x.shape[0], self.loaded(EXPERTS)
         most, resident = min(tokens, sizes.experts), 2 * multiprocessors(self._device)
         h = torch.empty(tokens, sizes.hidden, dtype=y.dtype, device=y.device)
         shared, slices = sizes.expert_bytes(), (sizes.hidden // UP_COLUMNS, sizes.width // DOWN_COLUMNS)

@@ -2,7 +2,7 @@
 // columns: a slice's weights are asked for as soon as the routing is known, into registers, and serve the expert's
 // tokens 16 at a time. Nothing is sorted.
 
-constexpr int MOST_TOKENS = 1024, LINE_Y = WIDTH + 32, LINE_H = HIDDEN + 32, UP_COLUMNS = 64, DOWN_COLUMNS = 32;
+constexpr int MOST_TOKENS = 1024, LINE_H = HIDDEN + 32, UP_COLUMNS = 64, DOWN_COLUMNS = 32;
 
 struct Routing {
     int *chosen, *tokens_of, *present, *count;  // shared
@@ -64,7 +64,7 @@ KERNEL experts_up(
     release();
     MARK(1);
     Number* a = (Number*)memory;
-    float* sums = (float*)(a + 16 * LINE_Y);
+    float* sums = (float*)(a + 16 * LINE);
     typedef Product<WIDTH, UP_COLUMNS, 4> Up;
     Routing routing((char*)(sums + Up::SUMS));
     routing.read(chosen, tokens);

@@ -8,6 +8,7 @@ constexpr int WARPS = THREADS / 32, LANES = THREADS / 16;
 constexpr int COLUMNS = WIDTH / PROGRAMS;
 constexpr int SHARE = HIDDEN / PROGRAMS;
 constexpr int HEAD = WIDTH / HEADS;
+constexpr int LINE = WIDTH + 32, SUMS = 4 * 16 * (3 * COLUMNS + 8);  // a row in shared memory; a block's largest sums
 
 DEVICE void barrier() {
     arrive();
