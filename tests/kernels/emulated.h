@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <random>
 #include <utility>
 #include <vector>
@@ -104,6 +105,23 @@ template <class T> static T aligned(const void* p) {
     return *(const T*)p;
 }
 DEVICE uint4 weights16(const void* p) { return aligned<uint4>(p); }
+typedef unsigned long long Flag;
+struct Copy { void* to; const void* from; int bytes; };
+struct Expected { int bytes = 0, copied = 0; std::vector<Copy> copies; };
+static std::map<Flag*, Expected> of_flag;
+DEVICE void opened(Flag* flag) { of_flag[flag] = Expected(); }
+DEVICE void expected(Flag* flag, int bytes) { of_flag[flag].bytes = bytes; }
+DEVICE void copied(void* to, const void* from, int bytes, Flag* flag) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16) abort();
+    of_flag[flag].copied += bytes;
+    of_flag[flag].copies.push_back({to, from, bytes});
+}
+DEVICE void arrived(Flag* flag) {  // copies are made as late as may be
+    Expected& all = of_flag[flag];
+    while (!all.bytes || all.copied < all.bytes) yield();
+    for (Copy& copy : all.copies) memcpy(copy.to, copy.from, copy.bytes);
+    all.copies.clear();
+}
 DEVICE float2 weights8(const void* p) { return aligned<float2>(p); }
 DEVICE float weights4(const void* p) { return aligned<float>(p); }
 DEVICE u32 weights_pair(const void* p) { return aligned<u32>(p); }

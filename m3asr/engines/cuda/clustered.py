@@ -27,7 +27,7 @@ class Limits:
     """The most tokens for which blocks, and experts, run by clusters; 0: never. The rest: see `clusters.Sizes`."""
 
     block: int = 128
-    experts: int = 512
+    experts: int = 128
     timed: bool = False
 
 

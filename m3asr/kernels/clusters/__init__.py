@@ -89,7 +89,9 @@ class Sizes:
 
     def feed_forward_bytes(self) -> int:
         inner = 16 * 2 * (self.hidden + 32)
-        return self._line + inner + self._sums + 4 * 16 * BLOCK_COLUMNS + 128 * self.block_programs
+        weights = 3 * BLOCK_COLUMNS * 2 * (self.width + 32)
+        rows = 4 * 16 * BLOCK_COLUMNS + 128 * self.block_programs
+        return weights + self._line + inner + self._sums + rows + 16
 
     def attention_bytes(self) -> int:
         scores = 4 * 16 * (self.keys + 8)

@@ -40,15 +40,26 @@ template <bool QKV> DEVICE void feed_forward(
     MARK(0);
     release();
     arrive();
-    Number *y = (Number*)memory, *h = y + 16 * LINE;
+    // First the projection's rows 0 to COLUMNS and all of `up`, then the rest of the projection in the place of that.
+    Number *weights = (Number*)memory, *y = weights + 3 * COLUMNS * LINE, *h = y + 16 * LINE;
     float *sums = (float*)(h + 16 * (HIDDEN + 32)), *residual = sums + SUMS;
     float2* inbox = (float2*)(residual + 16 * COLUMNS);
+    Flag* flags = (Flag*)(inbox + 16 * PROGRAMS);
     const int me = rank(), warp = thread() / 32, lane = thread() % 32, row = thread() / LANES, j = thread() % LANES;
     const int first = group() * 16;
     Product<WIDTH, SHARE, 4> up;
     Product<HIDDEN, COLUMNS, 8> down;
     Product<WIDTH, 3 * COLUMNS, 4> projection;
-    up.load(up_w + me * SHARE * WIDTH);
+    const Number* mine = qkv_w + me * 3 * COLUMNS * WIDTH;
+    if (thread() == 0) opened(flags), opened(flags + 1);
+    sync();
+    if (warp == 0) {
+        if (lane == 0) expected(flags, (SHARE + (QKV ? COLUMNS : 0)) * WIDTH * 2);
+        for (int i = lane; i < SHARE; i += 32)
+            copied(weights + (COLUMNS + i) * LINE, up_w + (me * SHARE + i) * WIDTH, WIDTH * 2, flags);
+        if (QKV)
+            for (int i = lane; i < COLUMNS; i += 32) copied(weights + i * LINE, mine + i * WIDTH, WIDTH * 2, flags);
+    }
     down.load(down_w + me * COLUMNS * HIDDEN);
     up.load_bias(up_b + me * SHARE);
     down.load_bias(down_b + me * COLUMNS);
@@ -74,7 +85,7 @@ template <bool QKV> DEVICE void feed_forward(
         }
     }
     if (QKV)
-        for (int i = thread(); i < 3 * COLUMNS * WIDTH / 64; i += THREADS) ahead(qkv_w + me * 3 * COLUMNS * WIDTH + i * 64);
+        for (int i = thread(); i < 2 * COLUMNS * WIDTH / 64; i += THREADS) ahead(mine + COLUMNS * WIDTH + i * 64);
     MARK(1);
     wait();
     MARK(2);
@@ -112,8 +123,14 @@ template <bool QKV> DEVICE void feed_forward(
         }
     sync();
     MARK(3);
-    up.multiply(y, sums);
+    arrived(flags);
+    up.multiply(y, weights + COLUMNS * LINE, sums);
     sync();
+    if (QKV && warp == 0) {
+        if (lane == 0) expected(flags + 1, 2 * COLUMNS * WIDTH * 2);
+        for (int i = COLUMNS + lane; i < 3 * COLUMNS; i += 32)
+            copied(weights + i * LINE, mine + i * WIDTH, WIDTH * 2, flags + 1);
+    }
     MARK(4);
     float between[SHARE / 16];
     up.result(sums, between);
@@ -122,9 +139,7 @@ template <bool QKV> DEVICE void feed_forward(
     MARK(5);
     all_here();  // before a program's shared memory is written to, it must have begun
     send<HIDDEN, SHARE / 16>(h, between);
-    arrive();
-    if (QKV) projection.load(qkv_w + me * 3 * COLUMNS * WIDTH);  // while the others' results are under way
-    all_here();
+    barrier();
     MARK(6);
     down.multiply(h, sums);
     sync();
@@ -140,7 +155,8 @@ template <bool QKV> DEVICE void feed_forward(
     MARK(8);
     barrier();
     MARK(9);
-    projection.multiply(y, sums);
+    arrived(flags + 1);
+    projection.multiply(y, weights, sums);
     const Norm norm = joined(inbox, row, j, eps);
     sync();
     MARK(10);

@@ -43,6 +43,30 @@ DEVICE uint4 weights16(const void* p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
+
+// What the copy engine brings into shared memory while threads do other things. One thread calls `opened`, then all
+// `sync`; one thread says how many bytes `expected`; `arrived` waits for them.
+typedef unsigned long long Flag;
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+DEVICE void opened(Flag* flag) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(flag)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+DEVICE void expected(Flag* flag, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(flag)), "r"(bytes) : "memory");
+}
+DEVICE void copied(void* to, const void* from, int bytes, Flag* flag) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(flag)) : "memory");
+}
+DEVICE void arrived(Flag* flag) {
+    u32 done = 0;
+    while (!done)
+        asm volatile("{.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;}"
+                     : "=r"(done) : "r"(shared_address(flag)) : "memory");
+}
+
 DEVICE float2 weights8(const void* p) {
     float2 v;
     asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));

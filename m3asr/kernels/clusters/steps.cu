@@ -72,6 +72,15 @@ template <int K, int N, int KG> struct Product {
 
     // a: shared (16, K) in rows of K + 32 -> sums of the parts of K, shared (KG, 16, N) in rows of N + 8.
     DEVICE void multiply(const Number* a, float* sums) const {
+        multiply(a, sums, [&](int step, int tile) { return w[step][tile]; });
+    }
+    // The same with weights that lie in shared memory, (N, K) in rows of K + 32.
+    DEVICE static void multiply(const Number* a, const Number* weight, float* sums) {
+        int warp = thread() / 32, lane = thread() % 32;
+        const Number* at = weight + (warp / KG * (TILES * 8) + lane / 4) * (K + 32) + warp % KG * (K / KG) + lane % 4 * 8;
+        multiply(a, sums, [&](int step, int tile) { return *(const uint4*)(at + tile * 8 * (K + 32) + step * 32); });
+    }
+    template <class Weights> DEVICE static void multiply(const Number* a, float* sums, Weights weights) {
         int warp = thread() / 32, lane = thread() % 32, g = lane / 4, t = lane % 4;
         const Number* at = a + g * (K + 32) + warp % KG * (K / KG) + t * 8;
         float c[TILES][4] = {};
@@ -80,7 +89,7 @@ template <int K, int N, int KG> struct Product {
             uint4 low = *(const uint4*)(at + step * 32), high = *(const uint4*)(at + 8 * (K + 32) + step * 32);
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
-                const uint4 b = w[step][tile];
+                const uint4 b = weights(step, tile);
                 multiply_add(c[tile], low.x, high.x, low.y, high.y, b.x, b.y);
                 multiply_add(c[tile], low.z, high.z, low.w, high.w, b.z, b.w);
             }
