@@ -252,7 +252,8 @@ class Forward:
         tile = self._tiles(shape, width, hidden)
         y, gate = self._new(x.shape, self.experts_dtype), self._new((tokens,), torch.float32)
         expert_idx, counts = self._new((tokens,), torch.int32), None
-        if tile.sort.parts > 1 and not self._few(shape):
+        # Whoever watches may change the choices, and then the router's counts are no longer theirs.
+        if tile.sort.parts > 1 and not self._few(shape) and self.trace is None:
             counts = self._new((-(-tokens // tile.router.m), experts), torch.int32)
         route(
             x, block.router.weight, block.router.bias, heard, shape.lengths, y, expert_idx, gate, frames=shape.frames,
