@@ -36,6 +36,7 @@ from m3asr.cli.options import (
 )
 from m3asr.decode import DecodeOptions
 from m3asr.errors import M3asrError
+from m3asr.files import need_place
 from m3asr.formats import formatted, write
 from m3asr.manifest import read_wav_scp
 from m3asr.segment import SegmentOptions
@@ -92,6 +93,7 @@ def transcribe(
         if wav_scp is not None
         else [Recording(name_of(file), file) for file in files]
     )
+    need_place(output, [recording.audio for recording in recordings] + ([wav_scp] if wav_scp else []))
     options = decode_options(
         decoder,
         beam_size=beam_size,
