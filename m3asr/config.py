@@ -31,7 +31,7 @@ _KINDS = {
     "int": (Integral, "a whole number"),
     "float": (Real, "a number"),
     "str": (str, "text"),
-    "bool": (bool, "a bool"),
+    "bool": (bool, "true or false"),
 }
 
 

@@ -221,7 +221,7 @@ class Stream:
         last = min(frames - self._silent + _AROUND, frames)
         begin = first * config.subsampling_rate
         end = begin + (last - first - 1) * config.subsampling_rate + config.min_frames
-        (result,) = self.transcriber.recognise([self._heard[begin:end]], decode)
+        (result,) = self.transcriber.recognise([self._heard[begin:end]], decode, whole=True)
         return self._segment(result, first, last - first)
 
     def _segment(self, result, first: int = 0, frames: int | None = None) -> Segment:
