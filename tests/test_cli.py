@@ -218,6 +218,16 @@ def test_wav_scp(m3, model, texts, tmp_path):
     assert not touched.exists()
 
 
+def test_two_files_of_one_name_are_called_by_their_paths(m3, model, short, tmp_path):
+    paths = [tmp_path / folder / "a.wav" for folder in ("one", "two")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(Path(short).read_bytes())
+    code, out, _ = m3("transcribe", "-m", model, "-q", "-f", "jsonl", *paths, short)
+    assert code == 0
+    assert [json.loads(line)["name"] for line in out.splitlines()] == [*map(str, paths), Path(short).name]
+
+
 def test_hotwords_from_a_list_and_from_a_file(m3, model, tmp_path):
     transcriber = m3asr.load(model, threads=1)
     options = m3asr.DecodeOptions("beam", nbest=10)

@@ -288,7 +288,11 @@ def test_bad_use_of_a_stream_is_refused(transcriber, loudness):
         Stream(loudness, StreamOptions("chunks"))
     with pytest.raises(M3asrError, match="joint .* read segments again"):
         Stream(transcriber, StreamOptions("chunks", decode=DecodeOptions("joint")))
-    for bad in ({"mode": "fast"}, {"chunk": -1}, {"left_chunks": -2}, {"decode": DecodeOptions("greedy")}):
+    nan = float("nan")
+    for bad in (
+        {"mode": "fast"}, {"chunk": -1}, {"chunk": 4.5}, {"left_chunks": -2}, {"silence_threshold": nan},
+        {"decode": DecodeOptions("greedy")},
+    ):  # fmt: skip
         with pytest.raises(M3asrError, match="mode|expected|stream"):
             StreamOptions(**bad)
 
