@@ -166,6 +166,10 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    highest = max((ms for row in results["inputs"].values() for ms in row["ms"].values()), default=None)
+    if highest is None:
+        print("nothing was timed: no plot")
+        return
     names = list(results["inputs"])
     ways = list(dict.fromkeys(way for row in results["inputs"].values() for way in row["ms"]))
     figure, axes = plt.subplots(figsize=(10, 5))
@@ -177,7 +181,7 @@ def plot(results: dict, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("ms per encoder forward")
     axes.set_title(f"{results['preset']} on {results['card']['name']}")
-    axes.set_ylim(top=5 * max(ms for row in results["inputs"].values() for ms in row["ms"].values()))
+    axes.set_ylim(top=5 * highest)
     axes.legend(fontsize=7, ncols=4, loc="upper center")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

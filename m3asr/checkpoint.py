@@ -83,7 +83,7 @@ def read_checkpoint(
     state = {_rename_out(key): value for key, value in state.items() if not DROPPED.search(key)}
     try:
         network = model_config(family, values, state, config_path, notes)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ModelError(f"{config_path}: a setting has an unexpected value ({error})") from None
 
     stats = None
@@ -181,12 +181,18 @@ def _load_state(path: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(state, dict) or not state:
         raise ModelError(f"{path} holds a {type(state).__name__}, expected a non-empty state_dict of tensors")
-    other = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    other = [str(key) for key, value in state.items() if not (isinstance(key, str) and _is_plain(value))]
     if other:
         raise ModelError(
-            f"{path} is not a bare state_dict: {', '.join(other[:5])} hold no tensor; save `model.state_dict()` alone"
+            f"{path} is not a bare state_dict: {', '.join(other[:5])} hold no tensor of plain numbers; save "
+            "`model.state_dict()` alone"
         )
     return state
+
+
+def _is_plain(value) -> bool:
+    """Whether it is a tensor whose numbers can be read as float32: there, real, and each in its place."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_complex()
 
 
 def _average(paths: list[Path]) -> dict[str, Tensor]:
@@ -274,10 +280,20 @@ def _some(names: list[str], limit: int = 8) -> str:
 def _vocabulary(path: Path, values: dict, config: ModelConfig, family: str) -> tuple[ModelConfig, Tokenizer]:
     """Units and special tokens: 3M-ASR uses the last id for sos and eos, WeNet its yaml's special_tokens if any."""
     last = config.vocab_size - 1
-    special = {}
+    sos = eos = last
     if family == "wenet":
-        special = (values.get("tokenizer_conf") or {}).get("special_tokens") or {}
-    config = replace(config, sos=int(special.get("<sos>", last)), eos=int(special.get("<eos>", last)))
+        try:
+            special = (values.get("tokenizer_conf") or {}).get("special_tokens") or {}
+            sos, eos = (special.get(name, last) for name in ("<sos>", "<eos>"))
+            known = all(type(token) is int and 0 <= token <= last for token in (sos, eos))
+        except AttributeError:
+            known = False
+        if not known:
+            raise ModelError(
+                f"the configuration's tokenizer_conf is {values['tokenizer_conf']}: expected special_tokens with ids "
+                f"from 0 to {last}"
+            )
+    config = replace(config, sos=sos, eos=eos)
     tokenizer = Tokenizer.read(path)
     if len(tokenizer.symbols) != config.vocab_size:
         raise ModelError(

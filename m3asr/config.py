@@ -7,7 +7,9 @@ recipe recognises them. Reading the yaml itself is the business of `checkpoint.p
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,24 @@ SUBSAMPLINGS = {
 ACTIVATIONS = ("swish", "relu", "gelu", "tanh", "hardtanh", "selu")
 
 
+_KINDS = {
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "str": (str, "text"),
+    "bool": (bool, "true or false"),
+}
+
+
+def _check_kinds(config) -> None:
+    """Raises TypeError for a value of another kind than its field's: what is read from files is of any."""
+    for f in fields(config):
+        value, (kind, words) = getattr(config, f.name), _KINDS.get(f.type, (object, ""))
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind in (Integral, Real)):
+            raise TypeError(f"{f.name} is {value!r}, expected {words}")
+        if kind is Real and not math.isfinite(value):
+            raise TypeError(f"{f.name} is {value}, expected a finite number")
+
+
 @dataclass(frozen=True)
 class FbankConfig:
     """Kaldi filterbank parameters (specification 1.1). Lengths in milliseconds, frequencies in Hz."""
@@ -37,6 +57,8 @@ class FbankConfig:
     sample_rate: int = 16000
     window_type: str = "povey"
 
+    __post_init__ = _check_kinds
+
 
 @dataclass(frozen=True)
 class MoEConfig:
@@ -46,6 +68,8 @@ class MoEConfig:
     hidden_units: int
     router_with_bias: bool = False
     keep_expert_output: bool = False  # True: the expert's output is not scaled by its router probability
+
+    __post_init__ = _check_kinds
 
 
 @dataclass(frozen=True)
@@ -73,6 +97,8 @@ class EncoderConfig:
     dropout_rate: float = 0.0  # training only
     moe: MoEConfig | None = None
     embed: EncoderConfig | None = None  # the embedding network that the routers listen to
+
+    __post_init__ = _check_kinds
 
     @property
     def subsampling(self) -> tuple[tuple[int, int], ...]:
@@ -113,6 +139,8 @@ class DecoderConfig:
     norm_eps: float = 1e-12
     dropout_rate: float = 0.0
 
+    __post_init__ = _check_kinds
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -130,6 +158,8 @@ class ModelConfig:
     ctc_weight: float = 0.5  # of the CTC score in attention rescoring
     reverse_weight: float = 0.0  # of the right-to-left decoder in attention rescoring
     compat: bool = False  # True: lengths and padding exactly as the original code (specification 2.2, 2.6)
+
+    __post_init__ = _check_kinds
 
     @property
     def frame_seconds(self) -> float:
@@ -190,4 +220,4 @@ def _build(cls, values: dict[str, Any], where: str):
     try:
         return cls(**kwargs)
     except TypeError as error:
-        raise ModelError(f"{where} is incomplete: {error}") from None
+        raise ModelError(f"{where} does not fit: {error}") from None

@@ -163,7 +163,7 @@ class Cmvn:
         try:
             sums, squares = np.asarray(sums, np.float64), np.asarray(squares, np.float64)
             count = float(count)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ModelError("CMVN statistics are not lists of numbers.") from None
         if sums.ndim != 1 or sums.shape != squares.shape or not len(sums):
             raise ModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,13 +33,19 @@ def whole_file(path: str | Path) -> Iterator[Path]:
                 aside.unlink()
 
 
-def need_place(path: str | Path | None) -> None:
-    """Raises M3asrError where `whole_file` would, before the work whose result goes there. None: none does."""
+def need_place(path: str | Path | None, inputs: Iterable[str | Path] = ()) -> None:
+    """Raises M3asrError where `whole_file` would, before the work whose result goes there. None: none does.
+
+    inputs: what the work reads, which must not be replaced either: `-o *.wav` names a recording.
+    """
     if path is None:
         return
     target, aside = _places(Path(path))
     if aside == target:
         return
+    for source in inputs:
+        if os.path.exists(target) and os.path.exists(source) and os.path.samefile(target, source):
+            raise M3asrError(f"{path} is to be read and the result would replace it: expected another name to write to")
     try:
         aside.touch()
         aside.unlink()

@@ -75,8 +75,11 @@ class StreamOptions:
         if self.mode not in MODES:
             raise M3asrError(f"there is no streaming mode {self.mode!r}; choose one of {', '.join(MODES)}")
         for name, least in (("chunk", 0), ("left_chunks", -1), ("left", 0), ("right", 0)):
-            if getattr(self, name) < least:
-                raise M3asrError(f"{name} is {getattr(self, name)}, expected at least {least}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise M3asrError(f"{name} is {value}, expected a whole number of at least {least}")
+        if not 0 <= self.silence_threshold <= 1:
+            raise M3asrError(f"silence_threshold is {self.silence_threshold}, expected a probability, 0 to 1")
         if self.decode.decoder not in (None, "beam", "rescoring", "joint"):
             raise M3asrError(f"the decoder {self.decode.decoder} does not stream: choose beam, rescoring or joint")
 
@@ -221,7 +224,7 @@ class Stream:
         last = min(frames - self._silent + _AROUND, frames)
         begin = first * config.subsampling_rate
         end = begin + (last - first - 1) * config.subsampling_rate + config.min_frames
-        (result,) = self.transcriber.recognise([self._heard[begin:end]], decode)
+        (result,) = self.transcriber.recognise([self._heard[begin:end]], decode, whole=True)
         return self._segment(result, first, last - first)
 
     def _segment(self, result, first: int = 0, frames: int | None = None) -> Segment:

@@ -184,13 +184,19 @@ class Transcriber:
         recognise()
         yield from finished()
 
-    def recognise(self, features: Sequence[np.ndarray], options: DecodeOptions) -> list[DecodeResult]:
-        """Features (T, F) of several utterances, normalised if the model wants that -> one result each."""
+    def recognise(
+        self, features: Sequence[np.ndarray], options: DecodeOptions, *, whole: bool = False
+    ) -> list[DecodeResult]:
+        """Features (T, F) of several utterances, normalised if the model wants that -> one result each.
+
+        whole: seen as a whole, whatever chunks the Transcriber was made with.
+        """
+        chunks = {} if whole else self.chunks
         greedy = self.decoder_of(options) == "greedy" and not options.blank_penalty
-        if greedy and not self.chunks and hasattr(self.engine, "best_path"):
+        if greedy and not chunks and hasattr(self.engine, "best_path"):
             # Of a large batch the log-probabilities take longer to leave the device than to compute.
             return ctc_best_path(*self.engine.best_path(*pad_batch(features)), self.folder.config.blank)
-        log_probs, hidden, lengths = self.engine(*pad_batch(features), **self.chunks)
+        log_probs, hidden, lengths = self.engine(*pad_batch(features), **chunks)
         return self.decode(log_probs, hidden, lengths, options)
 
     def decode(self, log_probs, hidden, lengths, options: DecodeOptions) -> list[DecodeResult]:

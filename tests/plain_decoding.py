@@ -100,15 +100,14 @@ class ToyDecoder:
         logits = self.table[direction][before, tokens] + self.place[direction][: tokens.shape[1]]
         return log_softmax(logits + hidden.sum())
 
-    def __call__(self, hidden, hidden_length, tokens, token_lengths, reversed_tokens):
+    def __call__(self, hidden, hidden_length, tokens, *, reversed_tokens=None):
         assert hidden.shape[:2] == (1, hidden_length[0])
         assert tokens.dtype == np.int64 and (tokens[:, 0] == SOS).all()
-        for row, length in zip(tokens, token_lengths, strict=True):
-            assert (row[length:] == EOS).all()
-        if reversed_tokens is not None:
-            for row, back, length in zip(tokens, reversed_tokens, token_lengths, strict=True):
-                assert back[0] == SOS and (back[1:length] == row[1:length][::-1]).all()
-                assert (back[length:] == EOS).all()
+        for row, back in zip(tokens, tokens if reversed_tokens is None else reversed_tokens, strict=True):
+            said = row[row != EOS]  # sos is eos here, and nobody says it
+            padding = [EOS] * (len(row) - 1 - len(said))
+            assert row.tolist() == [SOS, *said, *padding]
+            assert reversed_tokens is None or back.tolist() == [SOS, *said[::-1], *padding]
         right = self.run(1, hidden, reversed_tokens) if self.two_ways and reversed_tokens is not None else None
         return self.run(0, hidden, tokens), right
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -182,6 +183,13 @@ def _nan(state):
     state["encoder.blocks.1.norm_ff.weight"][3] = float("nan")
 
 
+def _of(change):
+    def edit(state):
+        state["encoder.blocks.1.norm_ff.weight"] = change(state["encoder.blocks.1.norm_ff.weight"])
+
+    return edit
+
+
 def _hole(state):
     return {key: value for key, value in state.items() if not key.startswith("encoder.blocks.0.")}
 
@@ -200,6 +208,10 @@ def _wrapped(state):
         (_nan, ["NaN", "norm_ff.weight"]),
         (_hole, ["some are missing"]),
         (_wrapped, ["not a bare state_dict", "model"]),
+        (lambda state: {7: torch.zeros(1)}, ["not a bare state_dict: 7"]),
+        (_of(torch.Tensor.to_sparse), ["no tensor of plain numbers", "norm_ff.weight"]),
+        (_of(lambda tensor: tensor.to("meta")), ["no tensor of plain numbers", "norm_ff.weight"]),
+        (_of(lambda tensor: tensor.to(torch.complex64)), ["no tensor of plain numbers", "norm_ff.weight"]),
         (lambda state: {"weight": torch.zeros(1)}, ["neither a 3M-ASR checkpoint"]),
     ],
 )
@@ -240,11 +252,31 @@ def test_a_sample_rate_at_which_nothing_is_read_is_refused(folder, wenet):
             read_checkpoint(training)
 
 
-@pytest.mark.parametrize("setting,value", [("norm_eps", "small"), ("static_chunk_size", [1]), ("attention_heads", 5)])
+@pytest.mark.parametrize(
+    "setting,value",
+    [("norm_eps", "small"), ("norm_eps", math.nan), ("static_chunk_size", [1]), ("static_chunk_size", math.inf)]
+    + [("attention_heads", 5)],
+)
 def test_settings_of_another_type(wenet, setting, value):
     edit_yaml(wenet, lambda values: values["encoder_conf"].__setitem__(setting, value))
     edit_yaml(wenet, lambda values: values["decoder_conf"].__setitem__("attention_heads", 5))
     with pytest.raises(ModelError, match="train.yaml"):
+        read_checkpoint(wenet)
+
+
+@pytest.mark.parametrize("width", [[], "80", 80.5, True])
+def test_an_input_width_that_is_none(wenet, width):
+    edit_yaml(wenet, lambda values: values.update(input_dim=width))
+    with pytest.raises(ModelError, match="train.yaml: .*input_dim is .*expected a whole number"):
+        read_checkpoint(wenet)
+
+
+@pytest.mark.parametrize(
+    "special", [{"<eos>": None}, {"<sos>": 40}, {"<eos>": -1}, {"<sos>": "two"}, {"<sos>": True}, [2]]
+)
+def test_special_tokens_that_are_no_units(wenet, special):
+    edit_yaml(wenet, lambda values: values["tokenizer_conf"].update(special_tokens=special))
+    with pytest.raises(ModelError, match="special_tokens with ids from 0 to 39"):
         read_checkpoint(wenet)
 
 
@@ -340,6 +372,7 @@ def test_damaged_model_folders(folder, tmp_path):
         ("[]", "list"),
         (json.dumps({**json.loads(config), "encoder": 3}), "encoder holds a int"),
         (json.dumps({**json.loads(config), "encoder": None}), "encoder holds a NoneType"),
+        (config.replace('"attention_heads": 2', '"attention_heads": "2"'), "attention_heads is '2', expected a whole"),
     ):
         (target / "config.json").write_text(text)
         with pytest.raises(ModelError, match=said):

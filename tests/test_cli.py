@@ -180,6 +180,25 @@ def test_a_recording_cut_short_is_used_and_told(m3, model, tmp_path):
     assert code == 0 and out.strip() and len(err.splitlines()) == 1 and "cut short" in err
 
 
+@pytest.mark.parametrize("command", ["transcribe", "transcribe-list", "inspect", "infer"])
+def test_no_result_replaces_what_is_read(m3, model, short, tmp_path, command):
+    """As a pattern of the shell makes it happen: -o *.wav."""
+    recording, link = tmp_path / "a.wav", tmp_path / "link.wav"
+    recording.write_bytes(short.read_bytes())
+    link.symlink_to(recording)
+    (tmp_path / "wav.scp").write_text(f"a {recording}\n")
+    arguments = {
+        "transcribe": ("transcribe", "-m", model, "-f", "srt", "-o", link, short, recording),
+        "transcribe-list": ("transcribe", "-m", model, "--wav-scp", tmp_path / "wav.scp", "-o", tmp_path / "wav.scp"),
+        "inspect": ("inspect", "-m", model, recording, "--json", link),
+        "infer": ("infer", model, recording, "-o", recording),
+    }
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code, out, err = m3(*arguments[command])
+    assert code == 2 and out == "" and "would replace it" in err and len(err.splitlines()) == 1
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before and link.is_symlink()
+
+
 def test_wav_scp(m3, model, texts, tmp_path):
     (tmp_path / "near.flac").write_bytes(Path(TWO).read_bytes())
     (tmp_path / "wav.scp").write_text(f"utt-1 {ONE}\nutt-2\tnear.flac\n")
@@ -197,6 +216,16 @@ def test_wav_scp(m3, model, texts, tmp_path):
         code, out, err = m3("transcribe", "-m", model, "--wav-scp", tmp_path / "bad.scp")
         assert code == 2 and out == "" and found in err
     assert not touched.exists()
+
+
+def test_two_files_of_one_name_are_called_by_their_paths(m3, model, short, tmp_path):
+    paths = [tmp_path / folder / "a.wav" for folder in ("one", "two")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(Path(short).read_bytes())
+    code, out, _ = m3("transcribe", "-m", model, "-q", "-f", "jsonl", *paths, short)
+    assert code == 0
+    assert [json.loads(line)["name"] for line in out.splitlines()] == [*map(str, paths), Path(short).name]
 
 
 def test_hotwords_from_a_list_and_from_a_file(m3, model, tmp_path):

@@ -254,7 +254,7 @@ def test_decoder(device):
     hidden = np.random.default_rng(0).standard_normal((1, 9, 32), np.float32)
     lengths, tokens = np.array([7], np.int32), np.array([[36, 4, 5, 6], [36, 2, 0, 0]])
     backwards = np.array([[36, 6, 5, 4], [36, 2, 0, 0]])
-    got = engine.decode(hidden, lengths, tokens, np.array([3, 1]), backwards)
+    got = engine.decode(hidden, lengths, tokens, reversed_tokens=backwards)
     with torch.inference_mode():
         arrays = (torch.from_numpy(a) for a in (hidden, lengths, tokens, backwards))
         expected = built.decode(*arrays)

@@ -75,7 +75,7 @@ def test_attention_search_with_a_wide_beam_is_exhaustive(seed, penalty):
 
 
 def test_nan_of_a_decoder_is_refused():
-    def broken(hidden, hidden_length, tokens, token_lengths, reversed_tokens):
+    def broken(hidden, hidden_length, tokens, *, reversed_tokens=None):
         return np.full((*tokens.shape, EOS + 1), np.nan), None
 
     first_pass = ctc_prefix_beam_search(random_log_probs(np.random.default_rng(2), 9, 4)[None], [9], 4)

@@ -80,7 +80,7 @@ def encoded_alone(model, arrays):
 def network(model):
     import torch
 
-    def decoder(hidden, hidden_length, tokens, token_lengths, reversed_tokens):
+    def decoder(hidden, hidden_length, tokens, *, reversed_tokens=None):
         tokens = torch.tensor(tokens)
         backwards = None if reversed_tokens is None else torch.tensor(reversed_tokens)
         with torch.inference_mode():

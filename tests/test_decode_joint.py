@@ -53,10 +53,10 @@ class Counting:
     def __init__(self, decoder):
         self.decoder, self.calls, self.rows = decoder, 0, 0
 
-    def __call__(self, hidden, hidden_length, tokens, token_lengths, reversed_tokens):
+    def __call__(self, hidden, hidden_length, tokens, *, reversed_tokens=None):
         self.calls += 1
         self.rows += len(tokens)
-        return self.decoder(hidden, hidden_length, tokens, token_lengths, reversed_tokens)
+        return self.decoder(hidden, hidden_length, tokens, reversed_tokens=reversed_tokens)
 
 
 class Stubborn:
@@ -66,7 +66,7 @@ class Stubborn:
         self.row = np.full(VOCAB, (1 - certainty) / (VOCAB - 1))
         self.row[token] = certainty
 
-    def __call__(self, hidden, hidden_length, tokens, token_lengths, reversed_tokens):
+    def __call__(self, hidden, hidden_length, tokens, *, reversed_tokens=None):
         return np.tile(np.log(self.row), (*tokens.shape, 1)), None
 
 
@@ -153,7 +153,7 @@ class Knowing:
     def __init__(self, sentence, certainty=0.99):
         self.sentence, self.certainty = [*sentence, EOS], certainty
 
-    def __call__(self, hidden, hidden_length, tokens, token_lengths, reversed_tokens):
+    def __call__(self, hidden, hidden_length, tokens, *, reversed_tokens=None):
         probs = np.full((*tokens.shape, VOCAB), (1 - self.certainty) / (VOCAB - 1))
         for place in range(tokens.shape[1]):
             probs[:, place, self.sentence[min(place, len(self.sentence) - 1)]] = self.certainty

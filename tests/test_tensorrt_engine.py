@@ -143,7 +143,7 @@ def test_engine_and_decoders():
     assert relative_error(log_probs, want[0].numpy(), want[2].tolist()) < 1e-5
     tokens = np.array([[1, 5, 9, 3], [1, 4, 4, 2]])
     first = hidden[:1, : out_lengths[0]], out_lengths[:1]
-    got = engine.decode(*first, tokens, None, tokens)
+    got = engine.decode(*first, tokens, reversed_tokens=tokens)
     with torch.no_grad():
         exact = model.decode(*map(torch.from_numpy, first), *[torch.from_numpy(tokens)] * 2)
     for g, e in zip(got, exact, strict=True):

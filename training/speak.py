@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("K", "N"), help="the Kth of N shares")
     parser.add_argument("--minutes", type=float, default=1e9, help="no new part is begun after these")
+    parser.add_argument("--seed", type=int, default=0, help="other voices for the same lines; apart by N at least")
     parser.add_argument("--batch-frames", type=int, default=24000, help="of 25 ms")
     parser.add_argument("--group", type=int, default=GROUP, help="utterances a part")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -248,9 +249,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     vocab = json.loads((args.kokoro / "vocab.json").read_text(encoding="utf-8"))["vocab"]
     lines = read_lines(args.lines, vocab)
-    torch.manual_seed(args.part[0])
+    seed = args.seed + args.part[0]
+    torch.manual_seed(seed)
     kokoro = Kokoro.read(args.kokoro, device, device.type == "cuda")
-    speaker = Speaker(kokoro, Voices(args.kokoro / "voices.npz"), device, args.part[0], args.batch_frames)
+    speaker = Speaker(kokoro, Voices(args.kokoro / "voices.npz"), device, seed, args.batch_frames)
     hours, broken, begun = 0.0, 0, time.monotonic()
     for first in track(range(args.part[0] * args.group, len(lines), args.part[1] * args.group), "parts"):
         if time.monotonic() - started > 60 * args.minutes:

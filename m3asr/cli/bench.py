@@ -47,7 +47,7 @@ def bench(
     names = engine or ["eager", *(name for name in NAMES if name != "eager")]
     if unknown := [name for name in names if name not in NAMES]:
         raise M3asrError(f"there is no engine {unknown[0]!r}; expected some of {', '.join(NAMES)}")
-    need_place(plot)
+    need_place(plot, recordings or ())
     folder, shown = ModelFolder.read(model), list(inputs or INPUTS)
     options = decode_options(decoder)
     rows = []

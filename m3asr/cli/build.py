@@ -13,7 +13,7 @@ import typer
 from m3asr.cli.console import err, warnings_as_lines
 from m3asr.cli.convert import need_torch
 from m3asr.cli.options import EngineName
-from m3asr.errors import M3asrError
+from m3asr.errors import M3asrError, reason
 
 PrecisionName = Enum("PrecisionName", {name: name for name in ("fp32", "fp16", "bf16", "int8", "fp8")}, type=str)
 ExpertsName = Enum("ExpertsName", {name: name for name in ("layers", "plugin")}, type=str)
@@ -199,5 +199,5 @@ def _listed(source: Path) -> list[Path]:
     try:
         lines = source.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise M3asrError(f"{source} is no readable list of recordings: {error}") from None
+        raise M3asrError(f"{source} is no readable list of recordings: {reason(error)}") from None
     return [source.parent / line.strip() for line in lines if line.strip()]

@@ -45,7 +45,7 @@ def infer(
     """Run an engine on stored features, for comparison with other implementations."""
     if output is None and decoder is None:
         raise M3asrError("nothing to do: name an output file with -o, or a decoder with --decoder")
-    need_place(output)
+    need_place(output, [features])
     options = decode_options(decoder, beam_size=beam_size, ctc_weight=ctc_weight, reverse_weight=reverse_weight)
     transcriber = load(model, engine.value, chunk_size=chunk_size, left_chunks=left_chunks)
     err.print(what_runs(transcriber), style="dim", markup=False, soft_wrap=True)

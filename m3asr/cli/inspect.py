@@ -56,9 +56,9 @@ def inspect(
     if not recordings:
         raise M3asrError("name recordings: `m3asr inspect MODEL AUDIO...`")
     _need(plot_file is not None)
-    need_place(json_file)
+    need_place(json_file, recordings)
     if plot_file is not None and not plot_file.is_dir():
-        need_place(plot_file)
+        need_place(plot_file, recordings)
     folder = ModelFolder.read(model)
     from m3asr.routing import loads, need_experts, route_recording, summary_line
 

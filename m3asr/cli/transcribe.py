@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Optional
@@ -36,6 +38,7 @@ from m3asr.cli.options import (
 )
 from m3asr.decode import DecodeOptions
 from m3asr.errors import M3asrError
+from m3asr.files import need_place
 from m3asr.formats import formatted, write
 from m3asr.manifest import read_wav_scp
 from m3asr.segment import SegmentOptions
@@ -87,11 +90,8 @@ def transcribe(
     """
     if bool(files) == (wav_scp is not None):
         raise M3asrError("name recordings, or a list of them with --wav-scp, and not both")
-    recordings = (
-        [Recording(key, path) for key, path in read_wav_scp(wav_scp)]
-        if wav_scp is not None
-        else [Recording(name_of(file), file) for file in files]
-    )
+    recordings = [Recording(key, path) for key, path in read_wav_scp(wav_scp)] if wav_scp is not None else named(files)
+    need_place(output, [recording.audio for recording in recordings] + ([wav_scp] if wav_scp else []))
     options = decode_options(
         decoder,
         beam_size=beam_size,
@@ -132,3 +132,13 @@ def transcribe(
             sys.stdout.flush()
     if n_failed:
         raise typer.Exit(2)
+
+
+def named(files: list[str]) -> list[Recording]:
+    """Each called by its file's name, or by the path given where two files would be called the same."""
+    names = [name_of(file) for file in files]
+    times = Counter(names)
+    return [
+        Recording(name if times[name] == 1 else os.fsencode(file).decode("utf-8", "replace"), file)
+        for name, file in zip(names, files, strict=True)
+    ]

@@ -95,8 +95,8 @@ def verify(
 
     if plot_file is not None:
         _need_matplotlib()
-    need_place(json_file)
-    need_place(plot_file)
+    need_place(json_file, audio or ())
+    need_place(plot_file, audio or ())
     folder = ModelFolder.read(model)
     check_chunks(folder.config, chunk_size, left_chunks)
     options = {"compat": compat, "chunk_size": chunk_size, "left_chunks": left_chunks}

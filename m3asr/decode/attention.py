@@ -24,17 +24,17 @@ class AttentionDecoder(Protocol):
         hidden: np.ndarray,
         hidden_length: np.ndarray,
         tokens: np.ndarray,
-        token_lengths: np.ndarray,
-        reversed_tokens: np.ndarray | None,
+        *,
+        reversed_tokens: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Log-probabilities of the token after each position.
 
         hidden: float32 (1, S, D), the encoder's output of ONE utterance, cut to its length; hidden_length: int64 (1,).
-        tokens: int64 (N, L), each row [sos, w1..wn, eos, eos...]; token_lengths: int64 (N,), n + 1: sos counts, the
-        padding does not. reversed_tokens: int64 (N, L), each row [sos, wn..w1, eos, eos...], None where nobody wants to
-        know what comes of it.
+        tokens: int64 (N, L), each row [sos, w1..wn, eos, eos...]. reversed_tokens: int64 (N, L), each row [sos, wn..w1,
+        eos, eos...], None where nobody wants to know what comes of it.
         Returns log-probabilities float (N, L, V), and the same of `reversed_tokens` from the right-to-left decoder,
-        None if the model has none. What stands behind a row's length does not matter.
+        None if the model has none. The decoder sees no later token than its own, so padding needs no mask; what comes
+        of it does not matter.
         """
 
 
@@ -83,7 +83,7 @@ def rescored(
     tokens = padded(sequences, sos, eos)  # (N, L)
     backwards = padded([tokens[::-1] for tokens in sequences], sos, eos)
     length = np.array([hidden.shape[1]])
-    forward, backward = decoder(hidden, length, tokens, counts + 1, backwards)  # (N, L, V)
+    forward, backward = decoder(hidden, length, tokens, reversed_tokens=backwards)  # (N, L, V)
 
     steps = log_probs_of(forward, tokens, eos)  # (N, L): of w1..wn, eos, then what is to be ignored
     real = np.arange(tokens.shape[1]) <= counts[:, None]
@@ -142,12 +142,12 @@ def attention_search(
     """
     hidden = np.asarray(hidden).reshape(1, -1, np.shape(hidden)[-1])[:, :length]
     running: list[tuple[float, list[int], list[float]]] = [(0.0, [], [])]  # (score, tokens, log_probs)
-    for size in range(length):
+    for _ in range(length):
         alive = [beam for beam in running if not _ended(beam, eos)]
         if not alive:
             break
         tokens = padded([beam[1] for beam in alive], sos, eos)
-        log_probs, _ = decoder(hidden, np.array([length]), tokens, np.full(len(alive), size + 1), None)
+        log_probs, _ = decoder(hidden, np.array([length]), tokens)
         values, symbols = most_probable(np.asarray(log_probs)[:, -1], beam_size)
         if np.isnan(values).any():
             raise NotANumber

@@ -260,8 +260,7 @@ class _NextTokens:
         if not sentences:
             return []
         tokens = padded(sentences, self._sos, self._eos)  # (N, L)
-        counts = np.array([len(sentence) + 1 for sentence in sentences])
-        log_probs, _ = self._decoder(self._memory, np.array([self._memory.shape[1]]), tokens, counts, None)
+        log_probs, _ = self._decoder(self._memory, np.array([self._memory.shape[1]]), tokens)
         steps = log_probs_of(log_probs, tokens, self._eos)
         new, prefixes = [], []
         for n, sentence in enumerate(sentences):
@@ -278,7 +277,7 @@ class _NextTokens:
             rows[:, [self._sos, self._eos, self._blank]] = NEVER
             values, symbols = most_probable(rows, self._count)
             self._known.update(zip(prefixes, zip(symbols, values, ends, strict=True), strict=True))
-        return [row[:count] for row, count in zip(steps, counts.tolist(), strict=True)]
+        return [row[: len(sentence) + 1] for row, sentence in zip(steps, sentences, strict=True)]
 
 
 def _rest(guide: Hypothesis, beam: _Beam) -> Prefix:

@@ -45,7 +45,7 @@ class Engine(Protocol):
         hidden: np.ndarray,
         lengths: np.ndarray,
         tokens: np.ndarray,
-        token_lengths: np.ndarray | None = None,
+        *,
         reversed_tokens: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The attention decoder over one utterance: hidden (1, S, D), lengths (1,), tokens int64 (N, L) from sos on,

@@ -48,7 +48,7 @@ class EagerEngine:
         return tuple(output.cpu().numpy() for output in outputs)
 
     @torch.inference_mode()
-    def decode(self, hidden, lengths, tokens, token_lengths=None, reversed_tokens=None):
+    def decode(self, hidden, lengths, tokens, *, reversed_tokens=None):
         if self.model.decoder is None:
             raise ModelError("the model has no attention decoder: rescoring is not possible, use greedy or beam")
         backwards = None if reversed_tokens is None else self._tensor(reversed_tokens)

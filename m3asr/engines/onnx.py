@@ -104,7 +104,7 @@ class OnnxEngine:
         outputs = _run(session, _encoder_inputs(features, lengths, compat, chunk_size, left_chunks))
         return dict(zip(names, outputs, strict=True))
 
-    def decode(self, hidden, lengths, tokens, token_lengths=None, reversed_tokens=None):
+    def decode(self, hidden, lengths, tokens, *, reversed_tokens=None):
         if not self._decoders:
             raise ModelError("the model has no attention decoder: rescoring is not possible, use greedy or beam")
         inputs = {"hidden": np.asarray(hidden, np.float32), "lengths": np.asarray(lengths, np.int32)}

@@ -193,7 +193,7 @@ class _Plans:
                 f"the {self.name} engine was built for {self.built_for}, asked for {asked}: build it again"
             )
 
-    def decode(self, hidden, lengths, tokens, token_lengths=None, reversed_tokens=None):
+    def decode(self, hidden, lengths, tokens, *, reversed_tokens=None):
         if self.config.decoder is None:
             raise ModelError("the model has no attention decoder: rescoring is not possible, use greedy or beam")
         arrays = {

@@ -120,11 +120,25 @@ def test_an_ended_segment_is_read_again_as_a_whole(folder_of, engine_of):
     assert len(stream._heard) < config.min_frames + config.subsampling_rate  # what ended is forgotten
 
 
+def test_a_stream_takes_no_notice_of_the_chunks_that_recordings_are_seen_in(folder_of, engine_of):
+    folder, engine = folder_of("layer_norm-8"), engine_of("layer_norm-8", "eager")
+    whole, chunked = Transcriber(folder, engine), Transcriber(folder, engine, chunk_size=4, left_chunks=2)
+    samples = noise(1.5, seed=3)
+    features = [folder.features(samples)]
+    scores = [each.recognise(features, DecodeOptions("beam"))[0].score for each in (whole, chunked)]
+    assert abs(scores[0] - scores[1]) > 1e-3
+    for name in ("windows", "chunks-reread"):
+        expected, got = (in_packets(Stream(t, OPTIONS[name]), samples, [1600] * 15) for t in (whole, chunked))
+        assert got == expected and any(update.final for update in got)
+
+
 def test_silence_around_a_segment_is_not_read_again(loudness, monkeypatch):
     """Seconds of silence before words would only confuse; half a second on either side stays."""
     given = []
     monkeypatch.setattr(
-        loudness, "recognise", lambda features, options: given.append(len(features[0])) or original(features, options)
+        loudness,
+        "recognise",
+        lambda features, *args, **how: given.append(len(features[0])) or original(features, *args, **how),
     )
     original = Transcriber.recognise.__get__(loudness)
     options = StreamOptions(chunk=5, left=5, right=2, decode=DecodeOptions("beam"))
@@ -274,7 +288,11 @@ def test_bad_use_of_a_stream_is_refused(transcriber, loudness):
         Stream(loudness, StreamOptions("chunks"))
     with pytest.raises(M3asrError, match="joint .* read segments again"):
         Stream(transcriber, StreamOptions("chunks", decode=DecodeOptions("joint")))
-    for bad in ({"mode": "fast"}, {"chunk": -1}, {"left_chunks": -2}, {"decode": DecodeOptions("greedy")}):
+    nan = float("nan")
+    for bad in (
+        {"mode": "fast"}, {"chunk": -1}, {"chunk": 4.5}, {"left_chunks": -2}, {"silence_threshold": nan},
+        {"decode": DecodeOptions("greedy")},
+    ):  # fmt: skip
         with pytest.raises(M3asrError, match="mode|expected|stream"):
             StreamOptions(**bad)
 

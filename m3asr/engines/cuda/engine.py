@@ -222,7 +222,7 @@ class CudaEngine:
         return tuple((output[:, :size] if output.dim() > 1 else output).clone() for output in outputs)
 
     @torch.inference_mode()
-    def decode(self, hidden, lengths, tokens, token_lengths=None, reversed_tokens=None):
+    def decode(self, hidden, lengths, tokens, *, reversed_tokens=None):
         """The attention decoder, by the model's own PyTorch in float32 on the same device; see `engines.Engine`."""
         if self._decoder is None:
             raise ModelError("the model has no attention decoder: rescoring is not possible, use greedy or beam")

@@ -273,7 +273,8 @@ class Forward:
         heard, y, expert_idx, gate = self._routed(x, heard)
         experts, hidden, _ = block.up.weight.shape
         tile, counts = self._tiles(shape, x.shape[1], hidden), None
-        if tile.sort.parts > 1 and not self._few(shape):
+        # Whoever watches may change the choices, and then the router's counts are no longer theirs.
+        if tile.sort.parts > 1 and not self._few(shape) and self.trace is None:
             counts = self._new((-(-shape.tokens // tile.router.m), experts), torch.int32)
         route(
             x, block.router.weight, block.router.bias, heard, shape.lengths, y, expert_idx, gate, frames=shape.frames,
