@@ -83,9 +83,6 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
         cases["no clusters"] = {"limits": replace(limits, block=0, experts=0)}
         cases["clusters for experts alone"] = {"limits": replace(limits, block=0)}
         cases["clusters for blocks alone"] = {"limits": replace(limits, experts=0)}
-        if name != "1x206":
-            cases["clusters for more tokens: blocks"] = {"limits": replace(limits, block=512)}
-            cases["clusters for more tokens: experts"] = {"limits": replace(limits, experts=512)}
     if tiles.MEASURED:
         cases["the package's own tiles"] = {"package": True}
         cases["tiles by rule, not by measurement"] = {"rule": True}

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.barriers import of_programs
 from benchmarks.card import copy_bandwidth, timed
 from benchmarks.encoder import inputs_for
 from benchmarks.launches import ROUTED, Launches, empty_kernel, record, shared_weights
@@ -61,7 +60,7 @@ def main() -> None:
     parser.add_argument("--inputs", nargs="+", default=["1x206", "1x1024", "1x2048"])
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--preset", default="seed", choices=("seed", "tiny"))
-    parser.add_argument("--no-clusters", action="store_true")
+    parser.add_argument("--no-clusters", action="store_true", help="as longer utterances are run")
     parser.add_argument("--phases-only", action="store_true", help="of clusters, without anything left out")
     parser.add_argument("--regime", default="auto", choices=("auto", "few", "many"))
     parser.add_argument("--tiles", type=Path, help="tiles.json of benchmarks.kernels")
@@ -82,12 +81,8 @@ def main() -> None:
     say(f"{results['card']}: copy {results['copy_bytes_per_s'] / 1e12:.2f} TB/s")
     config = preset(args.preset)
     with torch.inference_mode():
-        for part in () if args.phases_only else (of_launches, of_programs):
-            try:
-                results.setdefault("card_us", {}).update(part(say))
-            except Exception as error:
-                results["errors"].append(f"{part.__name__}: {type(error).__name__}: {str(error)[:300]}")
-                say(results["errors"][-1])
+        if not args.phases_only:
+            results["launch_us"] = of_launches(say)
         model = random_model(config, "cuda")
         spread_routers(model)
         engine = CudaEngine(model, args.precision, regime=args.regime)
@@ -133,8 +128,9 @@ def phases(engine: CudaEngine, name: str, results: dict, say) -> None:
         graph.features.normal_()
         graph.lengths.fill_(int(name.split("x")[1]))
         graph.replay()
-        for sizes, kernels in forward.clustered[0].made().items():
-            for files, parts in PHASES.items() if sizes.timed else ():
+        kernels = forward.clustered[0].made.get(True)
+        if kernels is not None:
+            for files, parts in PHASES.items():
                 try:
                     marks = kernels.loaded(files).numbers("marks", 64)
                 except Exception as error:
@@ -144,8 +140,8 @@ def phases(engine: CudaEngine, name: str, results: dict, say) -> None:
                     steps = [
                         f"{word} {marks[first + i + 1] - marks[first + i]}" for i, word in enumerate(words.split("|"))
                     ]
-                    say(f"{name} {part} (keys {sizes.keys}): " + ", ".join(steps))
-                    results.setdefault("phases", {})[f"{name} {part} {sizes.keys}"] = steps
+                    say(f"{name} {part}: " + ", ".join(steps))
+                    results.setdefault("phases", {})[f"{name} {part}"] = steps
     finally:
         forward.limits = usual
         engine.drop_graphs()
@@ -224,6 +220,8 @@ def of_one_input(engine: CudaEngine, watch: Launches, name: str, args, results: 
         for kinds in (ROUTED, ("experts 1", "experts 2"), ("qkv", "attention", "attention out"),
                       ("gated", "depthwise", "pointwise 2"), ("up", "down"), ("router", "experts 1")):  # fmt: skip
             words = ", ".join(k for k in kinds if k in counts)
+            if not words:
+                continue
             say_less(f"without {words}", attempt(f"without {words}", lambda k=kinds: without(*k)))
             say_less(f"only {words}", attempt(f"only {words}", lambda k=kinds: only(*k)))
 

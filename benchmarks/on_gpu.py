@@ -77,7 +77,7 @@ STAGES = {
         "{python} -m benchmarks.leave_out --inputs 1x206 1x1024 --budget 30 --out {out}/phases",
         70,
     ),
-    # Where the time of few tokens goes, in place.
+    # Where the time of few tokens goes, in place: so, and as longer utterances are run.
     "leave-out": Stage("{python} -m benchmarks.leave_out --no-clusters {tiles} --out {out}/leave_out", 130),
     "kernels-many": Stage("{python} -m benchmarks.kernels --shapes 64x1024 16x1024 --budget 190 --out {out}/many", 210),
     "many": Stage(

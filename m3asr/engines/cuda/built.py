@@ -3,7 +3,8 @@
 weights.safetensors   what the kernels read, as `packing` made it, and the attention decoder's parameters in float32
 manifest.json         precision, compute capability, versions, digests of the model, and the shape of the weights' tree
 
-Kernels are compiled when a batch shape first comes, and kept in Triton's own cache (TRITON_CACHE_DIR).
+Kernels in Triton are compiled when a batch shape first comes, those in CUDA C++ by `build`; all are kept in Triton's
+cache (TRITON_CACHE_DIR), by their source and by what compiled them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from m3asr import __version__
 from m3asr.engines.cuda import packing
+from m3asr.engines.cuda.clustered import clustered
 from m3asr.engines.cuda.engine import CudaEngine, device_of
 from m3asr.engines.cuda.packing import Packed
 from m3asr.errors import ModelError
@@ -38,6 +40,8 @@ def build(folder: ModelFolder, precision: str = "fp16", device: str = "cuda") ->
     Raises ModelError for a model or a precision without kernels, and where there is no GPU.
     """
     packed = packing.pack(folder.config, _tensors(folder), precision, device_of(device))
+    for stack in filter(None, clustered(packed.weights, packing.TYPES[precision], packing.EXPERTS_TYPES[precision])):
+        stack.compile()
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in packed.decoder.items()}
     tree = _flat(packed.weights, "weights", tensors)
     manifest = {**_expected(folder, device), "precision": precision, "weights": tree}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from m3asr.config import EncoderConfig
-from m3asr.engines.cuda.packing import Block, Stack
-from m3asr.kernels.clusters import MOST_KEYS, MOST_TOKENS, Clusters, Sizes
+from m3asr.engines.cuda.packing import Block, Linear, Stack, Weights
+from m3asr.kernels.clusters import BLOCK, EXPERTS, MOST_FRAMES, MOST_TOKENS, Clusters, Sizes, machine
 
 _SUMS: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -24,72 +26,89 @@ def sums(weight: Tensor, dim: int = -1) -> Tensor:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most tokens for which blocks, and experts, run by clusters; 0: never. The rest: see `clusters.Sizes`."""
+    """The most tokens for which blocks, and experts, run so; 0: never. timed: see `clusters.Sizes`."""
 
-    block: int = 128
-    experts: int = 128
+    block: int = MOST_TOKENS
+    experts: int = MOST_TOKENS
     timed: bool = False
 
 
 class ClusteredStack:
-    """What of one stack clusters can run, on one device."""
+    """What of one stack the kernels cover, on one device."""
 
-    def __init__(self, stack: Stack, dtype: torch.dtype, experts_dtype: torch.dtype, load=None):
-        self.config, self._load = stack.config, load
-        self._stack, self._types, self._made = stack, (dtype, experts_dtype), {}
-
-    def _sizes(self, limits: Limits, keys: int) -> Sizes:
-        config, (dtype, experts_dtype) = self.config, self._types
-        return Sizes(
+    def __init__(self, stack: Stack, experts: int, dtype: torch.dtype, experts_dtype: torch.dtype, load=None):
+        """experts: of the main stack, so that both are run by the same kernels."""
+        config, block = stack.config, stack.blocks[0]
+        self._device, self._load, self.made = stack.after_norm[0].device, load, {}
+        self._sizes = Sizes(
             width=config.attention_dim, hidden=config.linear_units, heads=config.attention_heads,
-            taps=config.cnn_module_kernel, experts=config.moe.num_experts if config.moe else 0,
+            taps=config.cnn_module_kernel, experts=experts,
             half=dtype == torch.float16, experts_half=experts_dtype == torch.float16,
-            swish=config.activation_type == "swish", keys=keys,
-            timed=limits.timed,
+            swish=config.activation_type == "swish",
         )  # fmt: skip
+        usable = (
+            (load is not None or on_hopper(self._device))
+            and dtype != torch.float32
+            and config.activation_type in ("swish", "relu")
+            and _aligned(stack.blocks)
+        )
+        self._blocks = usable and config.macaron_style and not config.causal and self._sizes.block_fits()
+        self._experts = (
+            usable
+            and block.router is not None
+            and block.up.scale is None
+            and config.moe.hidden_units == config.linear_units
+            and self._sizes.experts_fit()
+        )
 
-    def _kernels(self, sizes: Sizes) -> Clusters:
-        if sizes not in self._made:
-            device = self._stack.after_norm[0].device
+    def kernels(self, timed: bool = False) -> Clusters:
+        if timed not in self.made:
             load = {} if self._load is None else {"load": self._load}
-            self._made[sizes] = Clusters(sizes, device, **load)
-        return self._made[sizes]
+            self.made[timed] = Clusters(replace(self._sizes, timed=timed), self._device, **load)
+        return self.made[timed]
 
-    def made(self) -> dict[Sizes, Clusters]:
-        """The kernels used so far."""
-        return self._made
-
-    def _usable(self) -> bool:
-        device = self._stack.after_norm[0].device
-        on_card = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-        return (on_card or self._load is not None) and self.config.activation_type in ("swish", "relu")
+    def compile(self) -> None:
+        """Compile what will be used, which then lies beside what Triton keeps."""
+        for used, files in ((self._blocks, BLOCK), (self._experts, EXPERTS)):
+            if used:
+                self.kernels().loaded(files)
 
     def for_blocks(self, limits: Limits, tokens: int, frames: int, chunk) -> Clusters | None:
         """The kernels for blocks of so many tokens, if they are to be run so."""
-        config, sizes = self.config, self._sizes(limits, 128 if frames <= 128 else MOST_KEYS)
-        fits = (
-            tokens <= limits.block
-            and frames <= MOST_KEYS
-            and frames % 16 == 0
-            and chunk is None
-            and config.macaron_style
-            and not config.causal
-            and torch.float32 not in self._types
-        )
-        return self._kernels(sizes) if fits and self._usable() and sizes.block_fits() else None
+        fits = tokens <= limits.block and frames <= MOST_FRAMES and frames % 16 == 0 and chunk is None
+        return self.kernels(limits.timed) if self._blocks and fits else None
 
     def for_experts(self, limits: Limits, tokens: int) -> Clusters | None:
         """The kernels for a layer of experts with so many tokens, if they are to be run so."""
-        block, sizes = self._stack.blocks[0], self._sizes(limits, 128)
-        fits = (
-            tokens <= min(limits.experts, MOST_TOKENS)
-            and block.router is not None
-            and block.up.scale is None
-            and self.config.moe.hidden_units == self.config.linear_units
-            and torch.float32 not in self._types
-            and self._types[0] == self._types[1]
-        )
-        return self._kernels(sizes) if fits and self._usable() and sizes.experts_fit() else None
+        fits = tokens <= min(limits.experts, MOST_TOKENS)
+        return self.kernels(limits.timed) if self._experts and fits else None
+
+
+@cache
+def on_hopper(device: torch.device) -> bool:
+    """Whether the device has clusters, and what compiles kernels for them is there."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    missing = machine.missing()
+    if missing:
+        warnings.warn(f"short utterances will be slower: {missing}, so they are run by Triton's kernels", stacklevel=2)
+    return missing is None
+
+
+def _aligned(blocks: list[Block]) -> bool:
+    """Whether all weights begin where 16 bytes can be read at once."""
+    parts = [getattr(block, field.name) for block in blocks for field in fields(block)]
+    tensors = [t for p in parts if isinstance(p, Linear) for t in (p.weight, p.bias)]
+    return all(t.data_ptr() % 16 == 0 for t in tensors + [p for p in parts if isinstance(p, Tensor)])
+
+
+def clustered(weights: Weights, dtype: torch.dtype, experts_dtype: torch.dtype) -> list[ClusteredStack | None]:
+    """Of the main stack and of the embedding network."""
+    moe = weights.main.config.moe
+    return [
+        None if stack is None else ClusteredStack(stack, moe.num_experts if moe else 0, dtype, experts_dtype)
+        for stack in (weights.main, weights.embed)
+    ]
 
 
 def attention_part(kernels: Clusters, x: Tensor, shape, config: EncoderConfig, block: Block, prior, new, pdl) -> Tensor:

@@ -65,10 +65,7 @@ class Forward:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
         self.beside, self.best_alone, self._side = True, True, None
         self.limits = clustered.Limits()
-        self.clustered = [
-            None if stack is None else clustered.ClusteredStack(stack, self.dtype, self.experts_dtype)
-            for stack in (weights.main, weights.embed)
-        ]
+        self.clustered = clustered.clustered(weights, self.dtype, self.experts_dtype)
         self.trace = None
         # Where log_probs go, float32, flat: they are larger than all else, and all graphs can share one place.
         self.shared: Tensor | None = None

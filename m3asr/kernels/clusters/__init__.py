@@ -24,15 +24,14 @@ BLOCK, EXPERTS = ("feed_forward.cu", "attention.cu", "convolution.cu"), ("expert
 THREADS = 256
 BLOCK_COLUMNS = 32  # of the residual stream, for each program of a cluster
 UP_COLUMNS, DOWN_COLUMNS = 64, 32  # of an expert's products, for each program
-MOST_KEYS, MOST_TOKENS = 512, 1024
+MOST_FRAMES, MOST_TOKENS = 128, 128
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What the kernels are compiled for: sizes of a stack, and types.
 
-    keys: the longest utterance, in subsampled frames. experts: 0 for a stack without. timed: the first program leaves
-    the clock at each MARK in `marks`.
+    timed: the first program leaves the clock at each MARK in `marks`.
     """
 
     width: int
@@ -43,7 +42,6 @@ class Sizes:
     half: bool  # float16, else bfloat16
     experts_half: bool
     swish: bool
-    keys: int = 128
     timed: bool = False
 
     @property
@@ -58,7 +56,6 @@ class Sizes:
             and self.hidden == 2 * self.width
             and self.experts <= 32
             and self.experts % 16 == 0
-            and self.keys <= MOST_KEYS
         )
 
     def experts_fit(self) -> bool:
@@ -94,8 +91,8 @@ class Sizes:
         return weights + self._line + inner + self._sums + rows + 16
 
     def attention_bytes(self) -> int:
-        scores = 4 * 16 * (self.keys + 8)
-        return 2 * self._line + 2 * self.keys * BLOCK_COLUMNS + self._sums + scores + 128 * self.block_programs
+        scores = 4 * 16 * (MOST_FRAMES + 8)
+        return 2 * self._line + 2 * MOST_FRAMES * BLOCK_COLUMNS + self._sums + scores + 128 * self.block_programs
 
     def convolution_bytes(self) -> int:
         experts = 4 * max(self.experts, 16)
@@ -116,7 +113,8 @@ def on_card(defined: str, source: str, device: torch.device) -> Kernels:
 
 class Clusters:
     """The launchers for one stack's sizes. All tensors contiguous, weights and biases as `engines.cuda.packing` has
-    them, N a multiple of 16, and of each utterance's S frames too.
+    them. N, and the S frames of an utterance, are multiples of 16; S is at most MOST_FRAMES, and N at most MOST_TOKENS
+    for experts.
     """
 
     def __init__(self, sizes: Sizes, device: torch.device, load=on_card):
@@ -195,7 +193,7 @@ class Clusters:
     def experts(self, y, expert_idx, gate, up, down, x, *, scale, pdl=False) -> None:
         """x[n] += scale * gate[n] * down[e](act(up[e](y[n]))), e = expert_idx[n]; nothing where e is -1.
 
-        y (N, D), N at most MOST_TOKENS; gate float32 (N,) or None.
+        y (N, D); gate float32 (N,) or None.
         """
         sizes, tokens, kernels = self.sizes, x.shape[0], self.loaded(EXPERTS)
         most, resident = min(tokens, sizes.experts), 2 * multiprocessors(self._device)

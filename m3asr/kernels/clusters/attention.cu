@@ -44,40 +44,38 @@ KERNEL attention_gated(
         const Number* q = qkv + (first + g) * (3 * WIDTH) + head * HEAD + step * 32 + t * 8;
         low[step] = written((const uint4*)q), high[step] = written((const uint4*)(q + 8 * 3 * WIDTH));
     }
-    for (int from = 0; from < frames; from += 128) {
-        uint4 k[2][HEAD / 32], v[128 * COLUMNS / 8 / THREADS];
+    uint4 k[2][HEAD / 32], staged[KEYS * COLUMNS / 8 / THREADS];
 #pragma unroll
-        for (int i = 0; i < 2; i++)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int step = 0; step < HEAD / 32; step++) {
-                int key = from + (warp + 8 * i) * 8 + g;
-                if (key < frames) k[i][step] = written((const uint4*)(keys + key * (3 * WIDTH) + step * 32 + t * 8));
-            }
-#pragma unroll
-        for (int i = 0; i < 128 * COLUMNS / 8 / THREADS; i++) {
-            int key = from + (thread() + i * THREADS) / (COLUMNS / 8), part = thread() % (COLUMNS / 8) * 8;
-            v[i] = make_uint4(0, 0, 0, 0);
-            if (key < frames)
-                v[i] = written((const uint4*)(qkv + (begin + key) * (3 * WIDTH) + 2 * WIDTH + me * COLUMNS + part));
+        for (int step = 0; step < HEAD / 32; step++) {
+            int key = (warp + 8 * i) * 8 + g;
+            if (key < frames) k[i][step] = written((const uint4*)(keys + key * (3 * WIDTH) + step * 32 + t * 8));
         }
 #pragma unroll
-        for (int i = 0; i < 128 * COLUMNS / 8 / THREADS; i++) {
-            int key = from + (thread() + i * THREADS) / (COLUMNS / 8), part = thread() % (COLUMNS / 8) * 8;
-            *(uint4*)(values + key * COLUMNS + part) = key < length ? v[i] : make_uint4(0, 0, 0, 0);
-        }
+    for (int i = 0; i < KEYS * COLUMNS / 8 / THREADS; i++) {
+        int key = (thread() + i * THREADS) / (COLUMNS / 8), part = thread() % (COLUMNS / 8) * 8;
+        staged[i] = make_uint4(0, 0, 0, 0);
+        if (key < frames)
+            staged[i] = written((const uint4*)(qkv + (begin + key) * (3 * WIDTH) + 2 * WIDTH + me * COLUMNS + part));
+    }
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int at = from + (warp + 8 * i) * 8;
-            if (at >= frames) continue;
-            float c[4] = {};
+    for (int i = 0; i < KEYS * COLUMNS / 8 / THREADS; i++) {
+        int key = (thread() + i * THREADS) / (COLUMNS / 8), part = thread() % (COLUMNS / 8) * 8;
+        *(uint4*)(values + key * COLUMNS + part) = key < length ? staged[i] : make_uint4(0, 0, 0, 0);
+    }
 #pragma unroll
-            for (int step = 0; step < HEAD / 32; step++) {
-                multiply_add(c, low[step].x, high[step].x, low[step].y, high[step].y, k[i][step].x, k[i][step].y);
-                multiply_add(c, low[step].z, high[step].z, low[step].w, high[step].w, k[i][step].z, k[i][step].w);
-            }
-            *(float2*)(scores + g * PITCH + at + 2 * t) = make_float2(c[0], c[1]);
-            *(float2*)(scores + (g + 8) * PITCH + at + 2 * t) = make_float2(c[2], c[3]);
+    for (int i = 0; i < 2; i++) {
+        int at = (warp + 8 * i) * 8;
+        if (at >= frames) break;
+        float c[4] = {};
+#pragma unroll
+        for (int step = 0; step < HEAD / 32; step++) {
+            multiply_add(c, low[step].x, high[step].x, low[step].y, high[step].y, k[i][step].x, k[i][step].y);
+            multiply_add(c, low[step].z, high[step].z, low[step].w, high[step].w, k[i][step].z, k[i][step].w);
         }
+        *(float2*)(scores + g * PITCH + at + 2 * t) = make_float2(c[0], c[1]);
+        *(float2*)(scores + (g + 8) * PITCH + at + 2 * t) = make_float2(c[2], c[3]);
     }
     const int seen = first - begin < length ? length : 0;  // nobody reads queries past the length
     sync();

@@ -2,7 +2,7 @@
 // columns: a slice's weights are asked for as soon as the routing is known, into registers, and serve the expert's
 // tokens 16 at a time. Nothing is sorted.
 
-constexpr int MOST_TOKENS = 1024, LINE_H = HIDDEN + 32, UP_COLUMNS = 64, DOWN_COLUMNS = 32;
+constexpr int MOST_TOKENS = 128, LINE_H = HIDDEN + 32, UP_COLUMNS = 64, DOWN_COLUMNS = 32;
 
 struct Routing {
     int *chosen, *tokens_of, *present, *count;  // shared
@@ -114,7 +114,6 @@ KERNEL experts_down(
     routing.read(chosen, tokens);
     MARK(9);
     constexpr int SLICES = WIDTH / DOWN_COLUMNS;
-    bool waited = false;
     for (int item = group(); item < ones(routing.hit) * SLICES; item += groups()) {
         const int expert = routing.expert(item / SLICES), column = item % SLICES * DOWN_COLUMNS;
         Down down;
@@ -130,8 +129,7 @@ KERNEL experts_down(
             float2* out = (float2*)(x + token * WIDTH + column + 2 * j);
             float2 before = written(out);
             const float gate = gates ? written(gates + token) * scale : scale;
-            if (!waited) wait();
-            waited = true;
+            wait();
             MARK(11);
             gather<HIDDEN>(a, h, routing, first, count);
             sync();
@@ -147,5 +145,5 @@ KERNEL experts_down(
         }
         sync();
     }
-    if (!waited) wait();
+    wait();  // also without any work
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
 import triton
 
-NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+NVRTC_NAMES, DRIVER_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"), ("libcuda.so.1",)
 CLUSTER, DEPENDENT = 4, 6  # CUlaunchAttributeID
 DYNAMIC_SHARED, ANY_CLUSTER = 8, 14  # CUfunction_attribute
 
@@ -33,6 +34,17 @@ def library(names) -> ctypes.CDLL:
         except OSError:
             continue
     raise OSError(f"none of {', '.join(names)} is there")
+
+
+@cache
+def missing() -> str | None:
+    """What is not there of what this module needs."""
+    for name, names in (("NVRTC, CUDA's compiler for programs", NVRTC_NAMES), ("the CUDA driver", DRIVER_NAMES)):
+        try:
+            library(names)
+        except OSError as error:
+            return f"{name} was not found ({error})"
+    return None
 
 
 def compiled(source: str, architecture: str = "sm_90a", nvrtc: ctypes.CDLL | None = None) -> bytes:
@@ -89,7 +101,7 @@ class Kernels:
 
     def __init__(self, source: str):
         torch.cuda.current_stream()  # there must be a context
-        self._driver, self._module, self._found = library(("libcuda.so.1",)), ctypes.c_void_p(), {}
+        self._driver, self._module, self._found = library(DRIVER_NAMES), ctypes.c_void_p(), {}
         self._code = kept(source)
         self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), self._code))
 

@@ -7,7 +7,7 @@ typedef unsigned short Number;  // bfloat16 or float16
 constexpr int WARPS = THREADS / 32, LANES = THREADS / 16;
 constexpr int COLUMNS = WIDTH / PROGRAMS;
 constexpr int SHARE = HIDDEN / PROGRAMS;
-constexpr int HEAD = WIDTH / HEADS;
+constexpr int HEAD = WIDTH / HEADS, KEYS = 128;  // at most so many frames an utterance
 constexpr int LINE = WIDTH + 32, SUMS = 4 * 16 * (3 * COLUMNS + 8);  // a row in shared memory; a block's largest sums
 
 DEVICE void barrier() {
