@@ -75,6 +75,8 @@ def load(folder: ModelFolder, device: str = "cuda", **options) -> CudaEngine:
             raise ModelError(f"{path} was built for {_WORDS[name]} {found}, here is {expected}: run `{rebuild}`")
     try:
         tensors = load_file(path / "weights.safetensors", device=str(device_of(device)))
+        # Kernels read 16 bytes at once.
+        tensors = {name: t if t.data_ptr() % 16 == 0 else t.clone() for name, t in tensors.items()}
         decoder = {
             name.removeprefix("model."): tensors.pop(name) for name in list(tensors) if name.startswith("model.")
         }

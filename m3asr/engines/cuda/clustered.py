@@ -13,16 +13,6 @@ from m3asr.config import EncoderConfig
 from m3asr.engines.cuda.packing import Block, Linear, Stack, Weights
 from m3asr.kernels.clusters import BLOCK, EXPERTS, MOST_FRAMES, MOST_TOKENS, Clusters, Sizes, machine
 
-_SUMS: dict[int, tuple[Tensor, Tensor]] = {}
-
-
-def sums(weight: Tensor, dim: int = -1) -> Tensor:
-    """Float32 sums of a weight, made once: what its product takes of a row's mean."""
-    known = _SUMS.get(id(weight))
-    if known is None or known[0] is not weight:
-        known = _SUMS[id(weight)] = weight, weight.float().sum(dim)
-    return known[1]
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -115,11 +105,11 @@ def attention_part(kernels: Clusters, x: Tensor, shape, config: EncoderConfig, b
     """The block up to the gated unit in front of the convolution, which it returns; x is overwritten."""
     qkv, glu = new((x.shape[0], 3 * x.shape[1])), new(x.shape)
     kernels.feed_forward_qkv(
-        x, block.macaron_up, block.macaron_down, block.qkv, sums(block.qkv.weight), block.key_table, qkv,
+        x, block.macaron_up, block.macaron_down, block.qkv, kernels.sums(block.qkv.weight), block.key_table, qkv,
         frames=shape.frames, scale=0.5, eps=config.norm_eps, prior=prior, pdl=pdl,
     )  # fmt: skip
     kernels.attention_gated(
-        qkv, shape.lengths, block.key_bias, x, block.attention_out, block.pointwise_1, sums(block.pointwise_1.weight),
+        qkv, shape.lengths, block.key_bias, x, block.attention_out, block.pointwise_1, kernels.sums(block.pointwise_1.weight),
         glu, frames=shape.frames, eps=config.norm_eps, pdl=pdl,
     )  # fmt: skip
     return glu
@@ -137,7 +127,7 @@ def convolution_part(
         kernels.convolution_router(
             *convolution,
             block.router,
-            sums(block.router.weight, 0),
+            kernels.sums(block.router.weight, 0),
             *routed,
             eps=config.norm_eps,
             scale=block.router_scale,

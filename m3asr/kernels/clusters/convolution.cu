@@ -5,8 +5,8 @@
 template <bool ROUTER> DEVICE void convolution(
     char* memory, const Number* glu, const float* taps, const float* taps_b, const float* norm_w, const float* norm_b,
     const Number* out_w, const float* out_b, const int* lengths, float* x, const float* router_w,
-    const float* router_b, const float* router_sums, const float* heard, int heard_stride, Number* y_out, int* experts, float* gates, int frames,
-    int left, float norm_eps, float eps, float router_scale
+    const float* router_b, const float* router_sums, const float* heard, int heard_stride, Number* y_out, int* experts,
+    float* gates, int frames, int left, float norm_eps, float eps, float router_scale
 ) {
     MARK(32);
     release();
@@ -139,8 +139,8 @@ template <bool ROUTER> DEVICE void convolution(
 KERNEL convolution_router(
     const Number* glu, const float* taps, const float* taps_b, const float* norm_w, const float* norm_b,
     const Number* out_w, const float* out_b, const int* lengths, float* x, const float* router_w,
-    const float* router_b, const float* router_sums, const float* heard, int heard_stride, Number* y_out, int* experts, float* gates, int frames,
-    int left, float norm_eps, float eps, float router_scale
+    const float* router_b, const float* router_sums, const float* heard, int heard_stride, Number* y_out, int* experts,
+    float* gates, int frames, int left, float norm_eps, float eps, float router_scale
 ) {
     SHARED(memory);
     convolution<true>(

@@ -1,6 +1,6 @@
-// Both products of a layer's experts for few tokens. Programs walk over the experts that have tokens and slices of their
-// columns: a slice's weights are asked for as soon as the routing is known, into registers, and serve the expert's
-// tokens 16 at a time. Nothing is sorted.
+// Both products of a layer's experts for few tokens. Programs walk over the experts that have tokens and slices of
+// their columns: a slice's weights are asked for as soon as the routing is known, into registers, and serve the
+// expert's tokens 16 at a time. Nothing is sorted.
 
 constexpr int MOST_TOKENS = 128, LINE_H = HIDDEN + 32, UP_COLUMNS = 64, DOWN_COLUMNS = 32;
 
@@ -9,7 +9,8 @@ struct Routing {
     u32 hit;  // experts that have tokens
 
     DEVICE Routing(char* memory) {
-        chosen = (int*)memory, tokens_of = chosen + MOST_TOKENS, present = tokens_of + MOST_TOKENS, count = present + 32;
+        chosen = (int*)memory, tokens_of = chosen + MOST_TOKENS, present = tokens_of + MOST_TOKENS;
+        count = present + 32;
     }
     DEVICE void read(const int* from, int tokens) {
         if (thread() < 32) present[thread()] = 0;
@@ -56,7 +57,8 @@ template <int K> DEVICE void gather(Number* to, const Number* from, const Routin
 // h[n] = activate(up_w[e] y[n] + up_b[e]), e = chosen[n]
 // Of the second product's weights, those of the same experts come into the L2 cache.
 KERNEL experts_up(
-    const Number* y, const int* chosen, const Number* up_w, const float* up_b, const Number* down_w, Number* h, int tokens
+    const Number* y, const int* chosen, const Number* up_w, const float* up_b, const Number* down_w, Number* h,
+    int tokens
 ) {
     SHARED(memory);
     MARK(0);

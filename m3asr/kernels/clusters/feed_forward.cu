@@ -170,7 +170,8 @@ template <bool QKV> DEVICE void feed_forward(
 
 KERNEL feed_forward_qkv(
     float* x, const float* prior_w, const float* prior_b, const Number* up_w, const float* up_b, const Number* down_w,
-    const float* down_b, const Number* qkv_w, const float* qkv_b, const Number* table, Number* qkv, const float* qkv_sums,
+    const float* down_b, const Number* qkv_w, const float* qkv_b, const Number* table, Number* qkv,
+    const float* qkv_sums,
     int frames, float scale, float eps, float prior_eps
 ) {
     SHARED(memory);
@@ -184,5 +185,6 @@ KERNEL feed_forward_alone(
 ) {
     SHARED(memory);
     feed_forward<false>(
-        memory, x, nullptr, nullptr, up_w, up_b, down_w, down_b, nullptr, nullptr, nullptr, nullptr, nullptr, 1, scale, eps, 0.0f);
+        memory, x, nullptr, nullptr, up_w, up_b, down_w, down_b, nullptr, nullptr, nullptr, nullptr, nullptr, 1,
+        scale, eps, 0.0f);
 }

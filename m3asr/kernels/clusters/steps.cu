@@ -1,7 +1,7 @@
 // Steps of a Conformer block for 16 rows, shared by the PROGRAMS programs of a cluster, THREADS threads each.
 //
-// A program owns COLUMNS columns of the residual stream. Thread (row, j) of a program, LANES threads a row, owns as many
-// of the columns of each product. A product's weights lie in registers, its input, all columns of the 16 rows, in each
+// A program owns COLUMNS columns of the residual stream. Thread (row, j) of a program, LANES threads a row, owns as
+// many of the columns of each product. A product's weights lie in registers, its input, all columns of the 16 rows, in each
 // program's shared memory.
 typedef unsigned short Number;  // bfloat16 or float16
 constexpr int WARPS = THREADS / 32, LANES = THREADS / 16;
@@ -77,7 +77,8 @@ template <int K, int N, int KG> struct Product {
     // The same with weights that lie in shared memory, (N, K) in rows of K + 32.
     DEVICE static void multiply(const Number* a, const Number* weight, float* sums) {
         int warp = thread() / 32, lane = thread() % 32;
-        const Number* at = weight + (warp / KG * (TILES * 8) + lane / 4) * (K + 32) + warp % KG * (K / KG) + lane % 4 * 8;
+        const Number* at = weight + (warp / KG * (TILES * 8) + lane / 4) * (K + 32);
+        at += warp % KG * (K / KG) + lane % 4 * 8;
         multiply(a, sums, [&](int step, int tile) { return *(const uint4*)(at + tile * 8 * (K + 32) + step * 32); });
     }
     template <class Weights> DEVICE static void multiply(const Number* a, float* sums, Weights weights) {
