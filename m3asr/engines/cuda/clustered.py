@@ -109,8 +109,8 @@ def attention_part(kernels: Clusters, x: Tensor, shape, config: EncoderConfig, b
         frames=shape.frames, scale=0.5, eps=config.norm_eps, prior=prior, pdl=pdl,
     )  # fmt: skip
     kernels.attention_gated(
-        qkv, shape.lengths, block.key_bias, x, block.attention_out, block.pointwise_1, kernels.sums(block.pointwise_1.weight),
-        glu, frames=shape.frames, eps=config.norm_eps, pdl=pdl,
+        qkv, shape.lengths, block.key_bias, x, block.attention_out, block.pointwise_1,
+        kernels.sums(block.pointwise_1.weight), glu, frames=shape.frames, eps=config.norm_eps, pdl=pdl,
     )  # fmt: skip
     return glu
 

@@ -128,8 +128,8 @@ KERNEL experts_down(
         for (int first = 0; first < count; first += 16) {
             const bool used = first + row < count;
             const int token = routing.tokens_of[used ? first + row : 0];
-            float2* out = (float2*)(x + token * WIDTH + column + 2 * j);
-            float2 before = written(out);
+            const int at = token * WIDTH + column + 2 * j;
+            float2 before = written((const float2*)(x + at));
             const float gate = gates ? written(gates + token) * scale : scale;
             wait();
             MARK(11);
@@ -142,7 +142,7 @@ KERNEL experts_down(
             float v[2];
             down.result(sums, v);
             before.x += gate * v[0], before.y += gate * v[1];
-            if (used) *out = before;
+            if (used) *(float2*)(x + at) = before;
             MARK(14);
         }
         sync();

@@ -69,7 +69,7 @@ def compiled(source: str, architecture: str = "sm_90a", nvrtc: ctypes.CDLL | Non
 
 def kept(source: str) -> bytes:
     """`compiled`, once a machine: the code lies beside what Triton keeps."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    folder = Path(triton.knobs.cache.dir)
     key = hashlib.sha256(f"{torch.version.cuda} {triton.__version__} {source}".encode()).hexdigest()
     path = folder / f"{key}.cubin"
     if path.is_file():

@@ -1,8 +1,8 @@
 // Steps of a Conformer block for 16 rows, shared by the PROGRAMS programs of a cluster, THREADS threads each.
 //
 // A program owns COLUMNS columns of the residual stream. Thread (row, j) of a program, LANES threads a row, owns as
-// many of the columns of each product. A product's weights lie in registers, its input, all columns of the 16 rows, in each
-// program's shared memory.
+// many of the columns of each product. A product's weights lie in registers or in shared memory, its input, all columns
+// of the 16 rows, in each program's shared memory.
 typedef unsigned short Number;  // bfloat16 or float16
 constexpr int WARPS = THREADS / 32, LANES = THREADS / 16;
 constexpr int COLUMNS = WIDTH / PROGRAMS;
