@@ -74,7 +74,7 @@ STAGES = {
         120,
     ),
     "phases": Stage(
-        "{python} -m benchmarks.leave_out --inputs 1x206 1x1024 --budget 30 --out {out}/phases",
+        "{python} -m benchmarks.leave_out --inputs 1x206 --budget 30 --out {out}/phases",
         70,
     ),
     # Where the time of few tokens goes, in place: so, and as longer utterances are run.
