@@ -33,8 +33,8 @@ class Stage:
 
 SHIPPED = "m3asr/models/3m-en"
 GPU_TESTS = (
-    "tests/kernels tests/test_cuda_engine.py tests/test_cuda_built.py tests/test_cuda_waveforms.py "
-    "tests/test_training_step.py"
+    "tests/kernels tests/test_clustered.py tests/test_cuda_engine.py tests/test_cuda_built.py "
+    "tests/test_cuda_waveforms.py tests/test_training_step.py"
 )
 # {out}: the folder for results; {tiles}: `--tiles FILE` once there are any; {manifest}: a list of recordings.
 STAGES = {
