@@ -45,13 +45,7 @@ def inputs_for(name: str, bins: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def measure_engine(engine: CudaEngine, name: str, data, repeats: int) -> dict:
     graph = engine.graph_for(*map(int, name.split("x")))
 
-    def load(i):
-        features, lengths = data[i % len(data)]
-        graph.features[: features.shape[0], : features.shape[1]].copy_(features)
-        graph.lengths.zero_()
-        graph.lengths[: lengths.shape[0]].copy_(lengths)
-
-    return {"ms": timed(graph.replay, before=load, repeats=repeats)}
+    return {"ms": timed(graph.replay, before=lambda i: graph.fill(*data[i % len(data)]), repeats=repeats)}
 
 
 def profile(engine: CudaEngine, name: str) -> list[tuple[str, int, float]]:

@@ -149,19 +149,13 @@ def phases(engine: CudaEngine, name: str, results: dict, say) -> None:
 
 def of_one_input(engine: CudaEngine, watch: Launches, name: str, args, results: dict, say, late) -> None:
     """The table of one input, printed and put into `results`."""
-    data = inputs_for(name, engine.config.encoder.input_dim)
+    data = inputs_for(name, engine.config.encoder.input_dim)[0]
     row = results["inputs"][name] = {}
-
-    def load(graph, i):
-        features, lengths = data[i % len(data)]
-        graph.features[: features.shape[0], : features.shape[1]].copy_(features)
-        graph.lengths.zero_()
-        graph.lengths[: lengths.shape[0]].copy_(lengths)
 
     def time_it() -> float:
         engine.drop_graphs()
         graph = engine.graph_for(*map(int, name.split("x")))
-        load(graph, 0)
+        graph.fill(*data)
         return 1e3 * timed(graph.replay, repeats=args.repeats, warmup=3)
 
     def attempt(what: str, prepare=lambda: None, undo=lambda: None) -> float | None:
@@ -183,7 +177,7 @@ def of_one_input(engine: CudaEngine, watch: Launches, name: str, args, results: 
     usual = attempt("as it is")
     with watch:
         graph = engine.graph_for(*map(int, name.split("x")))
-        load(graph, 0)
+        graph.fill(*data)
         record(engine, watch, graph)
         whole = attempt("choices kept")
         if whole is None:

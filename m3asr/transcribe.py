@@ -399,6 +399,10 @@ def load(
 def name_of(audio: AudioSource) -> str:
     """What a recording is called if it is not said: the file's name."""
     if isinstance(audio, (str, Path)):
-        # Names of other systems may be bytes that are no UTF-8, and the output is.
-        return "stdin" if str(audio) == "-" else os.fsencode(Path(audio).name).decode("utf-8", "replace")
+        return "stdin" if str(audio) == "-" else printable(Path(audio).name)
     return ""
+
+
+def printable(path: str | Path) -> str:
+    """A path as UTF-8 can write it: names of other systems may be bytes that are none."""
+    return os.fsencode(path).decode("utf-8", "replace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ from m3asr.files import need_place
 from m3asr.formats import formatted, write
 from m3asr.manifest import read_wav_scp
 from m3asr.segment import SegmentOptions
-from m3asr.transcribe import Recording, load, name_of
+from m3asr.transcribe import Recording, load, name_of, printable
 
 
 def transcribe(
@@ -139,6 +138,5 @@ def named(files: list[str]) -> list[Recording]:
     names = [name_of(file) for file in files]
     times = Counter(names)
     return [
-        Recording(name if times[name] == 1 else os.fsencode(file).decode("utf-8", "replace"), file)
-        for name, file in zip(names, files, strict=True)
+        Recording(name if times[name] == 1 else printable(file), file) for name, file in zip(names, files, strict=True)
     ]

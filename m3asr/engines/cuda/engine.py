@@ -74,6 +74,12 @@ class EncoderGraph(Captured):
         # Not of self, which would then live until the garbage collector comes.
         super().__init__(lambda: forward(features, lengths, chunk), device, pool)
 
+    def fill(self, features: Tensor, lengths: Tensor) -> None:
+        """Put in features float32 (b, t, F), b <= B, t <= T, and their lengths; rows that are left over have none."""
+        self.features[: features.shape[0], : features.shape[1]].copy_(features, non_blocking=True)
+        self.lengths.zero_()
+        self.lengths[: lengths.shape[0]].copy_(lengths, non_blocking=True)
+
     @property
     def log_probs(self) -> Tensor:
         return self.outputs[0]
@@ -214,9 +220,7 @@ class CudaEngine:
         """Outputs of `Forward` by number, cut to the batch; copies, since the next run overwrites the graph's own."""
         (batch, frames, _), size = features.shape, self._output_frames(features)
         graph = self.graph_for(batch, frames, chunk_size, left_chunks)
-        graph.features[:batch, :frames].copy_(features, non_blocking=True)
-        graph.lengths.zero_()
-        graph.lengths[:batch].copy_(lengths, non_blocking=True)
+        graph.fill(features, lengths)
         graph.replay()
         outputs = (graph.outputs[i][:batch] for i in wanted)
         return tuple((output[:, :size] if output.dim() > 1 else output).clone() for output in outputs)

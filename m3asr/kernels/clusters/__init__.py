@@ -186,8 +186,7 @@ class Clusters:
 
     def convolution_router(
         self, glu, taps, bias, norm, out, lengths, x, router, router_sums, heard, y, expert_idx, gate, *, frames, left,
-        eps, scale,
-        pdl=False,
+        eps, scale, pdl=False,
     ) -> None:  # fmt: skip
         """The same, then y = norm(x), expert_idx and gate as `router.route` has them."""
         norm_w, norm_b, norm_eps = norm or (None, None, 0.0)
