@@ -61,8 +61,13 @@ def test_manner_keeps_what_it_must():
     torch.manual_seed(0)
     manner = speak.Manner.draw(np.random.default_rng(0), 64, CPU)
     inside = torch.arange(30) < torch.randint(3, 31, (64, 1))
-    frames = speak.whole_frames(torch.rand(64, 30) * 6, inside, manner)
+    predicted, pauses = torch.rand(64, 30) * 6, torch.arange(30).expand(64, -1) % 7 == 0
+    frames = speak.whole_frames(predicted, inside, pauses, manner)
     assert frames.dtype == torch.int64 and (frames[inside] >= 1).all() and not frames[~inside].any()
+    steady = replace(manner, local=torch.zeros(64, 1), drift=torch.zeros(64, 1), pause=torch.full((64, 1), 3.0))
+    expected = predicted / manner.speed * manner.tract * (1 + 2 * pauses)
+    frames = speak.whole_frames(predicted, inside, pauses, steady)
+    assert ((frames - expected.clamp(min=1)).abs() <= 1)[inside].all()  # rounded up or down
     pitch = torch.where(torch.rand(64, 200) < 0.7, 80 + 100 * torch.rand(64, 200), torch.zeros(()))
     whisper = (torch.arange(64) % 2).unsqueeze(1).float()
     moved = speak.melody(pitch, replace(manner, whisper=whisper))
@@ -97,7 +102,7 @@ def test_padding_never_reaches_a_text():
 
 
 def test_finish_cuts_silence_and_leaves_out_what_is_broken(voices):
-    speaker = speak.Speaker(None, voices, CPU, 0, 1000)
+    speaker = speak.Speaker(None, voices, [1], CPU, 0, 1000)
     wave = torch.zeros(4, 24000)
     wave[0, 9000:15000] = torch.sin(torch.arange(6000) * 0.05)
     wave[1, 100] = float("nan")

@@ -70,7 +70,9 @@ def punctuated(text: str, rng: random.Random) -> str:
     text = re.sub(
         r" (?=(and|but|or|because|if|when|which|while|so|that|then) )", lambda _: rng.choice((", ", *[" "] * 3)), text
     )
-    if rng.random() < 0.15 and (words := text.split(" ")) and len(words) > 5:
+    if rng.random() < 0.12:  # who speaks to a crowd stops after every few words
+        text = re.sub(r"(?<=[a-z]) ", lambda _: rng.choice((", ", "… ", " — ")) if rng.random() < 0.22 else " ", text)
+    elif rng.random() < 0.15 and (words := text.split(" ")) and len(words) > 5:
         at = rng.randrange(1, len(words) - 1)
         words[at] += rng.choice((",", ",", ";", "…", " —"))
         text = " ".join(words)

@@ -79,6 +79,7 @@ class Manner:
     local: Tensor  # of single durations, natural logarithm
     drift: Tensor  # of the tempo over some symbols, natural logarithm
     loudness: Tensor  # range
+    pause: Tensor  # 2: pauses twice as long
 
     @staticmethod
     def draw(rng: np.random.Generator, count: int, device: torch.device) -> Manner:
@@ -99,6 +100,7 @@ class Manner:
             column(rng.uniform(0, 0.22, count)),
             column(rng.uniform(0, 0.3, count)),
             column(rng.uniform(0.7, 1.3, count)),
+            column(np.exp(np.clip(rng.uniform(-1.6, 1.4, count), 0, None))),
         )
 
     def pick(self, rows: list[int]) -> Manner:
@@ -112,8 +114,9 @@ def smooth(rows: int, size: int, step: int, device: torch.device) -> Tensor:
     return torch.nn.functional.interpolate(knots, size=size, mode="linear", align_corners=True)[:, 0]
 
 
-def whole_frames(frames: Tensor, inside: Tensor, manner: Manner) -> Tensor:
+def whole_frames(frames: Tensor, inside: Tensor, pauses: Tensor, manner: Manner) -> Tensor:
     """Predicted frames (B, L) -> int64, at least 1 inside, rounded at random so that no tempo is lost."""
+    frames = torch.where(pauses, frames * manner.pause, frames)
     change = manner.local * torch.randn_like(frames) + manner.drift * smooth(*frames.shape, 9, frames.device)
     frames = frames / manner.speed * manner.tract * change.exp()
     return (torch.floor(frames + torch.rand_like(frames)).clamp(min=1) * inside).long()
@@ -135,8 +138,11 @@ def melody(pitch: Tensor, manner: Manner) -> Tensor:
 
 
 class Speaker:
-    def __init__(self, kokoro: Kokoro, voices: Voices, device: torch.device, seed: int, batch_frames: int):
+    def __init__(
+        self, kokoro: Kokoro, voices: Voices, pauses: list[int], device: torch.device, seed: int, batch_frames: int
+    ):
         self.kokoro, self.voices, self.device, self.batch_frames = kokoro, voices, device, batch_frames
+        self.pauses = torch.tensor(pauses, device=device)
         self.rng = np.random.default_rng(seed)
 
     @torch.inference_mode()
@@ -165,7 +171,8 @@ class Speaker:
             style = torch.from_numpy(np.stack(styles)).float().to(self.device)
             x, text, frames = self.kokoro.read_text(tokens, lengths, style)
             inside = frame_mask(lengths.to(self.device), tokens.shape[1])
-            frames = whole_frames(frames, inside, manner.pick(batch)).cpu()
+            pauses = torch.isin(tokens, self.pauses)
+            frames = whole_frames(frames, inside, pauses, manner.pick(batch)).cpu()
             for row, (i, size) in enumerate(zip(batch, lengths.tolist(), strict=True)):
                 out[i] = x[row, :size], text[row, :size], frames[row, :size], style[row]
         return out
@@ -249,10 +256,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     vocab = json.loads((args.kokoro / "vocab.json").read_text(encoding="utf-8"))["vocab"]
     lines = read_lines(args.lines, vocab)
+    pauses = [vocab[s] for s in ",;:—…" if s in vocab]
     seed = args.seed + args.part[0]
     torch.manual_seed(seed)
     kokoro = Kokoro.read(args.kokoro, device, device.type == "cuda")
-    speaker = Speaker(kokoro, Voices(args.kokoro / "voices.npz"), device, seed, args.batch_frames)
+    speaker = Speaker(kokoro, Voices(args.kokoro / "voices.npz"), pauses, device, seed, args.batch_frames)
     hours, broken, begun = 0.0, 0, time.monotonic()
     for first in track(range(args.part[0] * args.group, len(lines), args.part[1] * args.group), "parts"):
         if time.monotonic() - started > 60 * args.minutes:
