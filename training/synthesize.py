@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Makes synthetic English speech with Piper joe, flite, festival slt_hts and espeak-ng, packed like the first set.
 
-    synthesize.py speak joe --work WORK --first prompts.txt --then grammar.txt --wordnet /usr/share/wordnet ...
-    synthesize.py pack --work WORK --out OUT
+    python3 -m training.synthesize speak joe --work WORK --wordnet /usr/share/wordnet --first prompts.txt ...
+    python3 -m training.synthesize pack --work WORK --out OUT
 
 `speak` may run once for each engine at the same time, goes on where it stopped, and reads growing text files again.
 Debian packages: flite espeak-ng festival festvox-us-slt-hts wordnet-base.
@@ -29,8 +28,9 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
+from training.texts import clean, grams, normalise, read_manifest, wordnet
+
 RATE = 16_000
-TITLES = {"Mr.": "Mister", "Mrs.": "Missus", "Dr.": "Doctor"}
 QUESTION = re.compile(
     r"(who|what|when|where|why|how|which|whose|is|are|was|were|do|does|did|can|could|will|would|"
     r"should|shall|may|have|has) (?!a |an )",
@@ -39,42 +39,6 @@ QUESTION = re.compile(
 
 
 # Text
-
-
-def clean(line):
-    """Text as an engine reads it, or None where reading and transcript could differ."""
-    for short, full in TITLES.items():
-        line = line.replace(short, full)
-    line = re.sub(r"\s+", " ", line.translate(str.maketrans("’‘`“”", "'''\"\"")).replace("--", ", ")).strip(" ,;:-")
-    odd = re.search(r"[^A-Za-z' ,.;:?!\"-]|[A-Za-z]\.[A-Za-z]|\b[A-Z]{2,}\b|\b(etc|vs|St|esp|Jr|Sr|No|Ltd|Co)\.", line)
-    return None if odd or not line else line
-
-
-def normalise(line):
-    words = re.sub(r"[^a-z' ]+", " ", line.lower()).split()
-    return " ".join(word for word in (word.strip("'") for word in words) if word)
-
-
-def wordnet(folder):
-    for path in sorted(Path(folder).glob("data.*")):
-        for line in path.read_text(encoding="latin-1").splitlines():
-            gloss = line.partition(" | ")[2]
-            for example in re.findall(r'"([^"]+)"', gloss):
-                yield example, "wordnet-example"
-            definition = re.sub(r"\([^)]*\)", "", gloss.split('"')[0].split(";")[0])
-            if definition.strip():
-                yield definition, "wordnet-definition"
-
-
-def read_manifest(path):
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def grams(text, size=4):
-    words = text.split()
-    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
 
 
 class Feed:
