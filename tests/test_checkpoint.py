@@ -407,6 +407,8 @@ def test_damaged_model_folders(folder, tmp_path):
         (json.dumps({**json.loads(config), "encoder": None}), "encoder holds a NoneType"),
         (config.replace('"attention_heads": 2', '"attention_heads": "2"'), "attention_heads is '2', expected a whole"),
         (config.replace('"attention_dim": 32', f'"attention_dim": {10**30}'), "attention_dim is 1000.*expected 1 to"),
+        (config.replace('"attention_heads": 2', '"attention_heads": 3'), "attention_heads is 3, expected a divisor"),
+        (config.replace('"num_blocks": 2', '"num_blocks": 1000000'), "num_blocks is 1000000, expected 1 to 1000"),
         (config.replace('"conv2d"', '"conv3d"'), "input_layer is 'conv3d', expected one of conv2d"),
     ):
         (target / "config.json").write_text(text)
