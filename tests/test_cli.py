@@ -288,6 +288,7 @@ def test_models_and_recordings_that_are_not_there(m3, model, tmp_path):
     assert m3("transcribe", "-m", model, ONE, "--wav-scp", "x")[0] == 2
     code, out, err = m3("transcribe", "-m", model, ONE, "--threads", "100000")  # would take for ever
     assert code == 2 and out == "" and "--threads" in err
+    assert "--repeats" in m3("bench", "-m", model, "-e", "onnx", "-i", "1x20", "--repeats", 10**9)[2]  # likewise
     assert m3("transcribe", "-m", model, "--wav-scp", tmp_path / "missing.scp")[0] == 2
 
 
