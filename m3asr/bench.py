@@ -6,6 +6,7 @@ different machines, or of one machine at different loads, do not compare; the ra
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from m3asr.transcribe import Transcriber, batches
 
 INPUTS = ("1x206", "1x1024", "4x1024")
 ROTATING = 3
+MOST_FRAMES = 4_000_000  # eleven hours in one batch
 
 
 @dataclass
@@ -67,10 +69,14 @@ class EngineRow:
 
 def read_input(text: str) -> tuple[int, int]:
     """ "16x1024" -> (16, 1024): utterances and frames. Raises M3asrError."""
-    batch, _, frames = text.partition("x")
-    if not (batch.isdecimal() and frames.isdecimal() and int(batch) and int(frames)):
-        raise M3asrError(f"the input {text!r} is not readable: expected utterances x frames, as 16x1024")
-    return int(batch), int(frames)
+    sizes = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
+    batch, frames = map(int, sizes.groups()) if sizes else (0, 0)
+    if not 1 <= batch * frames <= MOST_FRAMES:
+        raise M3asrError(
+            f"the input {text!r} is not readable: expected utterances x frames, as 16x1024, "
+            f"{MOST_FRAMES:,} frames at most"
+        )
+    return batch, frames
 
 
 def bench(

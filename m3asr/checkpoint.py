@@ -18,7 +18,7 @@ from torch import Tensor
 
 from m3asr.config import ModelConfig
 from m3asr.errors import ModelError
-from m3asr.features import Cmvn
+from m3asr.features import Cmvn, OnlineFbank
 from m3asr.model import Model
 from m3asr.recipe import model_config
 from m3asr.tokenizer import Tokenizer
@@ -85,6 +85,7 @@ def read_checkpoint(
         network = model_config(family, values, state, config_path, notes)
     except (TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ModelError(f"{config_path}: a setting has an unexpected value ({error})") from None
+    OnlineFbank(network.fbank)  # refuses a front end that no recording could go through
 
     stats = None
     if not use_cmvn and "cmvn.mean" in state:

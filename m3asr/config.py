@@ -33,16 +33,43 @@ _KINDS = {
     "str": (str, "text"),
     "bool": (bool, "true or false"),
 }
+# Whole numbers that may be less than 1, and their least. What no bins or frames are, the filterbank says.
+_LEAST = {"num_mel_bins": 0, "r_num_blocks": 0, "static_chunk_size": -1, "blank": 0, "sos": -1, "eos": -1}
+_MOST = 2**20  # no model is as wide, and what is much wider fits neither a memory nor a machine word
+_MOST_BLOCKS = 1000  # each is some twenty modules to make, whatever its width
+_FRACTIONS = ("ctc_weight", "reverse_weight", "dropout_rate", "norm_eps", "cnn_norm_eps")
+_CHOICES = {
+    "family": ("3m", "wenet"),
+    "cmvn": ("before", "inside", "none"),
+    "input_layer": tuple(SUBSAMPLINGS),
+    "pos_enc_layer_type": ("rel_pos", "no_pos"),
+    "selfattention_layer_type": ("rel_selfattn", "selfattn"),
+    "cnn_module_norm": ("layer_norm", "batch_norm"),
+    "activation_type": ACTIVATIONS,
+}
 
 
-def _check_kinds(config) -> None:
-    """Raises TypeError for a value of another kind than its field's: what is read from files is of any."""
+def _check(config) -> None:
+    """Raises TypeError for a value of another kind than its field's, ValueError for one outside its range: what is read
+    from files is anything."""
     for f in fields(config):
         value, (kind, words) = getattr(config, f.name), _KINDS.get(f.type, (object, ""))
         if not isinstance(value, kind) or (isinstance(value, bool) and kind in (Integral, Real)):
             raise TypeError(f"{f.name} is {value!r}, expected {words}")
         if kind is Real and not math.isfinite(value):
             raise TypeError(f"{f.name} is {value}, expected a finite number")
+        least, most = _LEAST.get(f.name, 1), _MOST_BLOCKS if f.name.endswith("num_blocks") else _MOST
+        if kind is Integral and not least <= value <= most:
+            raise ValueError(f"{f.name} is {value}, expected {least} to {most}")
+        if f.name in _FRACTIONS and not 0 <= value <= 1:
+            raise ValueError(f"{f.name} is {value}, expected 0 to 1")
+        if f.name in _CHOICES and value not in _CHOICES[f.name]:
+            raise ValueError(f"{f.name} is {value!r}, expected one of {', '.join(_CHOICES[f.name])}")
+
+
+def _check_heads(heads: int, width: int) -> None:
+    if width % heads:
+        raise ValueError(f"attention_heads is {heads}, expected a divisor of the width {width}")
 
 
 @dataclass(frozen=True)
@@ -57,7 +84,7 @@ class FbankConfig:
     sample_rate: int = 16000
     window_type: str = "povey"
 
-    __post_init__ = _check_kinds
+    __post_init__ = _check
 
 
 @dataclass(frozen=True)
@@ -69,7 +96,7 @@ class MoEConfig:
     router_with_bias: bool = False
     keep_expert_output: bool = False  # True: the expert's output is not scaled by its router probability
 
-    __post_init__ = _check_kinds
+    __post_init__ = _check
 
 
 @dataclass(frozen=True)
@@ -98,7 +125,13 @@ class EncoderConfig:
     moe: MoEConfig | None = None
     embed: EncoderConfig | None = None  # the embedding network that the routers listen to
 
-    __post_init__ = _check_kinds
+    def __post_init__(self):
+        _check(self)
+        if self.input_dim // self.conv_subsample_in_ch < self.min_frames:  # in frequency as in time
+            raise ValueError(f"input_dim is {self.input_dim}, too few bins for {self.input_layer}")
+        _check_heads(self.attention_heads, self.attention_dim)
+        if self.moe is not None and self.embed is None:
+            raise ValueError("embed is missing: expected the embedding network that the routers of moe listen to")
 
     @property
     def subsampling(self) -> tuple[tuple[int, int], ...]:
@@ -139,7 +172,7 @@ class DecoderConfig:
     norm_eps: float = 1e-12
     dropout_rate: float = 0.0
 
-    __post_init__ = _check_kinds
+    __post_init__ = _check
 
 
 @dataclass(frozen=True)
@@ -159,7 +192,10 @@ class ModelConfig:
     reverse_weight: float = 0.0  # of the right-to-left decoder in attention rescoring
     compat: bool = False  # True: lengths and padding exactly as the original code (specification 2.2, 2.6)
 
-    __post_init__ = _check_kinds
+    def __post_init__(self):
+        _check(self)
+        if self.decoder is not None:
+            _check_heads(self.decoder.attention_heads, self.encoder.attention_dim)
 
     @property
     def frame_seconds(self) -> float:
@@ -219,5 +255,5 @@ def _build(cls, values: dict[str, Any], where: str):
         kwargs[name] = value
     try:
         return cls(**kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ModelError(f"{where} does not fit: {error}") from None

@@ -38,10 +38,10 @@ def _refuse_unusable(config: FbankConfig) -> None:
     length, shift = _frame_samples(config)
     if config.num_mel_bins < 3:  # Kaldi's own limit
         raise ModelError(f"num_mel_bins is {config.num_mel_bins}; expected at least 3 (usual: 40 or 80).")
-    if not 0 < shift <= length:
+    if not 0 < shift <= length <= config.sample_rate:
         raise ModelError(
             f"frame_shift is {config.frame_shift} ms and frame_length {config.frame_length} ms; "
-            "expected 0 < frame_shift <= frame_length."
+            "expected 0 < frame_shift <= frame_length <= 1000."
         )
     if not 0 <= config.low_freq < top <= nyquist:
         raise ModelError(

@@ -96,6 +96,11 @@ def model_config(family: str, values: dict, state: dict[str, Tensor], path: Path
         frame_shift=float(fbank_conf.get("frame_shift", 10)),
         window_type=str(fbank_conf.get("window_type", "povey")),
     )
+    if fbank.num_mel_bins != encoder.input_dim:
+        raise ModelError(
+            f"{path.name}: input_dim {encoder.input_dim} is not dataset_conf.fbank_conf.num_mel_bins "
+            f"{fbank.num_mel_bins}: expected the same"
+        )
     reverse = float(model_conf.get("reverse_weight") or 0.0)
     return ModelConfig(
         family=family,
@@ -182,13 +187,13 @@ def _encoder_config(family, conf, prefix, state, input_dim, path, notes) -> Enco
     heads = conf.get("attention_heads", 4)
     if attention == "rel_selfattn":
         heads = _prefer(_block_shape(state, blocks, "self_attn.pos_bias_u")[0], conf, "attention_heads", where, notes)
-    if width % heads:
+    if heads < 1 or width % heads:
         raise ModelError(f"{where}.attention_heads: {heads} does not divide the width {width}")
     macaron = _block_tensor(state, blocks, "feed_forward_macaron.w_1.weight") is not None
     batch_norm = _block_tensor(state, blocks, "conv_module.norm.running_mean") is not None
     norm = "batch_norm" if batch_norm else "layer_norm"
     kernel = _block_shape(state, blocks, "conv_module.depthwise_conv.weight")[2]
-    causal = bool(conf.get("causal", False))
+    causal = conf.get("causal") or False
     if not causal and kernel % 2 == 0:
         raise ModelError(f"{where}.cnn_module_kernel: {kernel} must be odd unless the convolution is causal")
     moe = _moe_config(conf.get("moe_conf") or {}, blocks, state, where, notes)
@@ -219,8 +224,8 @@ def _encoder_config(family, conf, prefix, state, input_dim, path, notes) -> Enco
         cnn_module_kernel=_prefer(kernel, conf, "cnn_module_kernel", where, notes),
         cnn_module_norm=_prefer(norm, conf, "cnn_module_norm", where, notes),
         causal=causal,
-        static_chunk_size=int(conf.get("static_chunk_size", 0)),
-        use_dynamic_chunk=bool(conf.get("use_dynamic_chunk", False)),
+        static_chunk_size=conf.get("static_chunk_size") or 0,
+        use_dynamic_chunk=conf.get("use_dynamic_chunk") or False,
         norm_eps=float(conf.get("norm_eps", 1e-5)) if family == "wenet" else 1e-12,
         cnn_norm_eps=float(conf.get("norm_eps", 1e-5)) if family == "wenet" else 1e-5,
         moe=moe,
@@ -242,7 +247,7 @@ def _moe_config(conf: dict, blocks: str, state, where: str, notes: list[str]) ->
         num_experts=experts,
         hidden_units=_prefer(hidden, conf, "hidden_units", f"{where}.moe_conf", notes),
         router_with_bias=_prefer(bias, conf, "router_with_bias", f"{where}.moe_conf", notes),
-        keep_expert_output=bool(conf.get("keep_expert_output", False)),
+        keep_expert_output=conf.get("keep_expert_output") or False,
     )
 
 
@@ -259,8 +264,8 @@ def _decoder_config(family, conf, state, path, notes) -> DecoderConfig | None:
     if activation not in ACTIVATIONS:
         raise ModelError(f"{where}.activation_type: {activation} is not supported, only {', '.join(ACTIVATIONS)}")
     units = _block_shape(state, f"{left}decoders.", "feed_forward.w_1.weight")[0]
-    heads = int(conf.get("attention_heads", 4))
-    if (width := _shape(state, "encoder.after_norm.weight")[0]) % heads:
+    heads, width = conf.get("attention_heads", 4), _shape(state, "encoder.after_norm.weight")[0]
+    if heads < 1 or width % heads:
         raise ModelError(f"{where}.attention_heads: {heads} does not divide the width {width}")
     return DecoderConfig(
         attention_heads=heads,

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from m3asr.audio import SAMPLE_RATE, AudioSource, read_blocks
+from m3asr.audio import SAMPLE_RATE, AudioSource
 from m3asr.decode import DecodeOptions, Word
 from m3asr.engines.observe import observe
 from m3asr.errors import ModelError
 from m3asr.features import pad_batch
-from m3asr.segment import SegmentOptions, speech_segments
-from m3asr.transcribe import Transcriber, joined
+from m3asr.segment import SegmentOptions
+from m3asr.transcribe import Recording, Transcriber, joined
 
 PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
 
@@ -138,30 +138,21 @@ def route_recording(
     folder, options = transcriber.folder, options or DecodeOptions()
     need_experts(folder.config)
     paths, stride = layers_of(folder.config), folder.config.frame_seconds
-    samples, stretches = 0, []
-
-    def counted():
-        nonlocal samples
-        for block in read_blocks(audio):
-            samples += len(block)
-            yield block
-
-    for speech in speech_segments(counted(), segmentation or SegmentOptions()):
-        features, lengths = pad_batch([folder.features(speech.waveform)])
+    heard, stretches = [], []
+    for piece in transcriber.pieces(Recording(name, audio), segmentation or SegmentOptions(), heard.append):
+        features, lengths = pad_batch([piece.features])
         seen = observe(transcriber.engine, features, lengths)
         (result,), size = transcriber.decode(*seen.outputs, options), int(seen.outputs[2][0])
         if not size:
             continue
-        start, seconds = speech.start / SAMPLE_RATE, len(speech.waveform) / SAMPLE_RATE
-        segment = transcriber.segment(start, seconds, result, options)
+        segment = transcriber.segment(piece.start, piece.seconds, result, options)
         experts = np.stack([seen.choices[path][:size] for path in paths])  # (L, S)
         routers = np.stack([seen.routers[path][:size] for path in paths])  # (L, S, E)
         confidence = np.take_along_axis(routers, experts[..., None], axis=-1)[..., 0]
-        loudness = _loudness(speech.waveform, size, round(stride * SAMPLE_RATE))
-        stretches.append(
-            Stretch(start, seconds, segment.text, segment.words, experts.astype(np.int16), confidence, loudness)
-        )
-    return RoutedRecording(name, samples / SAMPLE_RATE, stretches)
+        loudness = _loudness(piece.waveform, size, round(stride * SAMPLE_RATE))
+        found = segment.text, segment.words, experts.astype(np.int16), confidence, loudness
+        stretches.append(Stretch(piece.start, piece.seconds, *found))
+    return RoutedRecording(name, sum(heard) / SAMPLE_RATE, stretches)
 
 
 def _loudness(waveform: np.ndarray, size: int, stride: int) -> np.ndarray:

@@ -27,6 +27,7 @@ FRAME = 512  # samples of a decision, 32 ms: what Silero VAD was trained on
 _WINDOW = 320 * FRAME  # samples brought to an even level together, 10 s
 _LEVEL = 0.05  # RMS of the speech that the detector hears, -26 dBFS
 _OFFSET = 0.5  # a mean of this much of the RMS is no sound, which swings around zero: seconds of speech reach 0.2
+_STEADY = 31  # frames over which that is looked at, 1 s
 _HYSTERESIS = 0.15  # speech goes on until the probability is this much below the threshold
 _SMOOTHING = 7  # frames over which the place of a forced cut is looked at, 0.2 s
 
@@ -143,7 +144,8 @@ def _pieces(
 
     for window in _windows(blocks):
         samples = np.concatenate([samples, window])
-        for span in spans.accept(detector(_levelled(window)), _loudness(_frames(window))):
+        frames = _centred(np.pad(window, (0, -len(window) % FRAME)).reshape(-1, FRAME))  # (N, FRAME)
+        for span in spans.accept(detector(_levelled(frames)), _loudness(frames)):
             yield cut(span)
         keep = max(spans.oldest * FRAME - padding, end, first)
         samples, first = samples[keep - first :], keep
@@ -151,26 +153,28 @@ def _pieces(
         yield cut(span)
 
 
-def _frames(window: np.ndarray) -> np.ndarray:
-    return np.pad(window, (0, -len(window) % FRAME)).reshape(-1, FRAME)  # (N, FRAME)
+def _centred(frames: np.ndarray) -> np.ndarray:
+    """Frames (N, FRAME) without what a cheap sound card adds to every sample, which would pass for loudness.
+
+    Where it is no trace; a median, unlike a mean, begins and ends in the very frame in which that does.
+    """
+    offset, power = (_around(values, _STEADY) for values in (frames.mean(axis=1), (frames**2).mean(axis=1)))  # (N,)
+    return frames - np.where(np.abs(offset) > _OFFSET * np.sqrt(power), offset, np.float32(0))[:, None]
+
+
+def _levelled(frames: np.ndarray) -> np.ndarray:
+    """Frames (N, FRAME) amplified until the loudest that lasts, unlike a click, has an RMS of _LEVEL."""
+    loudness = _around(_loudness(frames), 5).max()
+    return np.clip(frames * np.clip(_LEVEL / max(loudness, 1e-9), 1.0, 1000.0), -1.0, 1.0).astype(np.float32)
 
 
 def _loudness(frames: np.ndarray) -> np.ndarray:
     return np.sqrt((frames**2).mean(axis=1))  # RMS of each
 
 
-def _levelled(window: np.ndarray) -> np.ndarray:
-    """Frames (N, FRAME) amplified until the loudest that lasts, unlike a click, has an RMS of _LEVEL.
-
-    What a cheap sound card adds to every sample would pass for loudness, and is taken away where it is no trace.
-    """
-    offset = window.mean()
-    if abs(offset) > _OFFSET * np.sqrt((window**2).mean()):
-        window = window - offset
-    frames = _frames(window)
-    rms = np.pad(_loudness(frames), 2, mode="edge")  # (N + 4,)
-    loudness = np.median(np.lib.stride_tricks.sliding_window_view(rms, 5), axis=1).max()
-    return np.clip(frames * np.clip(_LEVEL / max(loudness, 1e-9), 1.0, 1000.0), -1.0, 1.0).astype(np.float32)
+def _around(values: np.ndarray, size: int) -> np.ndarray:
+    """The median of each value and those around it, `size` in all: (N,) -> (N,)."""
+    return np.median(np.lib.stride_tricks.sliding_window_view(np.pad(values, size // 2, "symmetric"), size), axis=1)
 
 
 class _Spans:

@@ -28,16 +28,29 @@ from m3asr.transcribe import Transcriber
 MODES = ("auto", "chunks", "windows")
 BATCH_STREAMS = 64  # in one engine call, so that memory does not grow with the number of streams
 LONGEST_AGAIN = 30.0  # seconds of a segment that is read again; a longer one keeps what the beam search found
+MOST_FRAMES = (
+    750  # encoder frames, 30 s as a rule: of a chunk, and of what is read around it; also chunks looked back on
+)
+LONGEST_RULE = 3600.0  # seconds: what a segment holds is in memory
 _AROUND = 12  # encoder frames before the first token and behind the last that are read with them
 
 
 @dataclass(frozen=True)
 class EndpointRule:
-    """A segment ends when all of this holds (Kaldi's online endpointing, as WeNet uses it). Times in seconds."""
+    """A segment ends when all of this holds (Kaldi's online endpointing, as WeNet uses it).
+
+    Times in seconds, 0 to 3600. Raises M3asrError for others.
+    """
 
     needs_text: bool  # something was recognised
     silence: float  # at least so long without a token at the end
     length: float = 0.0  # the segment is at least so long
+
+    def __post_init__(self):
+        for name in ("silence", "length"):
+            value = getattr(self, name)
+            if not 0 <= value <= LONGEST_RULE:  # also refuses NaN
+                raise M3asrError(f"the {name} that ends a line is {value} s, expected 0 to {LONGEST_RULE:.0f}")
 
 
 # WeNet's: five seconds of nothing, a second of silence after words, and twenty seconds whatever happens.
@@ -59,6 +72,8 @@ class StreamOptions:
     windows.
     decode: the decoder of final texts, beam, rescoring or, where segments are read again, joint; None is the best of
     them. Texts before the end are the beam search's.
+
+    chunk, left_chunks, left and right are at most 750. Raises M3asrError for values outside their range.
     """
 
     mode: str = "auto"
@@ -76,8 +91,8 @@ class StreamOptions:
             raise M3asrError(f"there is no streaming mode {self.mode!r}; choose one of {', '.join(MODES)}")
         for name, least in (("chunk", 0), ("left_chunks", -1), ("left", 0), ("right", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise M3asrError(f"{name} is {value}, expected a whole number of at least {least}")
+            if not isinstance(value, int) or not least <= value <= MOST_FRAMES:
+                raise M3asrError(f"{name} is {value}, expected a whole number from {least} to {MOST_FRAMES}")
         if not 0 <= self.silence_threshold <= 1:
             raise M3asrError(f"silence_threshold is {self.silence_threshold}, expected a probability, 0 to 1")
         if self.decode.decoder not in (None, "beam", "rescoring", "joint"):

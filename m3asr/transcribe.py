@@ -67,9 +67,21 @@ class _Job:
     read: bool = False
     failed: bool = False
 
+    def heard(self, samples: int) -> None:
+        self.samples += samples
 
-class _Piece(NamedTuple):
-    """A segment that waits for the engine. start, seconds: in seconds; features: float32 (T, F)."""
+
+class Piece(NamedTuple):
+    """A segment of a recording. start, seconds: in seconds; waveform: float32 (N,); features: float32 (T, F)."""
+
+    start: float
+    seconds: float
+    waveform: np.ndarray
+    features: np.ndarray
+
+
+class _Waiting(NamedTuple):
+    """What of a `Piece` waits for the engine."""
 
     job: _Job
     start: float
@@ -131,7 +143,7 @@ class Transcriber:
         self.decoder_of(options)  # what cannot be done is said before anything is read
         self.scorers(options)
         jobs: deque[_Job] = deque()
-        pool: list[_Piece] = []
+        pool: list[_Waiting] = []
         waiting, done = 0, 0  # samples read, and reported as finished
 
         def recognise() -> None:
@@ -158,7 +170,7 @@ class Transcriber:
         for recording in recordings:
             job = _Job(recording[0])
             jobs.append(job)
-            pieces = self._pieces(job, Recording(*recording), segmentation)
+            pieces = self.pieces(Recording(*recording), segmentation, job.heard)
             before = 0
             while True:
                 try:
@@ -174,7 +186,7 @@ class Transcriber:
                 before = job.samples
                 if piece is None:
                     break
-                pool.append(piece)
+                pool.append(_Waiting(job, piece.start, piece.seconds, piece.features))
                 if sum(len(piece.features) for piece in pool) >= POOL_BATCHES * self.batch_frames:
                     recognise()
                     yield from finished()
@@ -300,17 +312,23 @@ class Transcriber:
     def _new_lm(self, path: str, unit: str) -> NgramLM:
         return NgramLM(path, self.folder.tokenizer.symbols, unit=unit)
 
-    def _pieces(self, job: _Job, recording: Recording, segmentation: SegmentOptions) -> Iterator[_Piece]:
+    def pieces(
+        self, recording: Recording, segmentation: SegmentOptions, heard: Callable[[int], None]
+    ) -> Iterator[Piece]:
+        """A recording, cut where `segmentation` says, as far as it is read. heard: is told of each block's samples.
+
+        Raises AudioError and MissingExtra as `audio.read_blocks` does.
+        """
+
         def counted() -> Iterator[np.ndarray]:
             for block in read_blocks(recording.audio, sample_rate=recording.sample_rate):
-                job.samples += len(block)
+                heard(len(block))
                 yield block
 
-        for speech in speech_segments(counted(), segmentation):
-            seconds = len(speech.waveform) / SAMPLE_RATE
-            yield _Piece(job, speech.start / SAMPLE_RATE, seconds, self.folder.features(speech.waveform))
+        for start, waveform in speech_segments(counted(), segmentation):
+            yield Piece(start / SAMPLE_RATE, len(waveform) / SAMPLE_RATE, waveform, self.folder.features(waveform))
 
-    def _recognise_pieces(self, pieces: list[_Piece], options: DecodeOptions) -> None:
+    def _recognise_pieces(self, pieces: list[_Waiting], options: DecodeOptions) -> None:
         results = self.recognise([piece.features for piece in pieces], options)
         for piece, result in zip(pieces, results, strict=True):
             segment = self.segment(piece.start, piece.seconds, result, options)
@@ -386,10 +404,10 @@ def load(
     """Load a model folder (None: the model shipped with the package) on an engine: "auto", which is onnx, or a name
     from `m3asr engines`.
 
-    threads: CPU threads, 0 leaves it to the engine. chunk_size: encoder frames (of 40 ms, as a rule) that see each
-    other and `left_chunks` chunks before them, -1 all, as in a stream; 0 for whole segments. A `Stream` has options of
-    its own and takes no notice. Raises ModelError for a folder that cannot be used or a model that was not trained on
-    dynamic chunks, MissingExtra for an engine that is not installed.
+    threads: CPU threads, 0 leaves it to the engine; eager sets them for all of the process. chunk_size: encoder frames
+    (of 40 ms, as a rule) that see each other and `left_chunks` chunks before them, -1 all, as in a stream; 0 for whole
+    segments. A `Stream` has options of its own and takes no notice. Raises ModelError for a folder that cannot be used
+    or a model that was not trained on dynamic chunks, MissingExtra for an engine that is not installed.
     """
     folder = ModelFolder.read(path)
     loaded = load_engine(folder, engine, threads=threads)

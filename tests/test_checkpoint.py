@@ -264,6 +264,39 @@ def test_settings_of_another_type(wenet, setting, value):
         read_checkpoint(wenet)
 
 
+@pytest.mark.parametrize(
+    "section,setting,value",
+    [
+        ((), "input_dim", 10**30),
+        ((), "input_dim", 10**12),
+        ((), "input_dim", 0),
+        ((), "input_dim", 5),
+        (("dataset_conf", "fbank_conf"), "num_mel_bins", 10**12),
+        (("dataset_conf", "fbank_conf"), "num_mel_bins", 40),
+        (("dataset_conf", "fbank_conf"), "frame_length", 10**12),
+        (("dataset_conf", "fbank_conf"), "frame_shift", 0),
+        (("dataset_conf", "fbank_conf"), "window_type", "round"),
+        (("encoder_conf",), "static_chunk_size", 10**30),
+        (("encoder_conf",), "causal", "false"),
+        (("encoder_conf",), "norm_eps", -1),
+        (("decoder_conf",), "attention_heads", 0),
+        (("decoder_conf",), "attention_heads", -1),
+        (("model_conf",), "reverse_weight", 10**12),
+    ],
+)
+def test_settings_outside_any_range(wenet, section, setting, value):
+    """Refused by name, before anything of that size is made."""
+
+    def edit(values):
+        for name in section:
+            values = values.setdefault(name, {})
+        values[setting] = value
+
+    edit_yaml(wenet, edit)
+    with pytest.raises(ModelError, match=setting):
+        read_checkpoint(wenet)
+
+
 @pytest.mark.parametrize("width", [[], "80", 80.5, True])
 def test_an_input_width_that_is_none(wenet, width):
     edit_yaml(wenet, lambda values: values.update(input_dim=width))
@@ -373,6 +406,10 @@ def test_damaged_model_folders(folder, tmp_path):
         (json.dumps({**json.loads(config), "encoder": 3}), "encoder holds a int"),
         (json.dumps({**json.loads(config), "encoder": None}), "encoder holds a NoneType"),
         (config.replace('"attention_heads": 2', '"attention_heads": "2"'), "attention_heads is '2', expected a whole"),
+        (config.replace('"attention_dim": 32', f'"attention_dim": {10**30}'), "attention_dim is 1000.*expected 1 to"),
+        (config.replace('"attention_heads": 2', '"attention_heads": 3'), "attention_heads is 3, expected a divisor"),
+        (config.replace('"num_blocks": 2', '"num_blocks": 1000000'), "num_blocks is 1000000, expected 1 to 1000"),
+        (config.replace('"conv2d"', '"conv3d"'), "input_layer is 'conv3d', expected one of conv2d"),
     ):
         (target / "config.json").write_text(text)
         with pytest.raises(ModelError, match=said):

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from typer.testing import CliRunner
 
 import m3asr
@@ -286,6 +288,7 @@ def test_models_and_recordings_that_are_not_there(m3, model, tmp_path):
     assert m3("transcribe", "-m", model, ONE, "--wav-scp", "x")[0] == 2
     code, out, err = m3("transcribe", "-m", model, ONE, "--threads", "100000")  # would take for ever
     assert code == 2 and out == "" and "--threads" in err
+    assert "--repeats" in m3("bench", "-m", model, "-e", "onnx", "-i", "1x20", "--repeats", 10**9)[2]  # likewise
     assert m3("transcribe", "-m", model, "--wav-scp", tmp_path / "missing.scp")[0] == 2
 
 
@@ -296,9 +299,22 @@ def test_speech_detection_can_be_left_out(m3, model, tmp_path):
     assert m3("transcribe", "-m", model, "-q", "--no-vad", tmp_path / "noise.wav")[1].strip()
 
 
-def test_more_than_the_memory_holds(m3, model):
-    code, out, err = m3("bench", "-m", model, "-e", "onnx", "-i", "99999999x99999999")
+@pytest.mark.parametrize("library", ["numpy", "torch", "onnxruntime"])
+def test_more_than_the_memory_holds(m3, model, monkeypatch, library):
+    def ask(*arguments, **options):
+        if library == "onnxruntime":
+            raise Fail("Failed to allocate memory for requested buffer of")
+        yield np.ones(2**50) if library == "numpy" else torch.ones(2**50)
+
+    monkeypatch.setattr("m3asr.bench.bench", ask)
+    code, out, err = m3("bench", "-m", model, "-e", "onnx", "-i", "1x20")
     assert code == 2 and out == "" and "not enough memory" in err and len(err.splitlines()) == 1
+
+
+def test_other_errors_are_not_hidden(m3, model, monkeypatch):
+    monkeypatch.setattr("m3asr.bench.bench", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        m3("bench", "-m", model, "-e", "onnx", "-i", "1x20")
 
 
 def test_features_that_are_no_archive(m3, model, tmp_path):

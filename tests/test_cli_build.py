@@ -149,6 +149,8 @@ def test_profiles():
     for text in ("", "B=1:2:3,B=1:2:3", "B=1:2:3,T=7:8:9,X=1:1:1", "B=-1:2:3,T=7:8:9", "B=0:2:3,T=7:8:9", "B=1:²:3"):
         with pytest.raises(M3asrError, match="--profile"):
             read_profile(text)
+    with pytest.raises(M3asrError, match="T is more than 1,000,000"):
+        read_profile("B=1:2:3,T=7:8:99999999999999999999")
 
 
 def test_trtexec_inputs(m3, tmp_path, monkeypatch):

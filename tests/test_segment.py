@@ -181,15 +181,19 @@ def test_speech_is_found_at_any_level(clips, gain):
         assert speech.start == 0 and len(speech.waveform) == len(clip)
 
 
+def places(waveform):
+    return [(start, start + len(samples)) for start, samples in speech_segments([waveform])]
+
+
 @pytest.mark.parametrize("offset", [0.1, -0.3, 0.5])
-def test_speech_beside_a_constant_offset_is_found(clips, offset):
-    """As sound cards add it: it is no loudness, and where speech begins and ends stays the same but for a frame."""
+def test_speech_beside_an_offset_is_found(clips, offset):
+    """As sound cards add it, from the start or from some moment on: it is no loudness, and where speech begins and ends
+    stays the same but for a frame."""
     quiet = np.concatenate([0.1 * clip / np.abs(clip).max() for clip in clips * 2]).astype(np.float32)
-    for waveform in (quiet[: 10 * SAMPLE_RATE], quiet):
-        plain, found = (
-            [(start, start + len(samples)) for start, samples in speech_segments([waveform + np.float32(added)])]
-            for added in (0, offset)
-        )
+    for waveform, begin in ((quiet[: 10 * SAMPLE_RATE], 0), (quiet, 0), (quiet, 8 * SAMPLE_RATE)):
+        added = waveform.copy()
+        added[begin:] += np.float32(offset)
+        plain, found = places(waveform), places(added)
         assert len(plain) == len(found) > 0
         np.testing.assert_allclose(found, plain, atol=FRAME)
 

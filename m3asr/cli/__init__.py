@@ -6,6 +6,7 @@ Bad input is answered with one sentence and exit code 2.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from typing import Annotated, NoReturn
@@ -15,6 +16,9 @@ import typer
 from m3asr.cli import bench, build, convert, evaluate, infer, inspect, stream, transcribe, verify
 from m3asr.cli.console import complain
 from m3asr.errors import M3asrError, reason
+
+# What torch and ONNX Runtime say, in exceptions of many types, of memory that is not there.
+_NO_MEMORY = re.compile(r"[Ff]ailed to allocate memory|can't allocate memory|out of memory|bad_alloc|bad allocation")
 
 app = typer.Typer(
     add_completion=False,
@@ -50,6 +54,10 @@ def main() -> None:
     except OSError as error:
         _drop_output()
         _end(f"{error.filename or 'standard output'} cannot be used: {reason(error)}")
+    except Exception as error:
+        if not _NO_MEMORY.search(str(error)):
+            raise
+        _end("there is not enough memory: shorter segments (--max-seconds) and smaller inputs need less")
 
 
 def _end(message: M3asrError | str) -> NoReturn:

@@ -34,7 +34,7 @@ def bench(
         typer.Option("--input", "-i", help="Utterances x frames, as 16x1024; several times for several."),
     ] = None,
     decoder: DecoderOption = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Forwards of which the median is shown.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Forwards of which the median is shown.")] = 5,
     threads: ThreadsOption = 0,
     plot: Annotated[Optional[Path], typer.Option(help="Write a picture of the table, a PNG.")] = None,  # noqa: UP007, UP045
 ) -> None:

@@ -20,6 +20,7 @@ ExpertsName = Enum("ExpertsName", {name: name for name in ("layers", "plugin")},
 PackageName = Enum("PackageName", {name: name for name in ("tensorrt", "tensorrt_rtx")}, type=str)
 # Batches of frames whose kernels are compiled at build: few tokens, many, and very many.
 WARM = ((1, 206), (1, 1024), (16, 1024))
+MOST = 1_000_000  # utterances, or frames: hours of them
 # Of a recording, so much is looked at to find the scales of int8 and fp8.
 CALIBRATION_SECONDS = 20.0
 
@@ -170,6 +171,8 @@ def read_profile(text: str) -> dict[str, tuple[int, int, int]]:
         low, usual, high = (int(value) for value in values)
         if not 1 <= low <= usual <= high:
             raise M3asrError(f"--profile {shlex.quote(text)}: {name} is not rising from 1 on: {expected}")
+        if high > MOST:
+            raise M3asrError(f"--profile {shlex.quote(text)}: {name} is more than {MOST:,}: {expected}")
         sizes[name] = (low, usual, high)
     if len(sizes) != 2:
         raise M3asrError(f"--profile {shlex.quote(text)} lacks {'T' if 'B' in sizes else 'B'}: {expected}")

@@ -18,6 +18,8 @@ from m3asr.folder import ModelFolder
 if TYPE_CHECKING:
     from m3asr.engines.streaming import StreamState
 
+# Frames of a chunk, or chunks before it: eleven hours, and the product is far from the end of 64 bits.
+MOST_CHUNKS = 2**20
 NAMES = ("onnx", "eager", "cuda", "tensorrt")
 
 
@@ -161,7 +163,11 @@ def need_tensorrt(what: str) -> None:
 
 
 def check_chunks(config: ModelConfig, chunk_size: int, left_chunks: int = -1) -> None:
-    """Raises ModelError for chunks that the model does not work in: an engine would ignore them without a word."""
+    """Raises ModelError for chunks that the model does not work in: an engine would ignore them without a word; and for
+    numbers past any recording, which would overflow."""
+    for option, value in (("--chunk-size", chunk_size), ("--left-chunks", left_chunks)):
+        if value > MOST_CHUNKS:
+            raise ModelError(f"{option}: found {value}, expected at most {MOST_CHUNKS}")
     if chunk_size > 0 and not config.encoder.use_dynamic_chunk:
         raise ModelError("--chunk-size: this model was not trained on dynamic chunks (use_dynamic_chunk is false)")
     fixed = config.encoder.static_chunk_size > 0 and not config.encoder.use_dynamic_chunk

@@ -32,6 +32,10 @@ class EagerEngine:
     name = "eager"
 
     def __init__(self, folder: ModelFolder, *, threads: int = 0, device: str | None = None):
+        """threads: torch has one number for the whole process, so any but 0 is set for everything else that runs torch
+        in it too, and stays; 0 changes nothing. device: torch's name of one, None the CPU. Raises ModelError for a
+        folder whose weights are damaged or do not fit.
+        """
         if threads:
             torch.set_num_threads(threads)
         self.device = device or "cpu"

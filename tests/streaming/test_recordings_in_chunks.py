@@ -119,6 +119,8 @@ def test_evaluate_and_transcribe_in_chunks_say_what_a_stream_says(m3, talkative,
         ("moe", ("--chunk-size", 4), "this model was not trained on dynamic chunks (use_dynamic_chunk is false)"),
         ("static", ("--chunk-size", 3), "this model was not trained on dynamic chunks (use_dynamic_chunk is false)"),
         (EXPORTED, ("--left-chunks", 2), "there are no chunks"),
+        (EXPORTED, ("--chunk-size", 10**20), "found 100000000000000000000, expected at most 1048576"),
+        (EXPORTED, ("--left-chunks", 2**62, "--chunk-size", 4), "found 4611686018427387904, expected at most 1048576"),
     ],
 )
 def test_chunks_that_the_model_does_not_have_are_refused(m3, folder_of, recordings, command, variant, arguments, found):

@@ -291,10 +291,14 @@ def test_bad_use_of_a_stream_is_refused(transcriber, loudness):
     nan = float("nan")
     for bad in (
         {"mode": "fast"}, {"chunk": -1}, {"chunk": 4.5}, {"left_chunks": -2}, {"silence_threshold": nan},
-        {"decode": DecodeOptions("greedy")},
+        {"decode": DecodeOptions("greedy")}, {"chunk": 751}, {"left_chunks": 751}, {"left": 1000000}, {"right": 10**30},
     ):  # fmt: skip
         with pytest.raises(M3asrError, match="mode|expected|stream"):
             StreamOptions(**bad)
+    for seconds in (-1, 3601, float("inf"), nan):
+        for rule in ((True, seconds), (False, 0.0, seconds)):
+            with pytest.raises(M3asrError, match="expected 0 to 3600"):
+                EndpointRule(*rule)
 
 
 def test_a_model_with_one_chunk_size_takes_no_other(folder_of, engine_of):
@@ -349,6 +353,8 @@ def test_command(wenet, tmp_path):
         run(str(tmp_path / "a.wav"), "--rate", "8000")
     with pytest.raises(M3asrError, match="--left-chunks is for the mode chunks"):
         run(str(tmp_path / "a.wav"), "--mode", "windows", "--left-chunks", "2")
+    with pytest.raises(M3asrError, match="left is 1000000, expected"):
+        run(str(tmp_path / "a.wav"), "--left", "1000000")
 
 
 def test_command_reads_lines_again(folder_of, tmp_path, monkeypatch):
