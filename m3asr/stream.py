@@ -28,9 +28,7 @@ from m3asr.transcribe import Transcriber
 MODES = ("auto", "chunks", "windows")
 BATCH_STREAMS = 64  # in one engine call, so that memory does not grow with the number of streams
 LONGEST_AGAIN = 30.0  # seconds of a segment that is read again; a longer one keeps what the beam search found
-MOST_FRAMES = (
-    750  # encoder frames, 30 s as a rule: of a chunk, and of what is read around it; also chunks looked back on
-)
+MOST_FRAMES = 750  # of the encoder, 30 s as a rule: in a chunk or read around it; also chunks looked back on
 LONGEST_RULE = 3600.0  # seconds: what a segment holds is in memory
 _AROUND = 12  # encoder frames before the first token and behind the last that are read with them
 

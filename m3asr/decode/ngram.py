@@ -31,7 +31,8 @@ class NgramLM:
         if unit not in ("token", "word"):
             raise ValueError(f"unit must be 'token' or 'word', got {unit!r}")
         if not Path(path).is_file():
-            raise ModelError(f"language model {path} is not there; give an ARPA or KenLM binary file")
+            found = "is no file" if Path(path).exists() else "is not there"
+            raise ModelError(f"language model {path} {found}; give an ARPA or KenLM binary file")
         with open(path, "rb") as file:
             binary = file.read(len(_KENLM_MAGIC)) == _KENLM_MAGIC
         self._model: ArpaModel | _KenlmModel = _KenlmModel(path) if binary else ArpaModel(path)
