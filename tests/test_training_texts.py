@@ -2,13 +2,17 @@
 
 import gzip
 import json
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch")
 pytest.importorskip("yaml")
-pytest.importorskip("rich")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training import texts  # noqa: E402
+from training import data, texts  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -53,3 +57,22 @@ def test_long_sentences_are_cut_in_equal_parts():
     parts = texts.cut([str(i) for i in range(64)])
     assert [len(part) for part in parts] == [22, 22, 20] and sum(parts, []) == [str(i) for i in range(64)]
     assert texts.cut(["a"] * texts.LONGEST) == [["a"] * texts.LONGEST]
+
+
+def test_shards_and_utterances_of_one_name_are_refused(tmp_path):
+    def folder(name: str, shard: str, utterance: str, text: str) -> Path:
+        (tmp_path / name).mkdir()
+        with zipfile.ZipFile(tmp_path / name / shard, "w"):
+            pass
+        with gzip.open(tmp_path / name / "lines.jsonl.gz", "wt") as file:
+            file.write(json.dumps({"id": utterance, "shard": shard, "text": text, "seconds": 1.0}) + "\n")
+        return tmp_path / name
+
+    a, b = folder("a", "a.zip", "u1", "one"), folder("b", "b.zip", "u2", "two")
+    assert [line["path"] for line in data.read_manifest([a, b])] == [a / "a.zip", b / "b.zip"]
+    with pytest.raises(SystemExit, match=r"c/a\.zip has the name of .*a/a\.zip"):
+        data.read_manifest([a, folder("c", "a.zip", "u3", "three")])
+    with pytest.raises(SystemExit, match="u1 stands for another utterance"):
+        data.read_manifest([a, folder("d", "d.zip", "u1", "four")])
+    (b / "copy.jsonl.gz").write_bytes((b / "lines.jsonl.gz").read_bytes())
+    assert len(data.read_manifest([a, b])) == 2

@@ -41,15 +41,23 @@ class Utterance:
 
 
 def read_manifest(folders: list[Path]) -> list[dict]:
-    """The lines of every train.jsonl.gz whose shard lies in one of the folders, with the shard's path."""
-    shards = {path.name: path for folder in folders for path in sorted(folder.glob("*.zip"))}
+    """The lines of every *.jsonl.gz whose shard lies in one of the folders, with the shard's path.
+
+    Raises SystemExit if there is none, and for two shards or two utterances of one name: one would be lost.
+    """
+    shards: dict[str, Path] = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("*.zip"))):
+        if shards.setdefault(path.name, path) != path:
+            raise SystemExit(f"{path} has the name of {shards[path.name]}: expected another")
     lines: dict[str, dict] = {}
     for folder in folders:
         for manifest in sorted(folder.glob("*.jsonl.gz")):
             with gzip.open(manifest, "rt", encoding="utf-8") as file:
                 for line in map(json.loads, file):
                     if line["shard"] in shards:
-                        lines[line["id"]] = {**line, "path": shards[line["shard"]]}
+                        line["path"] = shards[line["shard"]]
+                        if lines.setdefault(line["id"], line) != line:
+                            raise SystemExit(f"{manifest}: {line['id']} stands for another utterance before")
     if not lines:
         raise SystemExit(f"no utterance found: {', '.join(map(str, folders))} need *.zip shards and a *.jsonl.gz")
     return [lines[key] for key in sorted(lines)]

@@ -24,10 +24,15 @@ KINDS = (".txt", ".jsonl", ".jsonl.gz", ".imp", ".page", ".html", ".yml")
 LONGEST = 30  # words
 
 
+def spelled_out(text: str) -> str:
+    for short, full in TITLES.items():
+        text = text.replace(short, full)
+    return text
+
+
 def clean(line: str) -> str | None:
     """Text as a voice reads it, or None where reading and transcript could differ."""
-    for short, full in TITLES.items():
-        line = line.replace(short, full)
+    line = spelled_out(line)
     line = re.sub(r"\s+", " ", line.translate(str.maketrans("’‘`“”", "'''\"\"")).replace("--", ", ")).strip(" ,;:-")
     odd = re.search(r"[^A-Za-z' ,.;:?!\"-]|[A-Za-z]\.[A-Za-z]|\b[A-Z]{2,}\b|\b(etc|vs|St|esp|Jr|Sr|No|Ltd|Co)\.", line)
     return None if odd or not line else line
@@ -98,9 +103,7 @@ def passages(path: Path) -> Iterator[str]:
 
 def sentences(text: str) -> Iterator[str]:
     """Cut at ends and at semicolons and colons, which are read as ends; titles are spelled out first."""
-    for short, full in TITLES.items():
-        text = text.replace(short, full)
-    yield from re.split(r"(?<=[.?!;:])[\"'”’)]*\s+", text)
+    yield from re.split(r"(?<=[.?!;:])[\"'”’)]*\s+", spelled_out(text))
 
 
 def cut(words: list[str]) -> list[list[str]]:
