@@ -266,9 +266,9 @@ def test_decoder(device):
     "changes, named",
     [
         ({"cnn_module_kernel": 8}, "8 frames"),
-        ({"activation_type": "mish"}, "mish"),
-        ({"cnn_module_norm": "rms"}, "rms"),
-        ({"attention_heads": 5}, "5 heads"),
+        ({"input_dim": 40, "conv_subsample_in_ch": 3}, "3 channels"),
+        ({"moe": MoEConfig(2, 48), "embed": {"embed": EncoderConfig(20, 32, 2, 1, 48)}}, "nests two"),
+        ({"moe": MoEConfig(2, 48), "embed": {"input_layer": "conv2d6"}}, "conv2d6"),
     ],
 )
 def test_what_no_kernel_covers_is_refused_by_name(changes, named):

@@ -293,29 +293,17 @@ def lengthen_tables(stack: Stack, positions: int, dtype: torch.dtype) -> None:
 
 
 def check_supported(config: ModelConfig) -> None:
-    """Raises ModelError naming the first thing that no kernel computes."""
+    """Raises ModelError naming the first thing that no kernel computes, of what a configuration may say at all."""
     if config.compat:
         raise ModelError("the cuda engine has no compat mode (original lengths and padding): use the eager engine")
     encoder = config.encoder
-    if encoder.moe is not None and encoder.embed is None:
-        raise ModelError("the cuda engine routes by an embedding network, and the model has none: use the eager engine")
     for stack in (encoder, encoder.embed):
         if stack is None:
             continue
         if stack.embed is not None and stack is not encoder:
             raise ModelError("the cuda engine runs one embedding network, the model nests two")
-        if stack is not encoder and stack.moe is not None:
-            raise ModelError("the cuda engine has no experts in the embedding network: use the eager engine")
-        if stack.attention_dim % stack.attention_heads:
-            raise ModelError(f"{stack.attention_heads} heads do not divide the width {stack.attention_dim}")
         if not stack.causal and stack.cnn_module_kernel % 2 == 0:
             raise ModelError(f"a convolution over {stack.cnn_module_kernel} frames is not causal and has no middle")
-        if stack.cnn_module_norm not in ("layer_norm", "batch_norm"):
-            raise ModelError(f"the cuda engine has no {stack.cnn_module_norm!r} in the convolution module")
-        if stack.activation_type not in ops.ACTIVATIONS:
-            raise ModelError(f"the cuda engine has no activation {stack.activation_type!r}")
-        if stack.pos_enc_layer_type not in ("rel_pos", "no_pos"):
-            raise ModelError(f"the cuda engine has no positional encoding {stack.pos_enc_layer_type!r}")
         if stack.input_dim % stack.conv_subsample_in_ch:
             raise ModelError(f"{stack.conv_subsample_in_ch} channels do not divide {stack.input_dim} features")
     if encoder.embed is not None and encoder.embed.subsampling != encoder.subsampling:
