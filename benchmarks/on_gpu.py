@@ -115,9 +115,9 @@ STAGES = {
     "end-to-end-shipped": Stage("{python} -m benchmarks.end_to_end --engines cuda --out {out}/shipped", 100),
     "command-line": Stage(
         f"rm -rf {{scratch}} && cp -r {SHIPPED} {{scratch}} || exit 1; for precision in fp32 bf16; do "
-        "{python} -m m3asr.cli build {scratch} --engine cuda --precision $precision || exit 1; "
-        "time {python} -m m3asr.cli transcribe --model {scratch} --engine cuda examples/*.flac || exit 1; done; "
-        "{python} -m m3asr.cli transcribe --model {scratch} --engine eager examples/*.flac",
+        "{python} -m m3asr build {scratch} --engine cuda --precision $precision || exit 1; "
+        "time {python} -m m3asr transcribe --model {scratch} --engine cuda examples/*.flac || exit 1; done; "
+        "{python} -m m3asr transcribe --model {scratch} --engine eager examples/*.flac",
         180,
     ),
     "public": Stage(

@@ -82,7 +82,7 @@ def test_standard_input(m3, model, texts):
 
 
 def test_a_real_process_whose_reader_goes_away(model, texts):
-    command = [sys.executable, "-m", "m3asr.cli", "transcribe", "-m", model, "-q", *[ONE, TWO] * 3]
+    command = [sys.executable, "-m", "m3asr", "transcribe", "-m", model, "-q", *[ONE, TWO] * 3]
     whole = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert whole.returncode == 0 and whole.stdout.splitlines() == texts * 3 and whole.stderr == ""
     piped = subprocess.run(["bash", "-c", '"$@" | head -1', "-", *command], capture_output=True, text=True)
@@ -102,7 +102,7 @@ def test_streams_that_are_closed_or_full(model, short, redirection, code, found)
     if redirection == ">/dev/full" and not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     recording = [] if redirection.startswith("-") else [short]
-    command = [sys.executable, "-m", "m3asr.cli", "transcribe", "-m", model, "-q", *map(str, recording)]
+    command = [sys.executable, "-m", "m3asr", "transcribe", "-m", model, "-q", *map(str, recording)]
     ended = subprocess.run(["bash", "-c", f'"$@" {redirection}', "-", *command], capture_output=True, text=True)
     assert ended.returncode == code and bool(ended.stdout) == (code == 0)
     assert found in ended.stderr and len(ended.stderr.splitlines()) == (code != 0)
@@ -111,7 +111,7 @@ def test_streams_that_are_closed_or_full(model, short, redirection, code, found)
 def test_what_is_written_when_the_process_is_ended_is_removed(model, tmp_path):
     """The recording is a pipe that nobody closes, so that the work does not end."""
     os.mkfifo(tmp_path / "endless.wav")
-    command = [sys.executable, "-m", "m3asr.cli", "transcribe", "-m", model, "-o", tmp_path / "out"]
+    command = [sys.executable, "-m", "m3asr", "transcribe", "-m", model, "-o", tmp_path / "out"]
     with subprocess.Popen([*command, tmp_path / "endless.wav"], stderr=subprocess.PIPE) as process:
         with open(tmp_path / "endless.wav", "wb"):  # waits for the reader
             assert [path.name for path in tmp_path.glob(".out*")]
@@ -122,7 +122,7 @@ def test_what_is_written_when_the_process_is_ended_is_removed(model, tmp_path):
 
 def test_text_that_standard_output_cannot_take(model, short, tmp_path):
     (tmp_path / "日本.wav").write_bytes(short.read_bytes())
-    command = [sys.executable, "-m", "m3asr.cli", "transcribe", "-m", model, "-q", "-f", "jsonl"]
+    command = [sys.executable, "-m", "m3asr", "transcribe", "-m", model, "-q", "-f", "jsonl"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     ended = subprocess.run([*command, tmp_path / "日本.wav"], capture_output=True, text=True, env=environment)
     assert ended.returncode == 2 and ended.stdout == "" and len(ended.stderr.splitlines()) == 1

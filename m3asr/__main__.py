@@ -1,0 +1,5 @@
+"""`python -m m3asr` is `m3asr`."""
+
+from m3asr.cli import main
+
+main()
