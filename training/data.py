@@ -46,9 +46,10 @@ def read_manifest(folders: list[Path]) -> list[dict]:
     Raises SystemExit if there is none, and for two shards or two utterances of one name: one would be lost.
     """
     shards: dict[str, Path] = {}
-    for path in (path for folder in folders for path in sorted(folder.glob("*.zip"))):
-        if shards.setdefault(path.name, path) != path:
-            raise SystemExit(f"{path} has the name of {shards[path.name]}: expected another")
+    for folder in folders:
+        for path in sorted(folder.glob("*.zip")):
+            if shards.setdefault(path.name, path) != path:
+                raise SystemExit(f"{path} has the name of {shards[path.name]}: expected another")
     lines: dict[str, dict] = {}
     for folder in folders:
         for manifest in sorted(folder.glob("*.jsonl.gz")):

@@ -28,7 +28,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from training.texts import clean, grams, normalise, read_manifest, wordnet
+from training.texts import Reserved, clean, normalise, read_manifest, wordnet
 
 RATE = 16_000
 QUESTION = re.compile(
@@ -46,10 +46,9 @@ class Feed:
 
     def __init__(self, args, rng, spoken):
         self.first, self.then, self.mix, self.rng, self.spoken = args.first, args.then, args.mix, rng, spoken
-        self.human = set().union(*(grams(entry["text"]) for path in args.human for entry in read_manifest(path)))
+        self.reserved = Reserved(args.test, args.human)
         known = [entry for path in args.known for entry in read_manifest(path)]
-        self.test = {entry["text"] for path in args.test for entry in read_manifest(path)}
-        known_texts = {entry["text"] for entry in known} | self.test
+        known_texts = {entry["text"] for entry in known}
         joined = "\n".join(f" {entry['text']} " for entry in known if entry.get("sentences", 1) > 1)
         self.low, self.high = args.share
         self.checked, self.read, self.first_queue, self.then_queue, self.dropped = {}, {}, [], [], 0
@@ -57,7 +56,7 @@ class Feed:
         for line, source in wordnet(args.wordnet):
             line = clean(line)
             text = normalise(line) if line else ""
-            if len(text.split()) < 3 or not self.mine(text) or not self.allowed(text):
+            if len(text.split()) < 3 or not self.mine(text) or not self.reserved.allows(text):
                 continue
             if text not in known_texts and text not in self.spoken and f" {text} " not in joined:
                 entries.setdefault(text, (line, text, source))
@@ -69,9 +68,6 @@ class Feed:
 
     def mine(self, text):
         return self.low <= zlib.crc32(text.encode()) / 2**32 < self.high
-
-    def allowed(self, text):
-        return text not in self.test and not grams(text) & self.human
 
     def fresh(self, paths, everyone):
         """Lines that were not there at the last look; a last line without its end is left for the next look."""
@@ -87,7 +83,7 @@ class Feed:
             for line in block.decode().splitlines():
                 line = clean(line)
                 text = normalise(line) if line else ""
-                if not self.allowed(text) or not text:
+                if not self.reserved.allows(text) or not text:
                     self.dropped += bool(text) or line is None
                 elif text not in self.spoken and (everyone or self.mine(text)):
                     found.append((line, text, path.stem.replace("_", "-")))
@@ -323,7 +319,7 @@ def speak(args):
             for texts, drawn in batch:
                 text = " ".join(text for _, text, _ in texts)
                 parts = [next(sounds) for _ in texts]
-                result = finish(parts, drawn, text, rng) if feed.allowed(text) else None
+                result = finish(parts, drawn, text, rng) if feed.reserved.allows(text) else None
                 if result is None:
                     dropped += 1
                     continue

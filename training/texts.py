@@ -113,14 +113,24 @@ def cut(words: list[str]) -> list[list[str]]:
     return [words[i : i + size] for i in range(0, len(words), size)]
 
 
+class Reserved:
+    """What the tests are about: no line of training is one of `without` or shares four words in a row with `apart`."""
+
+    def __init__(self, without: list[Path], apart: list[Path]):
+        far = {entry["text"] for path in apart for entry in read_manifest(path)}
+        self.texts = far | {entry["text"] for path in without for entry in read_manifest(path)}
+        self.grams = set().union(*map(grams, far))
+
+    def allows(self, text: str) -> bool:
+        return text not in self.texts and not grams(text) & self.grams
+
+
 class Collection:
     """Takes each sentence once, and none that a test could be about."""
 
     def __init__(self, without: list[Path], apart: list[Path], known: set[str], unknown: int):
-        self.seen = {entry["text"] for path in without for entry in read_manifest(path)}
-        self.human = set().union(*(grams(entry["text"]) for path in apart for entry in read_manifest(path)))
-        self.seen |= {entry["text"] for path in apart for entry in read_manifest(path)}
-        self.known, self.unknown = known, unknown
+        self.reserved, self.known, self.unknown = Reserved(without, apart), known, unknown
+        self.seen: set[str] = set()
 
     def take(self, passage: str) -> Iterator[str]:
         for sentence in sentences(passage):
@@ -129,7 +139,7 @@ class Collection:
             for part in cut(words) if len(words) > 1 else ():
                 text = " ".join(part)
                 strange = sum(w.removesuffix("'s") not in self.known for w in part) if self.known else 0
-                if len(part) > 1 and strange <= self.unknown and text not in self.seen and not grams(text) & self.human:
+                if len(part) > 1 and strange <= self.unknown and text not in self.seen and self.reserved.allows(text):
                     self.seen.add(text)
                     yield text
 
