@@ -89,7 +89,7 @@ class Manner:
             return torch.from_numpy(values.astype(np.float32)).unsqueeze(-1).to(device)
 
         return Manner(
-            column(np.exp(rng.uniform(math.log(0.78), math.log(1.35), count))),
+            column(np.exp(rng.uniform(math.log(0.6), math.log(1.35), count))),
             column(np.exp(np.clip(rng.normal(0, 0.06, count), -0.15, 0.15))),
             column(np.clip(rng.normal(0, 2.5, count), -6, 6) * semitone),
             column(rng.uniform(0.5, 1.6, count)),
