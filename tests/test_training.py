@@ -146,7 +146,7 @@ def test_planner_joins_without_losing_text():
 @pytest.mark.parametrize("seconds", [1.5, 3.17])
 def test_augmentation_is_finite_and_stays_inside(seconds):
     config = AugmentConfig(
-        reverberation=1.0, noise=1.0, babble=1.0, channel=1.0, telephone=1.0, modulated_noise=1.0, clip=0.5
+        expand=1.0, reverberation=1.0, noise=1.0, babble=1.0, channel=1.0, telephone=1.0, modulated_noise=1.0, clip=0.5
     )
     rooms = torch.zeros(2, ROOM)
     rooms[:, 0] = 1.0
@@ -159,6 +159,19 @@ def test_augmentation_is_finite_and_stays_inside(seconds):
     assert out.isfinite().all() and out.abs().max() <= 1.01
     assert all(out[b, n:].abs().max() == 0 for b, n in enumerate(lengths[1:], 1) for n in [lengths[b]])
     assert (out[:3] - waveform[:3]).abs().max() > 0.01
+
+
+def test_weak_sounds_become_weaker_or_less_weak():
+    rows, samples = 64, 32000
+    tone = torch.sin(2 * math.pi * 700 / 16000 * torch.arange(samples))
+    weak = torch.where(torch.arange(samples) < samples // 2, 1.0, 0.1)  # 20 dB
+    waveform = (tone * weak).expand(rows, -1)
+    out = Augment(AugmentConfig(), CPU, 0).expand(waveform, waveform, torch.full((rows,), samples))
+    loud, soft = (out[:, a : a + 12000].square().mean(dim=1) for a in (2000, 18000))
+    below = 10 * torch.log10(loud / soft) / 20
+    for half in below.view(2, -1):  # by bands, and by the whole
+        assert 0.58 < half.min() < 0.9 and 1.8 < half.max() < 2.85
+    torch.testing.assert_close(out.square().mean(dim=1), waveform.square().mean(dim=1), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 37, 400])

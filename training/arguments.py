@@ -58,6 +58,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--joined", type=float, default=0.4, help="chance that an utterance is joined to the next")
     parser.add_argument("--tempo", type=float, default=0.0, help="passing changes of tempo, natural log")
     parser.add_argument("--smear", type=float, default=0.0, help="rows whose frames run into each other")
+    parser.add_argument("--expand", type=float, default=0.0, help="rows whose weak sounds are weaker, or less weak")
     parser.add_argument("--echo", type=float, default=0.3, help="reverberated rows with echoes of 50 to 330 ms")
     parser.add_argument("--masking", type=float, default=1.0, help="SpecAugment: how many times as long in time")
     parser.add_argument(

@@ -23,6 +23,7 @@ ROOM = RATE  # samples of a room's response
 class AugmentConfig:
     """The part of a batch that each step touches, and how strongly."""
 
+    expand: float = 0.0  # weak sounds weaker still, or less weak
     reverberation: float = 0.45
     given_rooms: float = 0.5  # of the reverberated rows, if impulse responses are given
     echo: float = 0.3  # of the reverberated rows: a wall far away, or the next loudspeaker of a row of them
@@ -62,6 +63,7 @@ class Augment:
         config, rows = self.config, waveform.shape[0]
         inside = torch.arange(waveform.shape[1], device=self.device) < lengths.unsqueeze(-1)  # (B, N)
         steps = (
+            (config.expand, self.expand),
             (config.reverberation, self.reverberate),
             (config.noise, self.add_noise),
             (config.babble, self.add_babble),
@@ -86,6 +88,29 @@ class Augment:
         return (waveform + hiss * self.normal(*waveform.shape)) * inside
 
     # ----- steps: (rows to change, all rows, lengths of the rows to change) -> changed rows
+
+    def expand(self, x: Tensor, _, lengths: Tensor) -> Tensor:
+        """Weak sounds weaker, as of careless speakers, far microphones and noise gates, or less weak, as on the radio.
+
+        What is d decibels below a row's loudest becomes d times 0.6 to 2.8: in half of the rows by the level of all
+        (20 ms), in the others by that of each of four bands.
+        """
+        n, rows = fast_size(x.shape[1]), x.shape[0]
+        frequency = torch.arange(n // 2 + 1, device=self.device) * (RATE / n)
+        edges = torch.tensor([500.0, 1200.0, 2500.0], device=self.device).view(3, 1)
+        below = 1 / (1 + (frequency / edges) ** 8)  # (3, n // 2 + 1)
+        masks = torch.cat([below, torch.ones_like(below[:1])]) - torch.cat([torch.zeros_like(below[:1]), below])
+        parts = torch.fft.irfft(torch.fft.rfft(x, n=n).unsqueeze(1) * masks, n=n)[..., : x.shape[1]]  # (B, 4, N)
+        energy = torch.nn.functional.avg_pool1d(parts.square(), 320, 160, 160, ceil_mode=True)  # (B, 4, T)
+        apart = (torch.arange(rows, device=self.device) < rows // 2).view(-1, 1, 1)
+        energy = torch.where(apart, energy, energy.sum(dim=1, keepdim=True))
+        level = (energy / energy.amax(dim=-1, keepdim=True).clamp(min=1e-12)).sqrt().clamp(min=10 ** (-45 / 20))
+        stretch = self.uniform(rows, 1, 1, low=math.log(0.6), high=math.log(2.8)).exp()
+        gain = torch.nn.functional.interpolate(
+            level ** (stretch - 1), size=x.shape[1], mode="linear", align_corners=True
+        )
+        y = (parts * gain).sum(dim=1)
+        return y * (power(x, lengths) / power(y, lengths)).sqrt()
 
     def reverberate(self, x: Tensor, _, lengths: Tensor) -> Tensor:
         """Convolution with a room: exponentially decaying noise (Polack's model) or a given response, and echoes."""

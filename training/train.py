@@ -84,7 +84,9 @@ class Run:
         self.parts, self.held_out = Parts(args.grow, rank, self.ranks.size) if args.grow else None, held_out
 
         rooms = read_rooms(args.rooms, self.device) if args.rooms else None
-        self.augment_config = AugmentConfig(tempo=args.tempo, smear=args.smear, masking=args.masking, echo=args.echo)
+        self.augment_config = AugmentConfig(
+            tempo=args.tempo, smear=args.smear, masking=args.masking, echo=args.echo, expand=args.expand
+        )
         self.make_augment = lambda seed: (
             None if args.no_augment else Augment(self.augment_config, self.device, seed, rooms)
         )
