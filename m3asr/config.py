@@ -37,7 +37,7 @@ _KINDS = {
 _LEAST = {"num_mel_bins": 0, "r_num_blocks": 0, "static_chunk_size": -1, "blank": 0, "sos": -1, "eos": -1}
 _MOST = 2**20  # no model is as wide, and what is much wider fits neither a memory nor a machine word
 _MOST_BLOCKS = 1000  # each is some twenty modules to make, whatever its width
-_FRACTIONS = ("ctc_weight", "reverse_weight", "dropout_rate", "norm_eps", "cnn_norm_eps")
+_FRACTIONS = ("level_compression", "ctc_weight", "reverse_weight", "dropout_rate", "norm_eps", "cnn_norm_eps")
 _CHOICES = {
     "family": ("3m", "wenet"),
     "cmvn": ("before", "inside", "none"),
@@ -83,6 +83,7 @@ class FbankConfig:
     high_freq: float = 0.0  # 0 means the Nyquist frequency
     sample_rate: int = 16000
     window_type: str = "povey"
+    level_compression: float = 0.0  # the share of each frame's level that is taken out: features.compress_levels
 
     __post_init__ = _check
 

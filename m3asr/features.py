@@ -75,6 +75,22 @@ def fbank(waveform: np.ndarray, config: FbankConfig = FbankConfig()) -> np.ndarr
     return features
 
 
+LEVEL = 25.0  # natural log of what a loud frame's bins add up to, speech at half of full scale
+
+
+def compress_levels(features: np.ndarray, share: float) -> np.ndarray:
+    """Quiet frames come nearer to loud ones: x - share * (ln(sum over bins of exp(x)) - LEVEL), frame by frame.
+
+    features: float32 (..., F), natural log of mel energies; share 0 (nothing changes) to 1 (all frames equally loud).
+    It is a compressor without memory: what comes in pieces, or beside others, comes out the same.
+    """
+    if not share or not features.size:
+        return features
+    top = features.max(axis=-1, keepdims=True)
+    level = top + np.log(np.exp(features - top).sum(axis=-1, keepdims=True))
+    return features - np.float32(share) * (level - np.float32(LEVEL))
+
+
 class OnlineFbank:
     """The filterbank of a waveform that comes in pieces: together the frames of `fbank`, bit for bit.
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from m3asr.config import ModelConfig
 from m3asr.errors import ModelError, reason
-from m3asr.features import Cmvn, fbank
+from m3asr.features import Cmvn, compress_levels, fbank
 from m3asr.quantized import dequantize
 from m3asr.tokenizer import Tokenizer
 
@@ -69,7 +69,9 @@ class ModelFolder:
         return self.normalised(fbank(waveform, self.config.fbank))
 
     def normalised(self, features: np.ndarray) -> np.ndarray:
-        """Filterbank features float32 (..., F) after the folder's CMVN, if it has one that is not the model's part."""
+        """Filterbank features float32 (..., F) as the model reads them: after its level compression, if it has one, and
+        its CMVN, if that is not the model's part."""
+        features = compress_levels(features, self.config.fbank.level_compression)
         return features if self.cmvn is None else self.cmvn.apply(features)
 
     def weights(self) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Waveforms to the best path on the cuda engine: the features of the CPU, the path of the log-probabilities."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from m3asr.config import FbankConfig  # noqa: E402
 from m3asr.engines.cuda import CudaEngine  # noqa: E402
 from m3asr.engines.cuda.waveforms import WaveformRecogniser  # noqa: E402
 from m3asr.errors import ModelError  # noqa: E402
-from m3asr.features import Cmvn, fbank, pad_batch  # noqa: E402
+from m3asr.features import Cmvn, compress_levels, fbank, pad_batch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -75,15 +76,16 @@ def test_waveforms_at_the_edge_of_a_bucket(engine, extra):
         np.testing.assert_allclose(result.peaks[0, :kept], peaks[0, :kept], atol=2e-3)
 
 
-def test_features_on_the_device_are_kaldis(engine):
-    recogniser = WaveformRecogniser(engine, CONFIG)
+@pytest.mark.parametrize("share", [0.0, 0.35])
+def test_features_on_the_device_are_kaldis(engine, share):
+    recogniser = WaveformRecogniser(engine, replace(CONFIG, level_compression=share))
     waveforms = sound(16000, 7000)
     padded = torch.zeros(2, 16000)
     for row, waveform in zip(padded, waveforms, strict=True):
         row[: len(waveform)] = torch.from_numpy(waveform)
     features, lengths = recogniser.features(padded.to(DEVICE), torch.tensor([16000, 7000], device=DEVICE))
     for b, waveform in enumerate(waveforms):
-        expected = fbank(waveform, CONFIG)
+        expected = compress_levels(fbank(waveform, CONFIG), share)
         assert lengths[b] == len(expected)
         np.testing.assert_allclose(features[b, : len(expected)].cpu(), expected, atol=1e-3)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from m3asr.config import FbankConfig
 from m3asr.errors import AudioError, ModelError
-from m3asr.features import Cmvn, fbank, num_frames, pad_batch
+from m3asr.features import LEVEL, Cmvn, compress_levels, fbank, num_frames, pad_batch
 
 
 def speechlike(samples, seed=0):
@@ -81,6 +81,27 @@ def test_long_audio_in_chunks_is_the_same_as_its_parts():
 def test_repeatable():
     x = speechlike(8000)
     np.testing.assert_array_equal(fbank(x), fbank(x))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.35, 1.0])
+def test_levels_are_compressed_frame_by_frame(share):
+    x = np.concatenate([np.zeros(3200, np.float32), speechlike(16000)])  # digital silence too
+    features = fbank(x)
+    got = compress_levels(features, share)
+    level = np.log(np.exp(features.astype(np.float64)).sum(axis=-1, keepdims=True))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, features - share * (level - LEVEL), rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(got[40:], compress_levels(features[40:], share))  # no memory: live as in a file
+    assert compress_levels(features[:0], share).shape == (0, 80)
+    # Half as loud is 1 - share as much quieter; what is loudest in a frame stays so.
+    quieter = compress_levels(fbank(x / 2)[20:], share) - got[20:]
+    np.testing.assert_allclose(quieter, -2 * np.log(2) * (1 - share), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_no_other_share_of_the_level(share):
+    with pytest.raises((ValueError, TypeError), match="level_compression"):
+        FbankConfig(level_compression=share)
 
 
 def test_fbank_refuses():

@@ -380,6 +380,8 @@ def test_average_of_checkpoints(tmp_path):
     for name, value in read_folder(tmp_path / "mean")[0].state_dict().items():
         torch.testing.assert_close(value, sum(s[name] for s in states) / 3, rtol=2e-3, atol=1e-3)
     assert (tmp_path / "mean" / "units.txt").read_text() == (tmp_path / "0" / "units.txt").read_text()
+    average(tmp_path / "level", [tmp_path / "0"], level_compression=0.35)
+    assert read_folder(tmp_path / "level")[0].config.fbank.level_compression == 0.35
     write_folder(tmp_path / "1", model.config, states[1], units, mean + 1, torch.ones(80))
     with pytest.raises(ValueError, match="not of the same run"):
         average(tmp_path / "mean", [tmp_path / "0", tmp_path / "1"])

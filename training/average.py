@@ -6,7 +6,7 @@ What single checkpoints learnt of the voices they heard last averages out. Weigh
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ class StoredUnits:
         return self.text
 
 
-def average(out: Path, folders: list[Path], bits: int = 8) -> int:
+def average(out: Path, folders: list[Path], bits: int = 8, level_compression: float | None = None) -> int:
     """-> bytes of the weights. Raises ValueError for models that differ in more than their weights."""
     model, bpe, mean, istd = read_folder(folders[0])
     total = {name: value.double() for name, value in model.state_dict().items()}
@@ -36,8 +36,11 @@ def average(out: Path, folders: list[Path], bits: int = 8) -> int:
         for name, value in other.state_dict().items():
             total[name] += value
     state = {name: (value / len(folders)).to(model.state_dict()[name].dtype) for name, value in total.items()}
+    config = model.config
+    if level_compression is not None:
+        config = replace(config, fbank=replace(config.fbank, level_compression=level_compression))
     units = StoredUnits(bpe, (folders[0] / "units.txt").read_text(encoding="utf-8"))
-    return write_folder(out, model.config, state, units, mean, istd, bits=bits)
+    return write_folder(out, config, state, units, mean, istd, bits=bits)
 
 
 def main() -> None:
@@ -45,8 +48,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="a weight in the model folder")
+    parser.add_argument("--level-compression", type=float, help="of the features; left out: as the models have it")
     args = parser.parse_args()
-    size = average(args.out, args.folders, args.bits)
+    size = average(args.out, args.folders, args.bits, args.level_compression)
     print(f"{args.out}: the mean of {len(args.folders)} models, {size / 1e6:.1f} MB")
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from m3asr.config import FbankConfig
 from training.data import Speech, Units, decode, plain_batches, read_audio
 from training.evaluate import greedy_wer
 from training.network import read_folder
@@ -29,7 +28,7 @@ def main() -> None:
 
     device = torch.device("cpu")
     model, bpe, mean, istd = read_folder(args.model)
-    units, front_end = Units(bpe), FrontEnd(FbankConfig(), device)
+    units, front_end = Units(bpe), FrontEnd(model.config.fbank, device)
     front_end.mean, front_end.istd = mean, istd
     sets = {}
     if args.human:

@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from m3asr.config import FbankConfig, ModelConfig
+from m3asr.config import ModelConfig
 from m3asr.model import Model
 from training import blocks, losses, moe
 from training.arguments import arguments
@@ -90,15 +90,18 @@ class Run:
         self.make_augment = lambda seed: (
             None if args.no_augment else Augment(self.augment_config, self.device, seed, rooms)
         )
-        self.front_end = FrontEnd(FbankConfig(), self.device)
         if saved is not None:
             config = ModelConfig.from_dict(json.loads(saved["config"]))
-            self.front_end.mean, self.front_end.istd = saved["mean"].to(self.device), saved["istd"].to(self.device)
         elif start is not None:
             config = start.config
-            self.front_end.mean, self.front_end.istd = mean.to(self.device), istd.to(self.device)
         else:
             config = SIZES[args.size](len(self.units.symbols), args.dropout, args.streaming)
+        self.front_end = FrontEnd(config.fbank, self.device)
+        if saved is not None:
+            self.front_end.mean, self.front_end.istd = saved["mean"].to(self.device), saved["istd"].to(self.device)
+        elif start is not None:
+            self.front_end.mean, self.front_end.istd = mean.to(self.device), istd.to(self.device)
+        else:
             planner = Planner(
                 self.training, self.units, min(args.batch_seconds, 400.0), args.seed + 1, speeds=args.speeds
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from m3asr.config import FbankConfig
 from m3asr.errors import ModelError
+from m3asr.features import LEVEL
 
 FLOOR = 1.1920929e-07  # float32 epsilon, Kaldi's floor under the logarithm
 _COSINES = {"hanning": (0.5, 0.5, 0.0), "hamming": (0.54, 0.46, 0.0), "blackman": (0.42, 0.5, 0.08)}
@@ -92,3 +93,8 @@ def fbank(waveform: Tensor, filters: Tensor, config: FbankConfig) -> Tensor:
     frames = (frames - 0.97 * previous) * window(config, waveform.device)
     power = torch.fft.rfft(frames, n=fft_size(config))[..., :-1].abs().square()  # (B, T, 256)
     return torch.matmul(power, filters).clamp(min=FLOOR).log()
+
+
+def compress_levels(features: Tensor, share: float) -> Tensor:
+    """`features.compress_levels` on any device: features (..., F), share 0 to 1."""
+    return features - share * (features.logsumexp(dim=-1, keepdim=True) - LEVEL) if share else features

@@ -16,7 +16,7 @@ import torch
 
 from m3asr.config import FbankConfig
 from m3asr.engines.cuda.engine import Captured, CudaEngine
-from m3asr.engines.torch_fbank import fbank, frame_count, frame_shift, frame_size, mel_filters, window
+from m3asr.engines.torch_fbank import compress_levels, fbank, frame_count, frame_shift, frame_size, mel_filters, window
 from m3asr.errors import ModelError
 
 
@@ -49,10 +49,11 @@ class WaveformRecogniser:
     @torch.inference_mode()
     def features(self, waveforms: torch.Tensor, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """waveforms float32 (B, samples) of full scale 1.0 and int (B,) their samples, all on the device -> features
-        (B, T, F), lengths int32 (B,): as `features.fbank` and `Cmvn.apply` have them, to 1e-3. What stands past an
+        (B, T, F), lengths int32 (B,): as `ModelFolder.features` has them, to 1e-3. What stands past an
         utterance's samples does not matter up to its length.
         """
         features = fbank(waveforms * 32768.0, self._filters, self.config)
+        features = compress_levels(features, self.config.level_compression)
         if self._cmvn is not None:
             features = (features - self._cmvn[0]) * self._cmvn[1]
         return features, frame_count(samples, self.config).int()
