@@ -27,6 +27,7 @@ SUBSAMPLINGS = {
 ACTIVATIONS = ("swish", "relu", "gelu", "tanh", "hardtanh", "selu")
 
 
+LEVEL = 25.0  # natural log of what a loud frame's mel energies add up to: speech at half of full scale
 _KINDS = {
     "int": (Integral, "a whole number"),
     "float": (Real, "a number"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m3asr.config import FbankConfig
+from m3asr.config import LEVEL, FbankConfig
 from m3asr.errors import AudioError, ModelError
 
 _WINDOWS = ("povey", "hanning", "hamming", "rectangular", "blackman")
@@ -73,9 +73,6 @@ def fbank(waveform: np.ndarray, config: FbankConfig = FbankConfig()) -> np.ndarr
     if done != len(features):
         raise AssertionError(f"the extractor gave {done} frames, the formula {len(features)}")
     return features
-
-
-LEVEL = 25.0  # natural log of what a loud frame's bins add up to, speech at half of full scale
 
 
 def compress_levels(features: np.ndarray, share: float) -> np.ndarray:

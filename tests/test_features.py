@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3asr.config import FbankConfig
+from m3asr.config import LEVEL, FbankConfig
 from m3asr.errors import AudioError, ModelError
-from m3asr.features import LEVEL, Cmvn, compress_levels, fbank, num_frames, pad_batch
+from m3asr.features import Cmvn, compress_levels, fbank, num_frames, pad_batch
 
 
 def speechlike(samples, seed=0):

@@ -12,9 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from m3asr.config import FbankConfig
+from m3asr.config import LEVEL, FbankConfig
 from m3asr.errors import ModelError
-from m3asr.features import LEVEL
 
 FLOOR = 1.1920929e-07  # float32 epsilon, Kaldi's floor under the logarithm
 _COSINES = {"hanning": (0.5, 0.5, 0.0), "hamming": (0.54, 0.46, 0.0), "blackman": (0.42, 0.5, 0.08)}
