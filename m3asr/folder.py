@@ -16,7 +16,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +126,7 @@ def engine_aside(folder: ModelFolder, name: str) -> Iterator[Path]:
 @contextmanager
 def _folder_aside(target: Path) -> Iterator[Path]:
     """As `written_aside`, whatever is there. Raises ModelError where the system refuses."""
+    new = not target.parent.exists()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -137,6 +138,9 @@ def _folder_aside(target: Path) -> Iterator[Path]:
             aside.rename(target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+            if new:
+                with suppress(OSError):  # it holds what was made
+                    target.parent.rmdir()
     except OSError as error:
         raise ModelError(f"{target} cannot be written: {reason(error)}") from None
 
