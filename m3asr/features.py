@@ -57,7 +57,8 @@ def fbank(waveform: np.ndarray, config: FbankConfig = FbankConfig()) -> np.ndarr
     waveform: (samples,) float, full scale 1.0, at config.sample_rate; it is scaled to the int16 range, as in Kaldi.
     Returns float32 (T, F), T = num_frames(samples, config), F = config.num_mel_bins; (0, F) below one frame.
     Per frame: subtract the mean, pre-emphasis of 0.97, window, power spectrum of a power-of-two FFT, triangles linear
-    in mel(f) = 1127 ln(1 + f/700), natural log floored at 2^-23 (Kaldi's `compute-fbank-feats` without energy).
+    in mel(f) = 1127 ln(1 + f/700), natural log floored at 2^-23 (Kaldi's `compute-fbank-feats` without energy). Levels
+    are not compressed: that is `compress_levels`.
     Raises AudioError for another shape, ModelError for more bins than the FFT can separate.
     """
     extractor = OnlineFbank(config)

@@ -26,7 +26,10 @@ class StoredUnits:
 
 
 def average(out: Path, folders: list[Path], bits: int = 8, level_compression: float | None = None) -> int:
-    """-> bytes of the weights. Raises ValueError for models that differ in more than their weights."""
+    """-> bytes of the weights. level_compression: of the mean's features, None as the models have it.
+
+    Raises ValueError for models that differ in more than their weights.
+    """
     model, bpe, mean, istd = read_folder(folders[0])
     total = {name: value.double() for name, value in model.state_dict().items()}
     for folder in folders[1:]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m3asr import ops
 from m3asr.config import FbankConfig
-from m3asr.engines.torch_fbank import compress_levels, fbank, frame_count, mel_filters
+from m3asr.engines.torch_fbank import compressed_fbank, frame_count, mel_filters
 from training.augment import Augment, AugmentConfig
 from training.data import Batch, Speech
 
@@ -33,15 +33,12 @@ class FrontEnd:
         if augment is not None:
             waveform = augment(waveform, sizes)
             filters = augment.pick_filters(len(waveform), self.bank)
-        features = (self.fbank(waveform, filters) - self.mean) * self.istd
+        features = (compressed_fbank(waveform * 32768.0, filters, self.config) - self.mean) * self.istd
         lengths = frame_count(sizes, self.config)
         if augment is not None:
             features = augment.blur(augment.warp_time(features, lengths, views), lengths)
             features = augment.mask(features, lengths)
         return features, lengths.int()
-
-    def fbank(self, waveform: Tensor, filters: Tensor) -> Tensor:
-        return compress_levels(fbank(waveform * 32768.0, filters, self.config), self.config.level_compression)
 
     def measure(self, batches: Iterator[Batch], count: int, speech: Speech, augment: Augment | None) -> None:
         """Set mean and istd from `count` batches (before masking: masked frames are the mean by definition)."""
@@ -51,7 +48,7 @@ class FrontEnd:
             waveform = batch.render(speech)
             if augment is not None:
                 waveform = augment(waveform, batch.lengths)
-            features = self.fbank(waveform, self.filters).double()
+            features = compressed_fbank(waveform * 32768.0, self.filters, self.config).double()
             inside = ops.frame_mask(frame_count(batch.lengths, self.config), features.shape[1]).unsqueeze(-1)
             total[0] += (features * inside).sum(dim=(0, 1))
             total[1] += (features.square() * inside).sum(dim=(0, 1))

@@ -66,9 +66,9 @@ class Run:
         flat, utterances = decode(mine + development, args.processes)
         self.training, self.development = utterances[: len(mine)], utterances[len(mine) :]
         self.say(f"decoded {sum(u.size for u in utterances) / 57.6e6:.2f} h, {len(utterances)} utterances")
-        start = None
+        start = mean = istd = None
         if saved is not None:
-            bpe = saved["bpe"]
+            bpe, mean, istd = saved["bpe"], saved["mean"], saved["istd"]
         elif args.init:
             start, bpe, mean, istd = read_folder(args.init)
         else:
@@ -97,9 +97,7 @@ class Run:
         else:
             config = SIZES[args.size](len(self.units.symbols), args.dropout, args.streaming)
         self.front_end = FrontEnd(config.fbank, self.device)
-        if saved is not None:
-            self.front_end.mean, self.front_end.istd = saved["mean"].to(self.device), saved["istd"].to(self.device)
-        elif start is not None:
+        if mean is not None:
             self.front_end.mean, self.front_end.istd = mean.to(self.device), istd.to(self.device)
         else:
             planner = Planner(

@@ -84,7 +84,8 @@ def fbank(waveform: Tensor, filters: Tensor, config: FbankConfig) -> Tensor:
     """waveform float32 (B, samples) in int16's range, at least one frame long; filters (fft_size / 2, bins) or one a
     row (B, ., bins) -> (B, T, bins).
 
-    Frames that reach into a row's padding are the caller's to mask (`frame_count` of the row's true length).
+    Levels are not compressed. Frames that reach into a row's padding are the caller's to mask (`frame_count` of the
+    row's true length).
     """
     frames = waveform.unfold(-1, frame_size(config), frame_shift(config))  # (B, T, 400)
     frames = frames - frames.mean(dim=-1, keepdim=True)
@@ -94,6 +95,7 @@ def fbank(waveform: Tensor, filters: Tensor, config: FbankConfig) -> Tensor:
     return torch.matmul(power, filters).clamp(min=FLOOR).log()
 
 
-def compress_levels(features: Tensor, share: float) -> Tensor:
-    """`features.compress_levels` on any device: features (..., F), share 0 to 1."""
+def compressed_fbank(waveform: Tensor, filters: Tensor, config: FbankConfig) -> Tensor:
+    """`fbank` after the configuration's level compression, as `features.compress_levels` has it."""
+    features, share = fbank(waveform, filters, config), config.level_compression
     return features - share * (features.logsumexp(dim=-1, keepdim=True) - LEVEL) if share else features

@@ -16,7 +16,7 @@ import torch
 
 from m3asr.config import FbankConfig
 from m3asr.engines.cuda.engine import Captured, CudaEngine
-from m3asr.engines.torch_fbank import compress_levels, fbank, frame_count, frame_shift, frame_size, mel_filters, window
+from m3asr.engines.torch_fbank import compressed_fbank, frame_count, frame_shift, frame_size, mel_filters, window
 from m3asr.errors import ModelError
 
 
@@ -52,8 +52,7 @@ class WaveformRecogniser:
         (B, T, F), lengths int32 (B,): as `ModelFolder.features` has them, to 1e-3. What stands past an
         utterance's samples does not matter up to its length.
         """
-        features = fbank(waveforms * 32768.0, self._filters, self.config)
-        features = compress_levels(features, self.config.level_compression)
+        features = compressed_fbank(waveforms * 32768.0, self._filters, self.config)
         if self._cmvn is not None:
             features = (features - self._cmvn[0]) * self._cmvn[1]
         return features, frame_count(samples, self.config).int()
