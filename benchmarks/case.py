@@ -62,9 +62,18 @@ def products(tokens: int) -> list[Tile]:
     """Candidates for a product of many tokens, the library's among them."""
     if tokens <= 1024:
         tiles = grid((16, 32), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
-        return [LIBRARY, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4))]
+        return [LIBRARY, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4)), *turned()]
     kept = [(128, 256, 8), (128, 128, 4), (128, 128, 8), (128, 64, 8), (64, 128, 4)]
     return [LIBRARY, *(Tile(m, n, 64, warps, 3) for m, n, warps in kept), *persistent()]
+
+
+def turned() -> list[Tile]:
+    """Candidates for a few hundred tokens, operands copied: of less than 64 rows the product is turned."""
+    cuts = [(16, 64, 128, 4), (16, 64, 256, 2), (32, 64, 64, 4), (32, 64, 128, 3), (32, 64, 256, 2), (32, 64, 512, 1)]
+    cuts += [(32, 128, 128, 3), (64, 32, 128, 3), (64, 64, 64, 4), (64, 64, 128, 3), (64, 64, 256, 2)]
+    stored = [(32, 64, 128, 3), (64, 64, 128, 3), (64, 64, 64, 4)]
+    tiles = [Tile(m, n, k, 4, stages, copied=2) for m, n, k, stages in cuts]
+    return tiles + [Tile(m, n, k, 4, stages, copied=2, stored=1) for m, n, k, stages in stored]
 
 
 def persistent() -> list[Tile]:
@@ -76,6 +85,8 @@ def persistent() -> list[Tile]:
         *(Tile(64, 256, warps=4, stages=2, copied=2, stored=n) for n in (2, 4)),
         Tile(256, 128, warps=8, stages=3, copied=1, stored=4),
         Tile(128, 64, warps=4, stages=4, copied=2, stored=2),
+        Tile(64, 128, warps=4, stages=4, copied=2, stored=2),
+        Tile(64, 128, warps=4, stages=3, copied=3, stored=2),
         # Results stored by the threads.
         Tile(128, 256, warps=8, stages=3, copied=1),
         Tile(128, 128, warps=8, stages=4, copied=1),

@@ -113,6 +113,9 @@ def make_attention(batch, frames, valid, few):
         copied = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2)]
         candidates = [Tile(*mn, warps=w, stages=s, copied=1) for *mn, w, s in copied]
         candidates += grid((64,), (64, 128), (4,), stages=(2, 3)) + grid((128,), (64,), (8,), stages=(2,))
+        if batch * frames <= 1024:
+            small = [(16, 64, 2), (16, 128, 2), (16, 256, 1), (32, 64, 2), (32, 128, 2)]
+            candidates += [Tile(m, n, warps=4, stages=s, copied=c) for m, n, s in small for c in (0, 1)]
     work = batch * 4 * valid * valid * WIDTH
     return Case(
         lambda i, tile: attention(qkv, lengths, out, heads=HEADS, tile=tile, key_bias=key_bias, pdl=True),
@@ -146,7 +149,7 @@ def make_norm(batch, frames, valid, few):
     x, out = tensor(tokens, WIDTH, dtype=torch.float32), tensor(tokens, WIDTH)
     return Case(
         lambda i, tile: norm(x, out, eps=1e-12, tile=tile, pdl=True),
-        lambda: out, lambda: F.layer_norm(x, (WIDTH,)), grid((1, 2, 4, 8), (1,), (2, 4, 8)), tokens * WIDTH * 6, 0,
+        lambda: out, lambda: F.layer_norm(x, (WIDTH,)), grid((1, 2, 4, 8), (1,), (1, 2, 4, 8)), tokens * WIDTH * 6, 0,
         poison=out,
     )  # fmt: skip
 

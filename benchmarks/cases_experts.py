@@ -54,6 +54,7 @@ def make_router(batch, frames, valid, few):
         else [
             *grid((16, 32, 64), (1,), (4, 8), k=(64, 128), stages=(2, 3)),
             *grid((16,), (1,), (4, 8), k=(256,), stages=(2,)),
+            *grid((16, 32), (1,), (4, 8), k=(512,), stages=(1,)),
             Tile(1, 1, warps=4, stages=1),
         ],
         tokens * WIDTH * 6 + WIDTH * EXPERTS * 4,
@@ -106,6 +107,15 @@ def make_experts_few(batch, frames, valid, hidden, down):
         hit * hidden * WIDTH * 4 + tokens * (WIDTH * 10 + hidden * 4), 4 * tokens * hidden * WIDTH,
         prepare=lambda: out.copy_(x), copies=copies, poison=h,
     )  # fmt: skip
+
+
+def turned_experts(rows) -> list[Tile]:
+    """Candidates whose operands are copied, for few rows a tile: then the product is turned."""
+    cuts = [(64, 64, 4, 4), (64, 128, 4, 3), (64, 256, 4, 2), (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 4, 2)]
+    cuts += [(128, 128, 4, 3), (128, 64, 8, 3), (256, 64, 4, 3), (256, 64, 8, 3)]
+    stored = [(64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 4, 2)]
+    tiles = [Tile(m, n, k, w, s, copied=4) for m in rows for n, k, w, s in cuts]
+    return tiles + [Tile(m, n, k, w, s, copied=4, stored=1) for m in rows for n, k, w, s in stored]
 
 
 def make_experts_many(batch, frames, valid, hidden, down):
@@ -164,9 +174,10 @@ def make_experts_many(batch, frames, valid, hidden, down):
             *grid((64,), (128, 256), (4, 8), stages=(3, 4)),
             Tile(128, 128, warps=8),
             *(t for t in persistent() if t.m <= 128),
+            *turned_experts((32,)),
         ]
         if tokens > 1024
-        else grid((16, 32, 64), (64, 128), (4,), k=(64, 128), stages=(3, 4))
+        else grid((16, 32, 64), (64, 128), (4,), k=(64, 128), stages=(3, 4)) + turned_experts((16, 32))
     )
     return Case(
         launch, result, reference, candidates, hit * columns * width * 2 + tokens * 2 * (columns + width),

@@ -15,8 +15,8 @@ from m3asr.kernels.clusters import Clusters
 from m3asr.kernels.pieces import Tile, release, wait
 
 NAMES = (
-    "attention", "depthwise", "experts_few", "experts_many", "first_convolution", "linear", "log_softmax",
-    "next_convolution", "norm", "norm_linear", "route", "sort_tokens",
+    "attention", "depthwise", "experts_few", "experts_many", "fetch", "first_convolution", "linear",
+    "log_softmax", "next_convolution", "norm", "norm_linear", "route", "sort_tokens",
 )  # fmt: skip
 METHODS = ("attention_gated", "convolution", "convolution_router", "experts", "feed_forward", "feed_forward_qkv")
 ROUTED = ("router", "sort", "experts 1", "experts 2", "cluster: convolution router", "cluster: experts")

@@ -373,19 +373,32 @@ def test_graphs_come_and_go_in_pools_that_live(monkeypatch, graphs):
         assert pools.made == 3  # one from drop to drop: what an evicted graph took, the next one takes
 
 
+def test_weights_beyond_the_range_of_float16_are_refused(device):
+    """Also where only their product with the norm in front of them is."""
+    built = model(CONFIGS["experts"])
+    with torch.no_grad():
+        built.state_dict()["encoder.blocks.0.norm_conv.weight"].mul_(1e6)
+    with pytest.raises(ModelError, match="fp16 ends at 65504: use bf16"):
+        CudaEngine(built, "fp16", device)
+    assert CudaEngine(built, "bf16", device).precision == "bf16"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("regime", ["few", "many"])
 @pytest.mark.parametrize("name", ["experts", "other embedding network"])
-def test_an_embedding_network_in_a_branch_of_its_own_changes_nothing(name, regime):
+def test_a_second_branch_changes_nothing(name, regime):
+    """The embedding network beside the main stack, and weights asked for ahead: alone, and together."""
     engine = CudaEngine(model(CONFIGS[name]), "bf16", "cuda", regime=regime)
-    inputs = batch(), batch(20, (20,))
-    engine.forward.beside = False
+    inputs, usual = (batch(), batch(20, (20,))), engine.forward.fetched
+    assert usual or torch.cuda.get_device_properties(0).major < 9
+    engine.forward.beside, engine.forward.fetched = False, 0
     expected = [engine(*given) for given in inputs]
-    engine.forward.beside = True
-    engine.drop_graphs()
-    for _ in range(20):
-        for given, outputs in zip(inputs, expected, strict=True):
-            assert all(np.array_equal(a, b) for a, b in zip(engine(*given), outputs, strict=True))
+    for beside, fetched in ((True, 0), (False, usual), (True, usual)):
+        engine.forward.beside, engine.forward.fetched = beside, fetched
+        engine.drop_graphs()
+        for _ in range(20):
+            for given, outputs in zip(inputs, expected, strict=True):
+                assert all(np.array_equal(a, b) for a, b in zip(engine(*given), outputs, strict=True))
 
 
 @pytest.mark.gpu

@@ -261,6 +261,8 @@ def _experts_persistent_kernel(
 ):
     release(PDL)
     wait(PDL)
+    # Few rows: the weights are the operand that the matrix unit wants 64 high.
+    TURNED: tl.constexpr = BLOCK_M < 64
     SLICE: tl.constexpr = BLOCK_N // (SLICES if SLICES else 1)
     t = tl.arange(0, BLOCK_T)
     used_tiles = tl.sum((tl.load(tile_expert_ptr + t, mask=t < tiles, other=-1) >= 0).to(tl.int32), axis=0)
@@ -270,10 +272,11 @@ def _experts_persistent_kernel(
         expert = tl.load(tile_expert_ptr + tile // tiles_n)
         slots = row + tl.arange(0, BLOCK_M)
         token = tl.load(slot_token_ptr + slots)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_M) if TURNED else (BLOCK_M, BLOCK_N), tl.float32)
         if GATHER:
             a_at = a_ptr + tl.where(token >= 0, token, 0)[:, None] * WIDTH + tl.arange(0, BLOCK_K)[None, :]
         for start in range(0, WIDTH, BLOCK_K):
+            weights = w.load([expert * columns + col, start])
             if GATHER and WIDTH % BLOCK_K == 0:
                 rows_of_a = tl.load(a_at + start)
             elif GATHER:
@@ -281,7 +284,12 @@ def _experts_persistent_kernel(
                 rows_of_a = tl.load(a_at + start, mask=inside[None, :], other=0.0)
             else:
                 rows_of_a = a.load([row, start])
-            acc = dot(rows_of_a, tl.trans(w.load([expert * columns + col, start])), acc, DOT)
+            if TURNED:
+                acc = dot(weights, tl.trans(rows_of_a), acc, DOT)
+            else:
+                acc = dot(rows_of_a, tl.trans(weights), acc, DOT)
+        if TURNED:
+            acc = tl.trans(acc)
         if GATE:
             gate = tl.load(gate_ptr + token, mask=token >= 0, other=0.0)
         parts = slices(acc, SLICES if SLICES else 1)

@@ -146,7 +146,6 @@ def _stored_kernel(
     out,
     table,
     b_ptr,
-    table_ptr,
     lengths_ptr,
     out_ptr,
     tokens,
@@ -275,7 +274,6 @@ def linear(
     lengths, frames = glu or mask or (bias, table[1] if table else tokens)
     epilogue = {
         "b_ptr": bias,
-        "table_ptr": table[0] if table else bias,
         "lengths_ptr": lengths,
         "out_ptr": out,
         "tokens": tokens,
@@ -288,12 +286,13 @@ def linear(
         "RESIDUAL": residual_scale is not None,
         "MASK": mask is not None,
     }
+    values = table[0] if table else bias
     if tile == LIBRARY:
         product = torch.matmul(a, weight.transpose(-2, -1))
         rows, width_of_tile = 8, 256
         _finish_kernel[(triton.cdiv(columns, width_of_tile), triton.cdiv(tokens, rows), groups)](
-            product_ptr=product, out_group=out.shape[-1] * tokens, BLOCK_M=rows, BLOCK_N=width_of_tile, PDL=False,
-            num_warps=4, **epilogue,
+            product_ptr=product, table_ptr=values, out_group=out.shape[-1] * tokens, BLOCK_M=rows,
+            BLOCK_N=width_of_tile, PDL=False, num_warps=4, **epilogue,
         )  # fmt: skip
         return
     options = {
@@ -322,9 +321,9 @@ def linear(
                 ADDS=a.is_cuda and out.dtype == torch.float32, **options,  # the interpreter's copies do not add
             )  # fmt: skip
         else:
-            _persistent_kernel[programs](**options)
+            _persistent_kernel[programs](table_ptr=values, **options)
         return
     _linear_kernel[grid](
-        a_ptr=a, w_ptr=weight, a_group=tokens * width, w_group=columns * width, out_group=out.shape[-1] * tokens,
-        PARTS=tile.parts, **options,
+        a_ptr=a, w_ptr=weight, table_ptr=values, a_group=tokens * width, w_group=columns * width,
+        out_group=out.shape[-1] * tokens, PARTS=tile.parts, **options,
     )  # fmt: skip

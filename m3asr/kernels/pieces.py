@@ -117,9 +117,16 @@ def copied_product(
     DOT: tl.constexpr,
 ):  # fmt: skip
     """The tile at (row, col) of a w^T, float32, its operands fetched by the copy engine."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, WIDTH, BLOCK_K):
-        acc = dot(a.load([row, start]), tl.trans(w.load([col, start])), acc, DOT)
+    if BLOCK_M < 64:
+        # Turned: of few rows the weights are the operand that the matrix unit wants 64 high.
+        turned = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for start in range(0, WIDTH, BLOCK_K):
+            turned = dot(w.load([col, start]), tl.trans(a.load([row, start])), turned, DOT)
+        acc = tl.trans(turned)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, WIDTH, BLOCK_K):
+            acc = dot(a.load([row, start]), tl.trans(w.load([col, start])), acc, DOT)
     return acc
 
 

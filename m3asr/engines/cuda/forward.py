@@ -22,6 +22,7 @@ from m3asr.kernels.best import best_path
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
+from m3asr.kernels.fetch import fetch
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
@@ -52,7 +53,8 @@ class Forward:
     `beside`: the embedding network is a branch of its own, beside the main stack's first sub-layers, up to the router.
     `regime` "few" or "many" fixes the kind of kernels; "auto" chooses by the number of tokens. `trace`, if set, is
     called with ("blocks", block, x), x the block's output before its final norm, and ("routes", block, expert_idx).
-    `limits`: for how many tokens programs work in clusters.
+    `limits`: for how many tokens programs work in clusters. `fetched`: for how many tokens the experts' first weights
+    are asked for while a block's other steps run, those of experts without tokens too.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, precision: str, pdl: bool, regime: str = "auto"):
@@ -63,7 +65,9 @@ class Forward:
         self.dot = "tf32x3"
         if not self.wide:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
-        self.beside, self.best_alone, self._side = True, True, None
+        self.beside, self.best_alone = True, True
+        self.fetched = tiles.FEW_TOKENS if pdl else 0  # cards that have the one have the other
+        self._side, self._forked = None, False
         self.limits = clustered.Limits()
         self.clustered = clustered.clustered(weights, self.dtype, self.experts_dtype)
         self.trace = None
@@ -81,7 +85,7 @@ class Forward:
         frames = (features.shape[1] - encoder.min_frames) // encoder.subsampling_rate + 1
         out_lengths = torch.empty_like(lengths)
         shape = Shape(features.shape[0], frames, out_lengths, chunk)
-        streams = []
+        self._forked, streams = False, []
         for front in self.weights.subsamplings:
             streams += self._subsample(features, lengths, shape, front)
         heard = None if self.weights.heard is None else self._heard(streams[0], shape)
@@ -91,6 +95,7 @@ class Forward:
         if best_alone and self.best_alone and not self._few(shape) and copyable(y) and copyable(head.weight):
             tile = self._tiles(shape, hidden.shape[1], hidden.shape[1]).best
             best_path(y, head.weight, head.bias, best, peaks, tile=tile, dot=self.dot, pdl=self.pdl)
+            self._join(y.device)
             hidden, best, peaks = (t.unflatten(0, (shape.batch, frames)) for t in (hidden, best, peaks))
             return None, hidden, out_lengths, best, peaks
         size = (shape.tokens, head.weight.shape[0])
@@ -99,10 +104,23 @@ class Forward:
         # The head reads the hidden sequence in the compute type.
         self._linear(y, head, log_probs, tile=tile.head)
         log_softmax(log_probs, best, peaks, tile=tile.log_softmax, pdl=self.pdl)
+        self._join(y.device)
         log_probs, hidden, best, peaks = (
             t.unflatten(0, (shape.batch, frames)) for t in (log_probs, hidden, best, peaks)
         )
         return log_probs, hidden, out_lengths, best, peaks
+
+    def _fork(self, device) -> torch.cuda.Stream:
+        """The stream of the second branch, behind all that was launched so far."""
+        self._side, self._forked = self._side or torch.cuda.Stream(device, priority=-1), True
+        self._side.wait_stream(torch.cuda.current_stream(device))
+        return self._side
+
+    def _join(self, device) -> None:
+        """Wait for the second branch, if there is one."""
+        if self._forked:
+            torch.cuda.current_stream(device).wait_stream(self._side)
+            self._forked = False
 
     def _few(self, shape: Shape) -> bool:
         return self.regime == "few" or (self.regime == "auto" and shape.tokens <= tiles.FEW_TOKENS and not self.wide)
@@ -148,15 +166,14 @@ class Forward:
         experts, layer, side = self.config.encoder.moe.num_experts, self.weights.heard, None
         if self.beside and x.is_cuda:
             # Ahead of the main stack's launches, which must wait for it anyway.
-            side = self._side = self._side or torch.cuda.Stream(x.device, priority=-1)
-            side.wait_stream(torch.cuda.current_stream(x.device))
+            side = self._fork(x.device)
         with torch.cuda.stream(side):
             _, embedding = self._stack(x, shape, self.weights.embed, None)  # float32 (N, D')
 
         @cache
         def all_blocks() -> Tensor:
             if side is not None:
-                torch.cuda.current_stream(x.device).wait_stream(side)
+                self._join(x.device)
             out = self._new((shape.tokens, layer.weight.shape[0]), torch.float32)
             tile = self._tiles(shape, embedding.shape[1], embedding.shape[1]).heard
             # Where two branches meet nothing starts early: a dependent launch follows one kernel.
@@ -188,6 +205,9 @@ class Forward:
         width, scale = x.shape[1], 0.5 if block.macaron_up else 1.0
         mask = (shape.lengths, shape.frames)
         kernels = self._by_clusters(config).for_blocks(self.limits, shape.tokens, shape.frames, shape.chunk)
+        if block.router and shape.tokens <= self.fetched:
+            with torch.cuda.stream(self._fork(x.device)):
+                fetch(block.up.weight)
         if kernels is not None:
             glu = clustered.attention_part(kernels, x, shape, config, block, prior, self._new, self.pdl)
             routed = self._routed(x, heard()) if block.router else None

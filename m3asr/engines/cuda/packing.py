@@ -149,7 +149,13 @@ class Packer:
         return self.state[name].to(device=self.device, dtype=torch.float32)
 
     def _packed(self, weight: Tensor, bias: Tensor, dtype=None) -> Linear:
-        return Linear(weight.to(dtype or self.dtype).contiguous(), bias.float().contiguous())
+        packed = weight.to(dtype or self.dtype)
+        if packed.dtype == torch.float16 and packed.isinf().any():
+            raise ModelError(
+                f"found weights of up to {float(weight.abs().max()):.3g}, the norm in front of them included; "
+                "fp16 ends at 65504: use bf16"
+            )
+        return Linear(packed.contiguous(), bias.float().contiguous())
 
     def _linear(self, name: str) -> Linear:
         return self._packed(self._get(name + ".weight"), self._get(name + ".bias"))
