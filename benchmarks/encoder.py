@@ -69,11 +69,11 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
     only: words of which one must be in a variant's name.
     """
     forward, measured = engine.forward, dict(tiles.MEASURED)
-    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime", "beside", "fetched", "limits")}
+    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime", "beside", "fetches", "limits")}
     cases = {"as it is": {}, "no dependent launch": {"pdl": False}}
     if name.startswith("1x"):
         cases["the embedding network before the main stack, no branch of its own"] = {"beside": False}
-        cases["experts' weights not fetched ahead"] = {"fetched": 0}
+        cases["experts' weights not fetched ahead"] = {"fetches": False}
         limits = forward.limits
         cases["no clusters"] = {"limits": replace(limits, block=0, experts=0)}
         cases["clusters for experts alone"] = {"limits": replace(limits, block=0)}

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.card import copy_bandwidth, gemm_peak, timed
-from benchmarks.case import DTYPE, ONLY_MANY, SHAPES, Case
+from benchmarks.case import DTYPE, ONLY_MANY, SHAPES, WIDTH, Case
 from benchmarks.cases import CASES, make
 from m3asr.engines.cuda import tiles
 from m3asr.kernels.pieces import Tile
@@ -131,7 +131,7 @@ def main() -> None:
     todo = []
     for shape, regime, case in product(args.shapes, args.regimes or ("few", "many"), args.cases):
         tokens = SHAPES[shape][0] * SHAPES[shape][1]
-        usual = "few" if tokens <= tiles.FEW_TOKENS else "many"
+        usual = "few" if tiles.are_few(tokens, WIDTH, False) else "many"
         if case in ONLY_MANY and regime == "few":
             continue
         if regime == usual or args.regimes:

@@ -38,7 +38,7 @@ GPU_TESTS = (
 )
 # {out}: the folder for results; {tiles}: `--tiles FILE` once there are any; {manifest}: a list of recordings.
 STAGES = {
-    "tests": Stage(f"{{python}} -m pytest {GPU_TESTS} -q -n 12 --dist load -p no:cacheprovider", 220),
+    "tests": Stage(f"{{python}} -m pytest {GPU_TESTS} -q -n 12 --dist load -p no:cacheprovider", 300),
     # Tiles, and with them the encoder and its variants: for few tokens, for many, and between.
     # What a change of the experts for few tokens needs; up twice, since each product is tried beside the other's best.
     "tests-experts": Stage(

@@ -95,6 +95,20 @@ def test_clusters_agree_with_single_launches(engines, precision, tolerance, batc
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_weights_asked_for_ahead_change_nothing(engines, precision):
+    engine = engines[1][precision]
+    features = torch.randn(1, 206, 20, device="cuda")
+    lengths = torch.tensor([206], dtype=torch.int32, device="cuda")
+    results = []
+    for fetches in (False, True, True):
+        engine.forward.fetches = fetches
+        engine.drop_graphs()
+        results += [engine(features, lengths)[1] for _ in range(5)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.gpu
 def test_bits_do_not_depend_on_the_rest_of_a_batch(engines):
     engine = engines[1]["bf16"]
     features = torch.randn(2, 200, 20, device="cuda")

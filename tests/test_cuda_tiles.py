@@ -36,7 +36,7 @@ def test_tiles_hold_what_they_must(tokens, width, hidden):
     if tokens <= 1024:
         many = tiles.many(tokens, width, hidden, False)  # the rule, where nothing was measured
         for tile, columns in ((many.up, hidden), (many.qkv, 3 * width), (many.out, width), (many.down, width)):
-            smallest = (tile.m, tile.n) == (16, 32)
+            smallest = (tile.m, tile.n) == (16, 64)
             assert smallest or -(-tokens // tile.m) * -(-columns // tile.n) >= tiles.PROGRAMS
 
 
@@ -44,11 +44,17 @@ def test_what_was_measured_serves_near_its_size_and_width():
     measured = tiles.MEASURED["many", "up"]
     assert tiles.tiles_for("many", 4096, 512, 1024, False).up == measured[4096]
     assert tiles.tiles_for("many", 60000, 512, 1024, False).up == measured[16384]
-    for tokens, width, wide in ((100, 512, False), (1536, 512, False), (4096, 256, False), (4096, 512, True)):
+    near = tiles.tiles_for("many", 100, 512, 1024, False)
+    assert near.up == tiles.many(100, 512, 1024, False).up
+    assert near.next_convolution == tiles.MEASURED["many", "next_convolution"][64]
+    for tokens, width, wide in ((1536, 512, False), (4096, 256, False), (4096, 512, True)):
         chosen = tiles.tiles_for("many", tokens, width, 1024, wide)
         assert chosen == tiles.many(tokens, width, 1024, wide)
         assert LIBRARY not in (chosen.up, chosen.qkv, chosen.down, chosen.out, chosen.gated, chosen.head)
     assert tiles.tiles_for("few", 16, 512, 1024, False).up == tiles.MEASURED["few", "up"][64]
+    few = {(tokens, width, wide) for tokens in (64, 80) for width in (320, 512) for wide in (False, True)
+           if tiles.are_few(tokens, width, wide)}  # fmt: skip
+    assert few == {(64, 512, False)}
 
 
 def test_a_file_of_measured_tiles_replaces_what_it_names(tmp_path, monkeypatch):

@@ -53,8 +53,8 @@ class Forward:
     `beside`: the embedding network is a branch of its own, beside the main stack's first sub-layers, up to the router.
     `regime` "few" or "many" fixes the kind of kernels; "auto" chooses by the number of tokens. `trace`, if set, is
     called with ("blocks", block, x), x the block's output before its final norm, and ("routes", block, expert_idx).
-    `limits`: for how many tokens programs work in clusters. `fetched`: for how many tokens the experts' first weights
-    are asked for while a block's other steps run, those of experts without tokens too.
+    `limits`: for how many tokens programs work in clusters; there `fetches`: the experts' first weights are asked for
+    while a block's other steps run, those of experts without tokens too.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, precision: str, pdl: bool, regime: str = "auto"):
@@ -65,8 +65,7 @@ class Forward:
         self.dot = "tf32x3"
         if not self.wide:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
-        self.beside, self.best_alone = True, True
-        self.fetched = tiles.FEW_TOKENS if pdl else 0  # cards that have the one have the other
+        self.beside, self.fetches, self.best_alone = True, True, True
         self._side, self._forked = None, False
         self.limits = clustered.Limits()
         self.clustered = clustered.clustered(weights, self.dtype, self.experts_dtype)
@@ -123,7 +122,9 @@ class Forward:
             self._forked = False
 
     def _few(self, shape: Shape) -> bool:
-        return self.regime == "few" or (self.regime == "auto" and shape.tokens <= tiles.FEW_TOKENS and not self.wide)
+        if self.regime != "auto":
+            return self.regime == "few"
+        return tiles.are_few(shape.tokens, self.config.encoder.attention_dim, self.wide)
 
     def _tiles(self, shape: Shape, width: int, hidden: int) -> tiles.Tiles:
         return tiles.tiles_for("few" if self._few(shape) else "many", shape.tokens, width, hidden, self.wide)
@@ -205,10 +206,10 @@ class Forward:
         width, scale = x.shape[1], 0.5 if block.macaron_up else 1.0
         mask = (shape.lengths, shape.frames)
         kernels = self._by_clusters(config).for_blocks(self.limits, shape.tokens, shape.frames, shape.chunk)
-        if block.router and shape.tokens <= self.fetched:
-            with torch.cuda.stream(self._fork(x.device)):
-                fetch(block.up.weight)
         if kernels is not None:
+            if block.router and self.fetches and x.is_cuda:
+                with torch.cuda.stream(self._fork(x.device)):
+                    fetch(block.up.weight)
             glu = clustered.attention_part(kernels, x, shape, config, block, prior, self._new, self.pdl)
             routed = self._routed(x, heard()) if block.router else None
             clustered.convolution_part(kernels, x, glu, shape, config, block, routed, self.pdl)

@@ -15,8 +15,6 @@ from pathlib import Path
 
 from m3asr.kernels.pieces import Tile, at_least_16
 
-# The largest number of tokens that is treated as few.
-FEW_TOKENS = 128
 # Programs that fill a card: a tile is made smaller until a product has as many.
 PROGRAMS = 120
 
@@ -50,6 +48,9 @@ class Tiles:
 # shapes; measured.json beside this file, see `read_measured`.
 MEASURED: dict[tuple[str, str], dict[int, Tile]] = {}
 MEASURED_WIDTH = 512
+# The most tokens that are treated as few. At 128 few took 3.3 ms and many 1.4 (seed's shapes without clusters, H100);
+# of another width many are faster at 64, too: 0.69 ms and 0.80 (the package's model, 320).
+FEW_TOKENS = 64
 # Tiles for many tokens serve down to so many times fewer than they were measured with. Farther off the rule is better:
 # at 256 tokens those of 4096 gave a product 8 programs, where the card has room for 132.
 REACH = 2
@@ -65,6 +66,11 @@ def read_measured(path: Path) -> None:
 
 PACKAGE = Path(__file__).parent / "measured.json"
 read_measured(PACKAGE)
+
+
+def are_few(tokens: int, width: int, wide: bool) -> bool:
+    """Whether the kernels for few tokens are the faster ones."""
+    return tokens <= FEW_TOKENS and width == MEASURED_WIDTH and not wide
 
 
 def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
@@ -138,24 +144,29 @@ def parts_of(inner: int, warps: int, wide: bool) -> int:
     return 1 if wide else max(1, min(warps, inner // 32))
 
 
+# Of less than 64 rows the product is turned, so its columns are the matrix unit's 64 rows.
 _PRODUCTS = (
+    Tile(128, 128, k=64, warps=4, stages=3, copied=2, stored=4),
+    Tile(64, 128, k=64, warps=4, stages=4, copied=2, stored=2),
+    Tile(64, 64, k=128, warps=4, stages=3, copied=2),
+    Tile(32, 64, k=128, warps=4, stages=3, copied=4),
+    Tile(16, 64, k=128, warps=4, stages=4, copied=4),
+)
+# Convolutions gather their rows, which the copy engine does not.
+_CONVOLUTIONS = (
     Tile(128, 256, k=64, warps=8, stages=3),
     Tile(128, 128, k=64, warps=8, stages=4),
     Tile(64, 128, k=64, warps=4, stages=4),
     Tile(64, 64, k=64, warps=4, stages=4),
     Tile(32, 64, k=128, warps=4, stages=3),
-    Tile(32, 32, k=128, warps=4, stages=3),
-    Tile(16, 32, k=128, warps=4, stages=3),
 )
 
 
-def product(tokens: int, columns: int, wide: bool, rows: int | None = None, reads: bool = False) -> Tile:
-    """The largest tile that still gives enough programs; `rows` fixes its height. reads: what follows the product
-    reads as much as it writes, for which the registers of the largest tile do not suffice.
-    """
+def product(tokens: int, columns: int, wide: bool, rows: int | None = None, of=_PRODUCTS) -> Tile:
+    """The largest tile that still gives enough programs; `rows` fixes its height."""
     if wide:
         return Tile(rows or 64, 64, k=32, warps=4, stages=2)
-    tiles = [tile for tile in _PRODUCTS[reads:] if rows is None or tile.m == rows]
+    tiles = [tile for tile in of if rows is None or tile.m == rows]
     for tile in tiles:
         if -(-tokens // tile.m) * -(-columns // tile.n) >= PROGRAMS:
             return tile
@@ -169,22 +180,24 @@ def many(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
     height = 128 if tokens > 4096 and not wide else height
     return Tiles(
         first_convolution=Tile(1, 512, k=1, warps=4),
-        next_convolution=product(4 * tokens, 2 * width, wide),
+        next_convolution=product(4 * tokens, 2 * width, wide, of=_CONVOLUTIONS),
         subsampling_out=product(tokens, 2 * width, wide),
         up=product(tokens, hidden, wide),
-        qkv=product(tokens, 3 * width, wide, reads=True),
+        qkv=product(tokens, 3 * width, wide),
         gated=product(tokens, 2 * width, wide),
-        down=product(tokens, width, wide, reads=True),
-        out=product(tokens, width, wide, reads=True),
+        down=product(tokens, width, wide),
+        out=product(tokens, width, wide),
         norm=Tile(1 if tokens <= 1024 else 4, 1, warps=4),
         attention=Tile(64, 32, warps=4, stages=2)
         if wide
-        else Tile(32 if tokens <= 1024 else 128, 64, warps=4 if tokens <= 1024 else 8, stages=2),
-        depthwise=Tile(1 if tokens <= 1024 else 8, 1, warps=4 if tokens <= 1024 else 8),
-        router=Tile(1, 1, warps=4) if tokens <= 256 else Tile(16, 1, k=64, warps=4, stages=2),
+        else Tile(64, 128 if tokens <= 1024 else 64, warps=4, stages=2, copied=1),
+        depthwise=Tile(1, 1, warps=4) if tokens <= 1024 else Tile(8, 1, warps=4, parts=2),
+        router=Tile(1, 1, warps=4) if tokens <= 256 else Tile(16, 1, k=256, warps=4, stages=2),
         expert_up=product(tokens, hidden, wide, height),
-        expert_down=product(tokens, width, wide, height, reads=True),
-        sort=Tile(1, max(128, min(4096, 1 << (tokens - 1).bit_length())), warps=16 if tokens > 1024 else 4),
+        expert_down=product(tokens, width, wide, height),
+        sort=Tile(1, max(128, 1 << (tokens - 1).bit_length()))
+        if tokens <= 1024
+        else Tile(1, 1024, parts=4 if tokens <= 8192 else 16),
         heard=Tile(64 if tokens > 1024 else 16, 64, k=32, warps=4, stages=2),
         head=product(tokens, 8 * width, wide),
         log_softmax=Tile(1, 2048, warps=8),
