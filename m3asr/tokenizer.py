@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,16 @@ class WordSpan(NamedTuple):
     word: str
     start: int
     end: int
+
+
+class _Spoken(NamedTuple):
+    """A token's letters, whether a ▁ stands in front of and behind them, whether they begin and end with a Hanzi."""
+
+    body: str
+    begins: bool
+    ends: bool
+    unspaced: bool
+    ends_unspaced: bool
 
 
 class Tokenizer:
@@ -113,46 +124,52 @@ class Tokenizer:
         "▁" and "<space>" become one space, none at the ends. A word that a "▁" opened is also closed by one before a
         Hanzi, so that "▁hello 你" reads "hello 你" as "你 ▁hello" reads "你 hello".
         """
-        text = ""
-        for span, spaced in self._words(ids):
-            text += " " + span.word if spaced and text else span.word
-        return text
+        words = self._words(ids)
+        return "".join(f" {word}" if spaced and i else word for i, (word, _, _, spaced) in enumerate(words))
 
     def word_spans(self, ids: Iterable[int]) -> list[WordSpan]:
         """Words with the tokens they are made of: pieces are joined at "▁"; a Hanzi or kana is a word of its own.
 
         Tokens without text of their own (blank, sos, eos, a lone "▁") begin and end no word.
         """
-        return [span for span, _ in self._words(ids)]
+        return [WordSpan(word, start, end) for word, start, end, _ in self._words(ids)]
 
-    def _words(self, ids: Iterable[int]) -> list[tuple[WordSpan, bool]]:
-        """Words, each with whether a space stands before it."""
-        words: list[tuple[WordSpan, bool]] = []
-        space = False  # a ▁ was seen since the last word
-        opened = False  # the last word was opened by ▁ and is made of letters
-        for position, index in enumerate(ids):
-            symbol = self._symbol(index)
-            if int(index) in self._silent:
-                continue
+    @cached_property
+    def _spoken(self) -> list[_Spoken | None]:
+        """What each token adds to a text; None: nothing at all."""
+        spoken: list[_Spoken | None] = []
+        for index, symbol in enumerate(self.symbols):
             piece = symbol.replace(_SPACE, WORD_START)
             body = piece.strip(WORD_START).replace(WORD_START, " ")
-            space = space or piece.startswith(WORD_START)
+            space = piece.startswith(WORD_START), piece.endswith(WORD_START)
+            unspaced = bool(UNSPACED.match(body)), bool(UNSPACED.search(body[-1:]))
+            spoken.append(None if index in self._silent else _Spoken(body, *space, *unspaced))
+        return spoken
+
+    def _words(self, ids: Iterable[int]) -> list[tuple[str, int, int, bool]]:
+        """Words, the tokens they are made of, ids[start:end], and whether a space stands before each."""
+        words: list[tuple[str, int, int, bool]] = []
+        space = False  # a ▁ was seen since the last word
+        opened = False  # the last word was opened by ▁ and is made of letters
+        after_unspaced = False  # the last word ends with a Hanzi
+        spoken, size = self._spoken, len(self.symbols)
+        for position, index in enumerate(ids):
+            if not 0 <= index < size:
+                raise ModelError(f"Found token {index}; expected 0 to {size - 1}, the vocabulary's ids.")
+            token = spoken[index]
+            if token is None:
+                continue
+            body, begins, ends, unspaced, ends_unspaced = token
+            space = space or begins
             if body:
-                unspaced = bool(UNSPACED.match(body))
-                after_unspaced = bool(words) and bool(UNSPACED.search(words[-1][0].word[-1]))
                 if space or unspaced or after_unspaced or not words:
-                    words.append((WordSpan(body, position, position + 1), space or (unspaced and opened)))
+                    words.append((body, position, position + 1, space or (unspaced and opened)))
                     opened = space and not unspaced
                 else:
-                    last, spaced = words[-1]
-                    words[-1] = (WordSpan(last.word + body, last.start, position + 1), spaced)
-                space = piece.endswith(WORD_START)
+                    word, start, _, spaced = words[-1]
+                    words[-1] = (word + body, start, position + 1, spaced)
+                space, after_unspaced = ends, ends_unspaced
         return words
-
-    def _symbol(self, index: int) -> str:
-        if not 0 <= index < len(self.symbols):
-            raise ModelError(f"Found token {index}; expected 0 to {len(self.symbols) - 1}, the vocabulary's ids.")
-        return self.symbols[index]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, for phrases to listen for.

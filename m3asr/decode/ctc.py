@@ -69,19 +69,20 @@ def ctc_best_path(symbols: np.ndarray, peaks: np.ndarray, lengths: np.ndarray, b
 
     starts = np.ones_like(inside)
     starts[:, 1:] = symbols[:, 1:] != symbols[:, :-1]
-    run = starts.cumsum(axis=-1)  # (B, S): number of the run of equal symbols that a frame belongs to
+    run = starts.cumsum()  # (B * S,): number of the run of equal symbols that a frame belongs to, of the whole batch
+    all_symbols, all_peaks = symbols.ravel(), peaks.ravel()
+    frames = np.flatnonzero(all_symbols != blank)
+    frames = frames[np.lexsort((-all_peaks[frames], run[frames]))]  # by run, the most probable frame first
+    frames = frames[np.diff(run[frames], prepend=-1) != 0]
+    tokens, times = all_symbols[frames].tolist(), (frames % size).tolist()
+    log_peaks = all_peaks[frames].tolist()
+    bounds = np.searchsorted(frames, np.arange(len(lengths) + 1) * size).tolist()
     results = []
-    for b, path_score in enumerate(peaks.sum(axis=-1).tolist()):
-        frames = np.flatnonzero(symbols[b] != blank)
-        frames = frames[np.lexsort((-peaks[b, frames], run[b, frames]))]  # by run, the most probable frame first
-        frames = frames[np.diff(run[b, frames], prepend=-1) != 0]
-        if not len(frames):
-            results.append(_empty_result(path_score, int(lengths[b])))
-            continue
-        tokens, times, log_peaks = symbols[b, frames].tolist(), frames.tolist(), peaks[b, frames]
-        confidence, tokens_confidence = _confidences(log_peaks.tolist(), path_score, int(lengths[b]))
+    for b, (score, length) in enumerate(zip(peaks.sum(axis=-1).tolist(), lengths.tolist(), strict=True)):
+        mine = slice(bounds[b], bounds[b + 1])
+        confidence, tokens_confidence = _confidences(log_peaks[mine], score, length)
         results.append(
-            DecodeResult([Hypothesis(tokens, path_score, confidence, tokens_confidence, times, ctc_score=path_score)])
+            DecodeResult([Hypothesis(tokens[mine], score, confidence, tokens_confidence, times[mine], ctc_score=score)])
         )
     return results
 
