@@ -57,6 +57,20 @@ def test_what_was_measured_serves_near_its_size_and_width():
     assert few == {(64, 512, False)}
 
 
+@pytest.mark.parametrize("tokens", [64, 256, 512, 4096, 16384])
+def test_tiles_fit_cards_with_less_shared_memory(tokens):
+    for regime in ("few", "many"):
+        usual = tiles.tiles_for(regime, tokens, 512, 1024, False)
+        assert tiles.fitted(usual, 227 << 10) == usual  # where they were measured
+        for kilobytes in (163, 99):
+            chosen = tiles.fitted(usual, kilobytes << 10)
+            for name in ("next_convolution", "up", "down", "expert_up"):
+                tile = getattr(chosen, name)
+                assert 2 * tile.k * (tile.m + tile.n) * (tile.stages - 1) <= kilobytes << 10
+                assert dataclasses.replace(tile, stages=0) == dataclasses.replace(getattr(usual, name), stages=0)
+    assert tiles.fitted(tiles.tiles_for("many", 512, 512, 1024, False), 99 << 10).next_convolution.stages == 3
+
+
 def test_a_file_of_measured_tiles_replaces_what_it_names(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "MEASURED", copy.deepcopy(tiles.MEASURED))
     before = tiles.tiles_for("many", 4096, 512, 1024, False)

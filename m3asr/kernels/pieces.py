@@ -52,9 +52,23 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; a Hopper card's stand for Triton's interpreter."""
+    if device.type != "cuda":
+        return 227 << 10
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+
+
+@cache
+def copies(device: torch.device) -> bool:
+    """Whether the device has a copy engine. Without one a tile's copies become loads, one waiting for the other."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 9
+
+
 def copyable(tensor: torch.Tensor) -> bool:
     """Whether the copy engine takes tiles of this matrix: numbers of 16 bits, rows of whole 16 bytes."""
-    return tensor.element_size() == 2 and storable(tensor)
+    return tensor.element_size() == 2 and storable(tensor) and copies(tensor.device)
 
 
 def storable(tensor: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
 from m3asr.kernels.norm_linear import norm_linear
-from m3asr.kernels.pieces import copyable
+from m3asr.kernels.pieces import copyable, shared_memory
 from m3asr.kernels.router import route
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
@@ -127,7 +127,8 @@ class Forward:
         return tiles.are_few(shape.tokens, self.config.encoder.attention_dim, self.wide)
 
     def _tiles(self, shape: Shape, width: int, hidden: int) -> tiles.Tiles:
-        return tiles.tiles_for("few" if self._few(shape) else "many", shape.tokens, width, hidden, self.wide)
+        chosen = tiles.tiles_for("few" if self._few(shape) else "many", shape.tokens, width, hidden, self.wide)
+        return tiles.fitted(chosen, shared_memory(self.weights.head.weight.device), self.dtype.itemsize)
 
     def _new(self, shape, dtype=None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.weights.head.weight.device)

@@ -98,6 +98,25 @@ def tiles_for(regime: str, tokens: int, width: int, hidden: int, wide: bool) -> 
     return replace(rule, **known)
 
 
+# Whose programs loop over the inner dimension, with the operands of all stages but one in shared memory.
+_LOOPS = (
+    "next_convolution", "subsampling_out", "head", "up", "qkv", "gated", "down", "out", "expert_up", "expert_down",
+)  # fmt: skip
+
+
+def fitted(tiles: Tiles, shared: int, bytes_a_number: int = 2) -> Tiles:
+    """The same with fewer stages where their operands would not fit into so many bytes of shared memory: tiles were
+    measured on cards that have more of it than most.
+    """
+    changed = {}
+    for name in _LOOPS:
+        tile = getattr(tiles, name)
+        stage = bytes_a_number * tile.k * (tile.m + tile.n)
+        if stage * (tile.stages - 1) > shared:
+            changed[name] = replace(tile, stages=max(1, 1 + shared // stage))
+    return replace(tiles, **changed)
+
+
 _BEST = Tile(128, 128, warps=4, stages=3, copied=2)
 
 
