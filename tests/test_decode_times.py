@@ -7,13 +7,12 @@ from hypothesis import strategies as st
 from m3asr.decode import token_times, word_times
 
 
-def test_token_times_meet_midway_and_stay_near_their_peaks():
+def test_token_times_meet_midway_and_stay_within_half_a_second():
     assert token_times([]) == []
     assert token_times([0]) == [(0.0, 0.5)]
     spans = token_times([10, 15, 60], duration=2.6)
-    np.testing.assert_allclose(spans, [(0.28, 0.5), (0.5, 1.1), (2.28, 2.6)])
-    np.testing.assert_allclose(token_times([10, 60], frame_shift=0.06), [(0.48, 1.1), (3.48, 4.1)])
-    np.testing.assert_allclose(token_times([10, 60], lead=0.5), [(0.0, 0.9), (1.9, 2.9)])  # WeNet's
+    np.testing.assert_allclose(spans, [(0.0, 0.5), (0.5, 1.1), (1.9, 2.6)])
+    np.testing.assert_allclose(token_times([10, 60], frame_shift=0.06), [(0.1, 1.1), (3.1, 4.1)])
 
 
 @given(st.lists(st.integers(0, 500), unique=True, max_size=20))

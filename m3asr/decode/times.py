@@ -17,25 +17,20 @@ class Word:
 
 
 def token_times(
-    times: Sequence[int],
-    frame_shift: float = 0.04,
-    duration: float | None = None,
-    lead: float = 0.12,
-    tail: float = 0.5,
+    times: Sequence[int], frame_shift: float = 0.04, duration: float | None = None, longest: float = 1.0
 ) -> list[tuple[float, float]]:
-    """(start, end) in seconds of each token, from the frames of their peaks.
+    """(start, end) in seconds of each token, from the frames of their peaks (specification 3.3).
 
-    Neighbours meet midway between their peaks, as in WeNet (specification 3.3); a token begins no more than `lead`
-    seconds before its peak, ends no more than `tail` after it, and neither lies beyond 0 and `duration` (seconds of the
-    whole utterance, if given). WeNet has 0.5 for both; but speech begins at the peak of the first token, 0.05 s before
-    it to 0.25 behind for 90 % of people, and ends 0.2 to 0.7 s behind the last one (the package's model).
+    Neighbours meet midway between their peaks; no token reaches further than `longest` / 2 seconds from its peak, nor
+    beyond 0 and `duration` (seconds of the whole utterance, if given).
     """
     peaks = [time * frame_shift for time in times]
     spans = []
     for i, peak in enumerate(peaks):
         start = (peaks[i - 1] + peak) / 2 if i else 0.0
         end = (peak + peaks[i + 1]) / 2 if i + 1 < len(peaks) else duration
-        spans.append((max(start, peak - lead), peak + tail if end is None else min(end, peak + tail)))
+        end = peak + longest / 2 if end is None else min(end, peak + longest / 2)
+        spans.append((max(start, peak - longest / 2), end))
     return spans
 
 
