@@ -81,14 +81,16 @@ def experts(x, expert_idx, w_1, b_1, w_2, b_2, *, activation: str):
 @experts.kernel
 def _launch(x, expert_idx, w_1, b_1, w_2, b_2, out, activation, workspace):
     """Few tokens: weights of experts that have any, read once. Many: sorted by expert. The cuda engine's kernels."""
-    from m3asr.engines.cuda.tiles import are_few, tiles_for
+    from m3asr.engines.cuda.tiles import are_few, fitted, tiles_for
     from m3asr.kernels.experts_few import experts_few
     from m3asr.kernels.experts_many import experts_many, most_tiles, sort_tokens
+    from m3asr.kernels.pieces import shared_memory
 
     (tokens, width), (count, hidden) = x.shape, b_1.shape
     wide = x.dtype == torch.float32
     few = are_few(tokens, width, wide)
     tile = tiles_for("few" if few else "many", tokens, width, hidden, wide)
+    tile = fitted(tile, shared_memory(x.device), x.dtype.itemsize)
     taken = 0
 
     def piece(dtype, *shape):
