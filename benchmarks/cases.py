@@ -9,6 +9,7 @@ from benchmarks.case import (
     BINS,
     DTYPE,
     HEADS,
+    PAIRS,
     SHAPES,
     TAPS,
     VOCABULARY,
@@ -22,8 +23,10 @@ from benchmarks.case import (
 )
 from benchmarks.cases_experts import make_experts_few, make_experts_many, make_router, make_sort
 from m3asr import ops
+from m3asr.engines.cuda.packing import Linear
 from m3asr.kernels.attention import attention
 from m3asr.kernels.best import best_path
+from m3asr.kernels.clusters.products import Products, ProductSizes
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
@@ -33,8 +36,16 @@ from m3asr.kernels.pieces import Tile
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
 
+def in_pairs(hidden, weights, bias) -> tuple[Products, list[Linear]]:
+    """What launches PAIRS, and the layers as it takes them."""
+    sizes = ProductSizes(WIDTH, hidden, half=DTYPE == torch.float16, swish=True)
+    return Products(sizes, torch.device("cuda", 0)), [Linear(weight, bias) for weight in weights]
+
+
 def make_up(batch, frames, valid, hidden, kind, few):
-    """Feed-forward up, QKV or the gated pointwise layer: with the norm inside for few tokens."""
+    """Feed-forward up, QKV or the gated pointwise layer: with the norm inside for few tokens, and for PAIRS but in
+    front of the feed-forward.
+    """
     tokens = batch * frames
     columns = {"up": hidden, "qkv": 3 * WIDTH, "gated": 2 * WIDTH}[kind]
     copies = copies_for(columns * WIDTH * 2)
@@ -50,9 +61,16 @@ def make_up(batch, frames, valid, hidden, kind, few):
         "qkv": {"table": (table, frames)},
         "gated": {"glu": (lengths, frames)},
     }[kind]
+    pairs, layers = in_pairs(hidden, weights, bias)
+    a = y
+    if kind != "up" and not few:
+        nothing = Linear(torch.zeros(WIDTH, WIDTH, device="cuda", dtype=DTYPE), torch.zeros(WIDTH, device="cuda"))
+        a = pairs.add(y, nothing, x, scale=1.0, streams=True)
 
     def launch(i, tile):
-        if few:
+        if tile == PAIRS:
+            pairs.up(a, layers[i], out, eps=1e-12, pdl=True, **options)
+        elif few:
             norm_linear(x, weights[i], bias, out, eps=1e-12, tile=tile, pdl=True, **options)
         else:
             linear(y, weights[i], bias, out, tile=tile, pdl=True, **options)
@@ -82,8 +100,16 @@ def make_residual(batch, frames, valid, width, few):
     weights, bias = tensor(copies, WIDTH, width, scale=width**-0.5), tensor(WIDTH, dtype=torch.float32)
     a, x = tensor(tokens, width), tensor(tokens, WIDTH, dtype=torch.float32)
     out = x.clone()
+    pairs, layers = in_pairs(max(width, 1024), weights, bias)
+
+    def launch(i, tile):
+        if tile == PAIRS:  # which prepares the norm behind it
+            pairs.add(a, layers[i], out, scale=0.5, streams=True, pdl=True)
+        else:
+            linear(a, weights[i], bias, out, tile=tile, residual_scale=0.5, pdl=True)
+
     return Case(
-        launch=lambda i, tile: linear(a, weights[i], bias, out, tile=tile, residual_scale=0.5, pdl=True),
+        launch=launch,
         result=lambda: out,
         reference=lambda: x + 0.5 * (a.float() @ weights[0].float().t() + bias),
         tiles=[

@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.card import copy_bandwidth, gemm_peak, timed
-from benchmarks.case import DTYPE, ONLY_MANY, SHAPES, WIDTH, Case
+from benchmarks.case import DTYPE, ONLY_MANY, PAIRS, SHAPES, WIDTH, Case
 from benchmarks.cases import CASES, make
 from m3asr.engines.cuda import tiles
+from m3asr.kernels.linear import LIBRARY
 from m3asr.kernels.pieces import Tile
 
 # Relative error above which a tile is wrong, whatever its time: operands and results of 8 bits lose 2e-3 to 6e-3.
@@ -73,7 +74,10 @@ def best_tiles(cases: dict) -> dict:
     One sort serves both products of the experts, so for many tokens their tiles have the height whose best two take
     the least time together.
     """
-    right = {key: [row for row in value["tiles"] if row.get("error", 1.0) < RIGHT] for key, value in cases.items()}
+    right = {
+        key: [row for row in value["tiles"] if row.get("error", 1.0) < RIGHT and (row["m"], row["n"]) != (0, PAIRS.n)]
+        for key, value in cases.items()
+    }
     for shape in {key.split()[2] for key in right}:
         pair = [f"many {operation} {shape}" for operation in ("expert_up", "expert_down")]
         if all(right.get(key) for key in pair):
@@ -123,6 +127,7 @@ def main() -> None:
         help="processes that compile, each with memory of the card",
     )
     parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is started")
+    parser.add_argument("--used", action="store_true", help="only the tiles in use, and what stands in place of a tile")
     parser.add_argument("--show", type=int, default=4, help="how many tiles of each case are printed")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -157,6 +162,10 @@ def main() -> None:
             except Exception as error:
                 print(f"{name} {shape}: {type(error).__name__}: {error}")
                 continue
+            if args.used:
+                tokens = SHAPES[shape][0] * SHAPES[shape][1]
+                used = getattr(tiles.tiles_for(regime, tokens, WIDTH, args.hidden, False), name)
+                case.tiles = [used, *(tile for tile in case.tiles if tile in (LIBRARY, PAIRS))]
             for tile in case.tiles:
                 try:
                     us, error = measure(case, tile)
@@ -170,12 +179,12 @@ def main() -> None:
             rows.sort(key=lambda row: row["us"])
             floor = 1e6 * max(case.bytes / bandwidth, case.flops / peak)
             results["cases"][f"{regime} {name} {shape}"] = {"floor_us": floor, "tiles": rows}
-            library = [r["us"] for r in rows if r["m"] == 0]
-            shown = f"library {library[0]:.2f}; " if library else ""
-            shown += "; ".join(
+            instead = {(LIBRARY.m, LIBRARY.n): "library", (PAIRS.m, PAIRS.n): "pairs"}
+            named = [f"{instead[r['m'], r['n']]} {r['us']:.2f}; " for r in rows if (r["m"], r["n"]) in instead]
+            shown = "".join(named) + "; ".join(
                 f"{r['us']:.2f} (m{r['m']} n{r['n']} k{r['k']} w{r['warps']} s{r['stages']} p{r['parts']} "
                 f"c{r['copied']} walkers{r['walkers']} stored{r['stored']} {r.get('error', 9):.0e})"
-                for r in rows[: args.show]
+                for r in [r for r in rows if r["m"]][: args.show]
             )
             failed = sum("failed" in r for r in rows)
             print(f"{shape:8s} {regime:4s} {name:18s} floor {floor:7.2f}  best {shown}  failed {failed}", flush=True)

@@ -38,7 +38,7 @@ struct Fibre {
     u32 given[6];
 };
 static std::vector<Fibre> fibres;
-static std::vector<char> shared_memory(PROGRAMS * BYTES + 128), stacks;
+static std::vector<char> shared_memory(PROGRAMS * BYTES + 1024), stacks;
 static Gate of_cluster, of_program[PROGRAMS], of_warp[PROGRAMS * THREADS / 32];
 static Fibre* here;
 static int group_now, groups_all;
@@ -47,7 +47,7 @@ static size_t asked;  // bytes of shared memory
 static std::function<void()> body;
 
 static char* memory_of(int program) {
-    char* first = (char*)(((uintptr_t)shared_memory.data() + 127) / 128 * 128);
+    char* first = (char*)(((uintptr_t)shared_memory.data() + 1023) / 1024 * 1024);
     return first + (size_t)program * BYTES;
 }
 static void yield() { swapcontext(&here->context, &scheduler); }

@@ -1,4 +1,6 @@
-"""CUDA C++ of m3asr/kernels/clusters run by fibres on the CPU: emulated.h in place of machine.cu."""
+"""CUDA C++ of m3asr/kernels/clusters run by fibres on the CPU: emulated.h in place of machine.cu, and
+emulated_warpgroups.h in place of warpgroups.cu.
+"""
 
 import ctypes
 import re
@@ -11,13 +13,19 @@ import pytest
 
 from m3asr.kernels.clusters.machine import parameters
 
-HEADER = Path(__file__).with_name("emulated.h")
+FOLDER = Path(__file__).parent
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("first", ctypes.c_void_p), ("inner", ctypes.c_longlong), ("count", ctypes.c_longlong)]
+    _fields_ += [("rows", ctypes.c_int)]
 
 
 class Emulated:
     """`machine.Kernels` for a CPU; `seed` decides the order in which threads run."""
 
     seed = 0
+    clusters = 6  # that run at once, as the launchers are told
 
     def __init__(self, library: ctypes.CDLL):
         self._library = library
@@ -27,16 +35,23 @@ class Emulated:
         _, pointers = parameters(args)
         getattr(self._library, f"launch_{name}")(programs // cluster, self.seed, shared, pointers)
 
+    def most_clusters(self, name, threads, shared, cluster):
+        return self.clusters
 
-def emulator(folder: Path):
+    def matrix(self, tensor, rows):
+        return Matrix(tensor.data_ptr(), tensor.shape[1], tensor.shape[0], rows)
+
+
+def emulator(folder: Path, *headers: str):
     """What loads kernels for the CPU, compiled into `folder`. Skips where there is no compiler."""
+    included = "".join(f'#include "{FOLDER / header}"\n' for header in ("emulated.h", *headers))
     if shutil.which("g++") is None:
         pytest.skip("no g++ to emulate a card with")
 
     @cache
     def load(defined: str, source: str, device) -> Emulated:
         names = re.findall(r"^KERNEL (\w+)\(", source, re.MULTILINE)
-        text = f'{defined}#include "{HEADER}"\n{source}' + "".join(f"LAUNCHED({name})\n" for name in names)
+        text = defined + included + source + "".join(f"LAUNCHED({name})\n" for name in names)
         path = folder / f"emulated{abs(hash(text))}.cpp"
         path.write_text(text)
         command = ["g++", "-O2", "-std=c++17", "-w", "-shared", "-fPIC", "-o", path.with_suffix(".so"), path]

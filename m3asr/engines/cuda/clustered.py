@@ -1,10 +1,12 @@
-"""Blocks of few tokens by clusters of programs (`kernels.clusters`): five launches in place of eleven."""
+"""What programs in clusters do (`kernels.clusters`): blocks of few tokens in five launches in place of eleven, and the
+products of many tokens.
+"""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -12,14 +14,18 @@ from torch import Tensor
 from m3asr.config import EncoderConfig
 from m3asr.engines.cuda.packing import Block, Linear, Stack, Weights
 from m3asr.kernels.clusters import BLOCK, EXPERTS, MOST_FRAMES, MOST_TOKENS, Clusters, Sizes, machine
+from m3asr.kernels.clusters.products import Products, ProductSizes
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most tokens for which blocks, and experts, run so; 0: never. timed: see `clusters.Sizes`."""
+    """The most tokens for which blocks, and experts, run so; 0: never. The fewest for which products do; inf: never.
+    timed: see `clusters.Sizes`.
+    """
 
     block: int = MOST_TOKENS
     experts: int = MOST_TOKENS
+    products: float = 1024
     timed: bool = False
 
 
@@ -50,6 +56,10 @@ class ClusteredStack:
             and config.moe.hidden_units == config.linear_units
             and self._sizes.experts_fit()
         )
+        self._product_sizes = ProductSizes(
+            config.attention_dim, config.linear_units, self._sizes.half, self._sizes.swish
+        )  # fmt: skip
+        self._products = usable and self._product_sizes.fit()
 
     def kernels(self, timed: bool = False) -> Clusters:
         if timed not in self.made:
@@ -57,8 +67,15 @@ class ClusteredStack:
             self.made[timed] = Clusters(replace(self._sizes, timed=timed), self._device, **load)
         return self.made[timed]
 
+    @cached_property
+    def products(self) -> Products:
+        load = {} if self._load is None else {"load": self._load}
+        return Products(self._product_sizes, self._device, **load)
+
     def compile(self) -> None:
         """Compile what will be used, which then lies beside what Triton keeps."""
+        if self._products:
+            self.products.loaded()
         for used, files in ((self._blocks, BLOCK), (self._experts, EXPERTS)):
             if used:
                 self.kernels().loaded(files)
@@ -72,6 +89,10 @@ class ClusteredStack:
         """The kernels for a layer of experts with so many tokens, if they are to be run so."""
         fits = tokens <= min(limits.experts, MOST_TOKENS)
         return self.kernels(limits.timed) if self._experts and fits else None
+
+    def for_products(self, limits: Limits, tokens: int) -> Products | None:
+        """The kernels for products of so many tokens, if they are to be run so."""
+        return self.products if self._products and tokens >= limits.products else None
 
 
 @cache

@@ -73,7 +73,7 @@ class Sizes:
         together, resident = (self.block_programs, 1) if files == BLOCK else (1, 2)
         names |= {"THREADS": THREADS, "PROGRAMS": together, "RESIDENT": resident, "EXPERTS": max(self.experts, 16)}
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
-        return defined, "".join((FOLDER / f).read_text() for f in ("steps.cu", *files))
+        return defined, "".join((FOLDER / f).read_text() for f in ("activation.cu", "steps.cu", *files))
 
     # Bytes of shared memory, as the kernels cut it.
     @property

@@ -14,6 +14,8 @@ import triton
 NVRTC_NAMES, DRIVER_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"), ("libcuda.so.1",)
 CLUSTER, DEPENDENT = 4, 6  # CUlaunchAttributeID
 DYNAMIC_SHARED, ANY_CLUSTER = 8, 14  # CUfunction_attribute
+TENSOR_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+SWIZZLED_128, PROMOTED_256 = 3, 3  # CUtensorMapSwizzle, CUtensorMapL2promotion
 
 
 class _Attribute(ctypes.Structure):
@@ -86,10 +88,12 @@ def kept(source: str) -> bytes:
 
 
 def parameters(args) -> tuple[list, ctypes.Array]:
-    """Tensors, None, ints and floats as a kernel's parameters: their values, and the pointers to them."""
+    """Tensors, None, ints, floats and ctypes' own as a kernel's parameters: their values, and the pointers to them."""
     values = []
     for a in args:
-        if a is None or isinstance(a, torch.Tensor):
+        if isinstance(a, (ctypes.Structure, ctypes.Array)):
+            values.append(a)
+        elif a is None or isinstance(a, torch.Tensor):
             values.append(ctypes.c_void_p(a.data_ptr() if a is not None else 0))
         else:
             values.append(ctypes.c_float(a) if isinstance(a, float) else ctypes.c_int(a))
@@ -101,7 +105,8 @@ class Kernels:
 
     def __init__(self, source: str):
         torch.cuda.current_stream()  # there must be a context
-        self._driver, self._module, self._found = library(DRIVER_NAMES), ctypes.c_void_p(), {}
+        self._driver, self._module = library(DRIVER_NAMES), ctypes.c_void_p()
+        self._found, self._most = {}, {}
         self._code = kept(source)
         self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), self._code))
 
@@ -111,14 +116,18 @@ class Kernels:
             self._driver.cuGetErrorString(code, ctypes.byref(text))
             raise RuntimeError(f"CUDA error {code}: {text.value and text.value.decode()}")
 
-    def launch(self, name: str, programs: int, threads: int, *args, shared=0, cluster=1, pdl=False) -> None:
-        """args: see `parameters`. shared: dynamic shared memory in bytes; cluster: programs of a cluster."""
+    def _function(self, name: str, shared: int) -> ctypes.c_void_p:
         if name not in self._found:
             function = ctypes.c_void_p()
             self._check(self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()))
             self._check(self._driver.cuFuncSetAttribute(function, ANY_CLUSTER, 1))
             self._check(self._driver.cuFuncSetAttribute(function, DYNAMIC_SHARED, shared))
             self._found[name] = function
+        return self._found[name]
+
+    def launch(self, name: str, programs: int, threads: int, *args, shared=0, cluster=1, pdl=False) -> None:
+        """args: see `parameters`. shared: dynamic shared memory in bytes; cluster: programs of a cluster."""
+        function = self._function(name, shared)
         values, pointers = parameters(args)  # values are kept until the launch
         attributes, count = (_Attribute * 2)(), 0
         if cluster > 1:
@@ -129,7 +138,32 @@ class Kernels:
             count += 1
         stream = torch.cuda.current_stream().cuda_stream
         config = _Config(programs, 1, 1, threads, 1, 1, shared, stream, attributes, count)
-        self._check(self._driver.cuLaunchKernelEx(ctypes.byref(config), self._found[name], pointers, None))
+        self._check(self._driver.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None))
+
+    def most_clusters(self, name: str, threads: int, shared: int, cluster: int) -> int:
+        """How many clusters of a kernel the card runs at once."""
+        if name not in self._most:
+            attributes, most = (_Attribute * 1)(), ctypes.c_int()
+            attributes[0].id, attributes[0].value[:3] = CLUSTER, (cluster, 1, 1)
+            config = _Config(cluster, 1, 1, threads, 1, 1, shared, None, attributes, 1)
+            function = self._function(name, shared)
+            self._check(self._driver.cuOccupancyMaxActiveClusters(ctypes.byref(most), function, ctypes.byref(config)))
+            self._most[name] = most.value
+        return self._most[name]
+
+    def matrix(self, tensor: torch.Tensor, rows: int) -> ctypes.Array:
+        """A matrix of 16-bit numbers as the copy engine takes it, in tiles of so many rows and 64 columns."""
+        room = (ctypes.c_char * (128 + 64))()
+        described = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
+        count, inner = tensor.shape
+        self._check(
+            self._driver.cuTensorMapEncodeTiled(
+                described, TENSOR_TYPES[tensor.dtype], 2, ctypes.c_void_p(tensor.data_ptr()),
+                (ctypes.c_ulonglong * 2)(inner, count), (ctypes.c_ulonglong * 1)(2 * inner), (ctypes.c_uint * 2)(64, rows),
+                (ctypes.c_uint * 2)(1, 1), 0, SWIZZLED_128, PROMOTED_256, 0,
+            )  # fmt: skip
+        )
+        return described
 
     def numbers(self, name: str, count: int) -> list[int]:
         """What an array of 64-bit integers of the source holds, once all launches are done."""

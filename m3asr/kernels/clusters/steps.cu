@@ -20,14 +20,6 @@ DEVICE float sum_of_row(float v) {  // over the threads of a row
     return v;
 }
 
-DEVICE float activate(float v) {
-#if SWISH
-    return v * sigmoid(v);
-#else
-    return fmaxf(v, 0.0f);
-#endif
-}
-
 // A row's norm. Of its mean and squares each program knows its columns' part; parts are joined as Chan et al. (1979)
 // have it. A product of the row before its norm, minus `mean` times the sums of its weights' rows, times `scale`, is
 // the product of the normed row: so the row and its norm's parts go the same way at once.

@@ -1,0 +1,151 @@
+"""Products of many tokens by pairs of programs, each of which keeps its columns' weights: see products.cu."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import astuple, dataclass, fields
+from functools import cache
+
+import torch
+
+from m3asr.kernels.clusters import FOLDER
+from m3asr.kernels.clusters.machine import Kernels
+
+THREADS, PROGRAMS, ROWS = 288, 2, 64
+SHARED_BYTES = 227 << 10
+MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again are for tiles
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "bias sums parts out table lengths x raw x_parts".split()),
+        *((name, ctypes.c_int) for name in ("tokens", "frames", "columns", "count")),
+        ("eps", ctypes.c_float), ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProductSizes:
+    """What the kernels are compiled for: widths of the residual stream and of the feed-forward, and types."""
+
+    width: int
+    hidden: int
+    half: bool  # float16, else bfloat16
+    swish: bool
+
+    @staticmethod
+    def _columns(inner: int) -> int:
+        """Columns of a program, of a product over `inner`."""
+        return 128 if 2 * 128 * inner <= MOST_WEIGHTS else 64
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """For products over the width, and over the feed-forward's hidden units."""
+        return self._columns(self.width), self._columns(self.hidden)
+
+    def fit(self) -> bool:
+        inner, columns = (self.width, self.hidden), self.columns
+        return (
+            all(2 * n * k <= MOST_WEIGHTS and k % 64 == 0 for n, k in zip(columns, inner, strict=True))
+            and self.width % (PROGRAMS * 128) == self.hidden % (PROGRAMS * 128) == 0
+            and max(self.width // n for n in columns) <= 8  # parts of a row's norm
+        )
+
+    def source(self) -> tuple[str, str]:
+        """Definitions, and CUDA C++ that needs them, machine.cu and warpgroups.cu before it."""
+        names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
+        names |= {"THREADS": THREADS, "PROGRAMS": PROGRAMS, "RESIDENT": 1, "TIMED": 0, "SHARED_BYTES": SHARED_BYTES}
+        names |= {"WIDTH_COLUMNS": self.columns[0], "HIDDEN_COLUMNS": self.columns[1]}
+        defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
+        return defined, "".join((FOLDER / f).read_text() for f in ("activation.cu", "products.cu"))
+
+
+@cache
+def on_card(defined: str, source: str, device: torch.device) -> Kernels:
+    with torch.cuda.device(device):
+        return Kernels(defined + "".join((FOLDER / f).read_text() for f in ("machine.cu", "warpgroups.cu")) + source)
+
+
+@dataclass
+class Stream:
+    """A residual stream's rows in the compute type (N, D), as they are, and what their norm takes: of each part of a
+    row's columns mean and sum of squares, float32 (parts, N, 2).
+    """
+
+    raw: torch.Tensor
+    parts: torch.Tensor
+
+
+class Products:
+    """The launchers for one stack's sizes. All tensors contiguous, weights and biases as `engines.cuda.packing` has
+    them; `a` is (N, K) in the compute type, or a `Stream`, whose norm is then multiplied.
+    """
+
+    def __init__(self, sizes: ProductSizes, device: torch.device, load=on_card):
+        self.sizes, self._device, self._load = sizes, device, load
+        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._matrices: dict[int, tuple[torch.Tensor, object]] = {}
+
+    def loaded(self) -> Kernels:
+        return self._load(*self.sizes.source(), self._device)
+
+    def up(self, a, layer, out, *, activation=None, glu=None, table=None, eps=0.0, pdl=False) -> None:
+        """out (N, C) = layer(a), and then one of three.
+
+        activation: that of the sizes. glu = (lengths int32 (B,), frames): out (N, C / 2) is the gated unit of
+        neighbouring columns, zero past the lengths. table = (positions (>= frames, C / 3), frames): added to the middle
+        third of the columns.
+        """
+        if activation is not None:
+            self._launch("product_activated", a, layer, pdl, out=out, eps=eps)
+        elif glu is not None:
+            self._launch("product_gated", a, layer, pdl, out=out, lengths=glu[0], frames=glu[1], eps=eps)
+        else:
+            table, frames = table or (None, 1)
+            self._launch("product_keyed", a, layer, pdl, out=out, table=table, frames=frames, eps=eps)
+
+    def add(self, a, layer, x, *, scale, mask=None, streams=False, pdl=False) -> Stream | None:
+        """x (N, D) float32 += scale * layer(a), nothing past the lengths of mask = (lengths, frames).
+
+        streams: returns x as a `Stream`, too.
+        """
+        from_hidden = layer.weight.shape[1] == self.sizes.hidden
+        stream, (lengths, frames) = None, mask or (None, 1)
+        if streams:
+            parts = x.shape[1] // self.sizes.columns[from_hidden]
+            raw = torch.empty(x.shape, dtype=layer.weight.dtype, device=x.device)
+            stream = Stream(raw, torch.empty(parts, x.shape[0], 2, device=x.device))
+        self._launch(
+            "product_added_from_hidden" if from_hidden else "product_added", a, layer, pdl, x=x, lengths=lengths,
+            frames=frames, scale=scale, raw=stream and stream.raw, x_parts=stream and stream.parts,
+        )  # fmt: skip
+        return stream
+
+    def _launch(self, name: str, a, layer, pdl: bool, *, frames=1, eps=0.0, scale=1.0, **tensors) -> None:
+        kernels, weight = self.loaded(), layer.weight
+        columns, inner = weight.shape
+        each = self.sizes.columns[inner == self.sizes.hidden and name == "product_added_from_hidden"]
+        parts = None
+        if isinstance(a, Stream):
+            a, parts = a.raw, a.parts
+            tensors["sums"] = self._sums_of(weight)
+        tokens = a.shape[0]
+        pairs, most = columns // (PROGRAMS * each), kernels.most_clusters(name, THREADS, SHARED_BYTES, PROGRAMS)
+        together = max(1, min(most // pairs, -(-tokens // ROWS)))
+        values = {key: None if t is None else t.data_ptr() for key, t in tensors.items()}
+        task = _Layer(
+            bias=layer.bias.data_ptr(), parts=None if parts is None else parts.data_ptr(), tokens=tokens, frames=frames,
+            columns=columns, count=0 if parts is None else parts.shape[0], eps=eps, scale=scale, **values,
+        )  # fmt: skip
+        if id(weight) not in self._matrices:
+            self._matrices[id(weight)] = weight, kernels.matrix(weight, each)  # the weight, so that its id is no other's
+        kernels.launch(
+            name, PROGRAMS * pairs * together, THREADS, kernels.matrix(a, ROWS // PROGRAMS),
+            self._matrices[id(weight)][1], task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,
+        )  # fmt: skip
+
+    def _sums_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Float32 sums of a weight's rows, made once."""
+        if id(weight) not in self._sums:
+            self._sums[id(weight)] = weight, weight.float().sum(1)
+        return self._sums[id(weight)][1]
