@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 
 class Matrix(ctypes.Structure):
     _fields_ = [("first", ctypes.c_void_p), ("inner", ctypes.c_longlong), ("count", ctypes.c_longlong)]
-    _fields_ += [("rows", ctypes.c_int)]
+    _fields_ += [("rows", ctypes.c_int), ("size", ctypes.c_int)]
 
 
 class Emulated:
@@ -39,7 +39,7 @@ class Emulated:
         return self.clusters
 
     def matrix(self, tensor, rows):
-        return Matrix(tensor.data_ptr(), tensor.shape[1], tensor.shape[0], rows)
+        return Matrix(tensor.data_ptr(), tensor.shape[1], tensor.shape[0], rows, tensor.element_size())
 
 
 def emulator(folder: Path, *headers: str):

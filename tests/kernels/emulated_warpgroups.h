@@ -2,7 +2,8 @@
 #include <deque>
 
 #define CONSTANT const
-struct Matrix { const uint16_t* first; long long inner, count; int rows; };
+DEVICE int uniform(int v) { return v; }
+struct Matrix { char* first; long long inner, count; int rows, size; };
 
 struct Phased { int arrivals = 0, left = 0, bytes = 0; bool turned = false; int phase = 0; std::vector<std::function<void()>> copies; };
 static std::map<Flag*, Phased> of_phased;
@@ -29,18 +30,24 @@ DEVICE void arrive_at(Flag* flag, int program) {
     turn(there);
 }
 
+// visit(place in the tile, place in the matrix, if there is one)
+template <class Visit> static void each_of(const void* tile, const Matrix& matrix, int column, int row, Visit visit) {
+    const int each = 16 / matrix.size;
+    for (int r = 0; r < matrix.rows; r++)
+        for (int c = 0; c < 8 * each; c++) {
+            bool inside = row + r < matrix.count && column + c < matrix.inner;
+            visit((char*)tile + r * 128 + (c / each ^ r % 8) * 16 + c % each * matrix.size,
+                  inside ? matrix.first + ((row + r) * matrix.inner + column + c) * matrix.size : nullptr);
+        }
+}
 static void bring(void* to, const Matrix& matrix, int column, int row, Flag* flag) {
     if ((uintptr_t)to % 1024) abort();
     Phased& there = of_phased.at(flag);
     there.bytes -= matrix.rows * 128;
-    there.copies.push_back([=] {
-        for (int r = 0; r < matrix.rows; r++)
-            for (int c = 0; c < 64; c++) {
-                bool inside = row + r < matrix.count && column + c < matrix.inner;
-                ((uint16_t*)to)[r * 64 + (c / 8 ^ r % 8) * 8 + c % 8] =
-                    inside ? matrix.first[(row + r) * matrix.inner + column + c] : 0;
-            }
-    });
+    there.copies.push_back([=] { each_of(to, matrix, column, row, [&](char* here, char* there) {
+        if (there) memcpy(here, there, matrix.size);
+        else memset(here, 0, matrix.size);
+    }); });
     turn(there);
 }
 DEVICE void tile_copied(void* to, const Matrix& matrix, int column, int row, Flag* flag) {
@@ -50,7 +57,26 @@ DEVICE void tile_shared(void* to, const Matrix& matrix, int column, int row, Fla
     for (int program = 0; program < PROGRAMS; program++) bring(of((char*)to, program), matrix, column, row, of(flag, program));
 }
 
-DEVICE const char* operand(const char* tile, int part) { return tile + part * 32; }
+DEVICE void seen_by_copies() {}
+static std::map<Fibre*, std::vector<std::function<void()>>> of_stores;
+DEVICE void tile_stored(const Matrix& matrix, int column, int row, const void* from) {
+    of_stores[here].push_back([=] {
+        each_of(from, matrix, column, row, [&](char* here, char* there) {
+            if (there) memcpy(there, here, matrix.size);
+        });
+    });
+}
+DEVICE void stores_read() {
+    for (int i = 0; i < 3; i++) yield();
+    for (auto& store : of_stores[here]) store();
+    of_stores[here].clear();
+}
+static Gate of_four[PROGRAMS][THREADS / 128 + 1];
+DEVICE void sync_four(int group) { meet(of_four[here->program][group], 128); }
+
+typedef const char* Operand;
+DEVICE Operand operand(const char* tile) { return tile; }
+DEVICE Operand later(Operand first, int bytes) { return first + bytes; }
 static float swizzled(const char* tile_part, int row, int k) {
     const char* tile = (const char*)((uintptr_t)tile_part / 1024 * 1024);  // rows of 128 bytes begin every 1024 / 8
     int byte = (int)(tile_part - tile) + k * 2;
@@ -68,7 +94,7 @@ template <int LEFT> DEVICE void products_done() {
     for (int i = 0; i < 3; i++) yield();  // whoever does not wait for it runs on
     together();
 }
-template <int COUNT> DEVICE void multiply_tile(float (&c)[COUNT], const char* a, const char* b, int add) {
+template <int COUNT> DEVICE void multiply_tile(float (&c)[COUNT], Operand a, Operand b, int add) {
     float* sums = c;
     int row = here->thread / 32 % 4 * 16 + here->thread % 32 / 4, column = here->thread % 4 * 2;
     of_fibre[here].back().products.push_back([=] {

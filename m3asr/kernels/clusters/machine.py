@@ -14,7 +14,7 @@ import triton
 NVRTC_NAMES, DRIVER_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"), ("libcuda.so.1",)
 CLUSTER, DEPENDENT = 4, 6  # CUlaunchAttributeID
 DYNAMIC_SHARED, ANY_CLUSTER = 8, 14  # CUfunction_attribute
-TENSOR_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+TENSOR_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
 SWIZZLED_128, PROMOTED_256 = 3, 3  # CUtensorMapSwizzle, CUtensorMapL2promotion
 
 
@@ -152,15 +152,16 @@ class Kernels:
         return self._most[name]
 
     def matrix(self, tensor: torch.Tensor, rows: int) -> ctypes.Array:
-        """A matrix of 16-bit numbers as the copy engine takes it, in tiles of so many rows and 64 columns."""
+        """A matrix as the copy engine takes it, in tiles of so many rows and 128 bytes."""
         room = (ctypes.c_char * (128 + 64))()
         described = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
-        count, inner = tensor.shape
+        (count, inner), size = tensor.shape, tensor.element_size()
+        sizes, tile = (ctypes.c_ulonglong * 2)(inner, count), (ctypes.c_uint * 2)(128 // size, rows)
         self._check(
             self._driver.cuTensorMapEncodeTiled(
-                described, TENSOR_TYPES[tensor.dtype], 2, ctypes.c_void_p(tensor.data_ptr()),
-                (ctypes.c_ulonglong * 2)(inner, count), (ctypes.c_ulonglong * 1)(2 * inner), (ctypes.c_uint * 2)(64, rows),
-                (ctypes.c_uint * 2)(1, 1), 0, SWIZZLED_128, PROMOTED_256, 0,
+                described, TENSOR_TYPES[tensor.dtype], 2, ctypes.c_void_p(tensor.data_ptr()), sizes,
+                (ctypes.c_ulonglong * 1)(size * inner), tile, (ctypes.c_uint * 2)(1, 1), 0, SWIZZLED_128,
+                PROMOTED_256, 0,
             )  # fmt: skip
         )
         return described

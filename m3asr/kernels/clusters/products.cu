@@ -5,9 +5,10 @@
 //
 // A norm in front costs no launch: whoever writes the residual stream leaves its rows in the compute type as they are
 // (`raw`), and of each row its columns' mean and squares (`parts`, joined as Chan et al., 1979, have it). Then
-// norm(x) w^T = (raw w^T - mean * sums of w's rows) / deviation.
+// norm(x) w^T = (raw w^T - mean * sums of w's rows) / deviation. The residual stream itself comes and goes in tiles by the
+// copy engine.
 typedef unsigned short Number;  // bfloat16 or float16
-constexpr int ROWS = 64, STAGE = ROWS * 128, WARPS = 8, MOST_PARTS = 8;
+constexpr int ROWS = 64, STAGE = ROWS * 128, WARPS = 4 * GROUPS, MOST_PARTS = 8;
 #if HALF
 constexpr float RAW = 0.0625f;  // so that float16 holds a stream of up to a million
 #else
@@ -20,37 +21,66 @@ struct Layer {
     Number* out;
     const Number* table;       // (>= frames, columns / 3), added to the middle third, or none
     const int* lengths;        // (utterances,), or none: all rows count
-    float* x;
     Number* raw;               // none: nobody reads it
     float2* x_parts;
     int tokens, frames, columns, count;
     float eps, scale;
 };
 
-// What follows the product: activation; GLU of neighbours, zero past the length; the table; the residual stream.
-enum { ACTIVATED, GATED, KEYED, ADDED };
+// What follows the product: activation; GLU of neighbours, zero past the length; the table; the sum with `x`.
+enum Kind { ACTIVATED, GATED, KEYED, ADDED };
 
-// Of a row, whose four threads ask together: norm(x) = factor * raw + off.
-DEVICE void row_norm(const Layer& layer, int row, float& off, float& factor) {
-    const int t = thread() % 4, each = WIDTH / layer.count;
-    float2 part[MOST_PARTS / 4];
-    float mean = 0.0f, squares = 0.0f;
+// This thread's two rows, eight apart.
+struct Rows {
+    int row[2], position[2], length[2];
+    bool here[2];
+
+    DEVICE Rows(const Layer& layer, int first) {
 #pragma unroll
-    for (int i = 0; i < MOST_PARTS / 4; i++) {
-        part[i] = make_float2(0.0f, 0.0f);
-        if (4 * i + t < layer.count) part[i] = written_now(layer.parts + (4 * i + t) * layer.tokens + row);
-        mean += part[i].x;
+        for (int half = 0; half < 2; half++) {
+            here[half] = first + 8 * half < layer.tokens;
+            row[half] = min(first + 8 * half, layer.tokens - 1);  // what is past the end is never stored
+            position[half] = row[half] % layer.frames;
+            length[half] = layer.lengths ? written(layer.lengths + row[half] / layer.frames) : layer.frames;
+        }
     }
-    for (int mask = 2; mask; mask /= 2) mean += shuffle(mean, mask);
-    mean /= layer.count;
+    DEVICE bool valid(int half) const { return position[half] < length[half]; }
+};
+
+// What a row's norm takes, for the four threads that have the row: asked for ahead of the product, joined behind it, when
+// norm(x) = factor * raw + off.
+struct RowNorm {
+    float2 part[MOST_PARTS / 4];
+    float off, factor;
+
+    DEVICE void ask(const Layer& layer, int row) {
+        const int t = thread() % 4;
 #pragma unroll
-    for (int i = 0; i < MOST_PARTS / 4; i++)
-        if (4 * i + t < layer.count) squares += part[i].y + each * (part[i].x - mean) * (part[i].x - mean);
-    for (int mask = 2; mask; mask /= 2) squares += shuffle(squares, mask);
-    const float scale = root_below(squares / WIDTH + layer.eps);
-    off = -mean * scale;
-    factor = scale / RAW;
-}
+        for (int i = 0; i < MOST_PARTS / 4; i++) {
+            part[i] = make_float2(0.0f, 0.0f);
+            if (4 * i + t < layer.count) part[i] = written_now(layer.parts + (4 * i + t) * layer.tokens + row);
+        }
+    }
+    DEVICE void join(const Layer& layer) {
+        off = 0.0f, factor = 1.0f;
+        if (!layer.count) return;
+        const int t = thread() % 4;
+        float mean = 0.0f, squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < MOST_PARTS / 4; i++) mean += part[i].x;
+        for (int mask = 2; mask; mask /= 2) mean += shuffle(mean, mask);
+        mean /= layer.count;
+#pragma unroll
+        for (int i = 0; i < MOST_PARTS / 4; i++) {
+            const float away = part[i].x - mean;
+            if (4 * i + t < layer.count) squares += part[i].y + WIDTH / layer.count * away * away;
+        }
+        for (int mask = 2; mask; mask /= 2) squares += shuffle(squares, mask);
+        const float scale = root_below(squares / WIDTH + layer.eps);
+        off = -mean * scale;
+        factor = scale / RAW;
+    }
+};
 
 // A thread's pairs of numbers in 8 neighbouring columns and in the next 8 -> 4 neighbours in one of them, its second if
 // the thread's number is odd.
@@ -58,6 +88,15 @@ DEVICE uint2 four(u32 here, u32 next) {
     const bool odd = thread() % 2;
     const u32 got = shuffle(odd ? here : next, 1);
     return odd ? make_uint2(got, next) : make_uint2(here, got);
+}
+
+DEVICE void store(Number* to, bool here, const u32 (&pairs)[4]) {  // of 32 neighbouring columns
+    const int t = thread() % 4;
+#pragma unroll
+    for (int n = 0; n < 4; n += 2) {
+        const uint2 v = four(pairs[n], pairs[n + 1]);
+        if (here) *(uint2*)(to + (n + t % 2) * 8 + t / 2 * 4) = v;
+    }
 }
 
 // The same of single numbers in four times 8 columns, of whose halves they are one: -> 4 neighbours in one of the four.
@@ -73,171 +112,241 @@ DEVICE uint2 four_gated(const float (&v)[4]) {
     return t / 2 ? make_uint2(got, twos[1]) : make_uint2(twos[0], got);
 }
 
-template <int K, int N> DEVICE constexpr int stages() {  // as many as fit, beside weights, flags, biases and sums
-    const int room = (SHARED_BYTES - K * N * 2 - N * 8 - 512) / STAGE;
-    return room < 12 ? room : 12;
-}
+// What a program has in shared memory, one behind the other.
+template <int K, int N, Kind KIND> struct Place {
+    static constexpr int STEPS = K / 64, WEIGHTS = K * N * 2, X_TILE = ROWS * N * 4;
+    static constexpr int SLOTS = KIND != ADDED ? 0 : WEIGHTS > 65536 ? 3 : 4;  // tiles of x at once
+    static constexpr int ROOM = (SHARED_BYTES - WEIGHTS - SLOTS * X_TILE - N * 8 - 512) / STAGE;
+    static constexpr int STAGES = ROOM < 12 ? ROOM : 12;
 
-template <int K, int N, int KIND> DEVICE void product(
-    char* memory, const Matrix& a_rows, const Matrix& weights, const Layer& layer
-) {
-    constexpr int STEPS = K / 64, STAGES = stages<K, N>();
-    release();
-    char* tiles_of_a = memory + K * N * 2;
-    Flag *full = (Flag*)(tiles_of_a + STAGES * STAGE), *empty = full + STAGES, *loaded = empty + STAGES;
-    Flag* turn = loaded + STEPS;
-    float *bias = (float*)(turn + 2), *sums = bias + N;
-    const int me = rank(), warp = thread() / 32, lane = thread() % 32, t = lane % 4;
-    const int pairs = layer.columns / (2 * N), column = (group() % pairs * 2 + me) * N;
-    const int tiles = (layer.tokens + ROWS - 1) / ROWS, first = group() / pairs, stride = groups() / pairs;
-    if (thread() == 0) {
+    char *a, *x;
+    Flag *full, *empty, *loaded, *turn, *x_full, *x_empty;
+    float *bias, *sums;
+
+    DEVICE Place(char* memory) {
+        a = memory + WEIGHTS, x = a + STAGES * STAGE;
+        full = (Flag*)(x + SLOTS * X_TILE), empty = full + STAGES, loaded = empty + STAGES, turn = loaded + STEPS;
+        x_full = turn + GROUPS, x_empty = x_full + SLOTS;
+        bias = (float*)(x_empty + SLOTS), sums = bias + N;
+    }
+    DEVICE void open() const {
         for (int i = 0; i < STAGES; i++) opened(full + i, 1), opened(empty + i, 2 * 4);
         for (int i = 0; i < STEPS; i++) opened(loaded + i, 1);
-        opened(turn, 1), opened(turn + 1, 1);
+        for (int i = 0; i < GROUPS; i++) opened(turn + i, 1);
+        for (int i = 0; i < SLOTS; i++) opened(x_full + i, 1), opened(x_empty + i, 1);
     }
+    // Two neighbours of a tile of x, in the copy engine's order.
+    DEVICE float2* two(int slot, int row, int column) const {
+        char* at = x + slot * X_TILE + column / 32 * (ROWS * 128) + row * 128;
+        return (float2*)(at + ((column % 32 / 4 ^ row % 8) * 16 + column % 4 * 4));
+    }
+};
+
+// What is made of a product in `out`: its `ask` stands ahead of the product, so that it waits for nothing behind it.
+template <int N, Kind KIND> struct Result {
+    RowNorm norm[2];
+    u32 more[KIND == KEYED ? N / 8 : 1][2];
+
+    DEVICE void ask(const Layer& layer, const Rows& rows, int column) {
+        const int third = layer.columns / 3, key = column - third;  // a program's columns are keys or not
+        const bool adds = KIND == KEYED && layer.table && key >= 0 && key < third;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            norm[half].ask(layer, rows.row[half]);
+            const Number* at = layer.table + rows.position[half] * third + key + thread() % 4 * 2;
+            if (KIND == KEYED)
+#pragma unroll
+                for (int n = 0; n < N / 8; n++) more[n][half] = adds ? weights_pair(at + n * 8) : 0;
+        }
+    }
+
+    DEVICE void finish(const Layer& layer, const Rows& rows, int column, const float* bias, const float* sums,
+                       float (&c)[N / 2]) {
+        const int t = thread() % 4, pitch = KIND == GATED ? layer.columns / 2 : layer.columns;
+        norm[0].join(layer), norm[1].join(layer);
+#pragma unroll
+        for (int many = 0; many < N / 8; many += 4) {
+            u32 numbers[2][4];
+            float gates[2][4];
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const int at = (many + n) * 8 + 2 * t;
+                const float2 add = *(const float2*)(bias + at), sum = *(const float2*)(sums + at);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float v = c[(many + n) * 4 + half * 2], w = c[(many + n) * 4 + half * 2 + 1];
+                    v = norm[half].factor * v + (norm[half].off * sum.x + add.x);
+                    w = norm[half].factor * w + (norm[half].off * sum.y + add.y);
+                    if (KIND == ACTIVATED) v = activate(v), w = activate(w);
+                    if (KIND == GATED) gates[half][n] = v * sigmoid(w);
+                    if (KIND == KEYED) {
+                        const float2 at_position = floats(more[many + n][half]);
+                        v += at_position.x, w += at_position.y;
+                    }
+                    numbers[half][n] = pair(v, w);
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                Number* to = layer.out + (long long)rows.row[half] * pitch;
+                if (KIND == GATED) {
+                    const uint2 v = four_gated(gates[half]);
+                    const u32 counts = rows.valid(half) ? 0xffffffff : 0;
+                    if (rows.here[half])
+                        *(uint2*)(to + column / 2 + (many + t) * 4) = make_uint2(v.x & counts, v.y & counts);
+                } else {
+                    store(to + column + many * 8, rows.here[half], numbers[half]);
+                }
+            }
+        }
+    }
+};
+
+// x += scale * the product; with `raw`, what the next norm takes. `slot`: the tile of x.
+template <int N, class Place> DEVICE void add_to_x(
+    const Layer& layer, const Rows& rows, int column, const Place& place, int slot, float (&c)[N / 2]
+) {
+    const int t = thread() % 4, row = thread() % 128 / 32 * 16 + thread() % 32 / 4;
+    float mean[2] = {};
+#pragma unroll
+    for (int many = 0; many < N / 8; many += 4) {
+        u32 numbers[2][4];
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int at = (many + n) * 8 + 2 * t;
+            const float2 add = *(const float2*)(place.bias + at);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float &v = c[(many + n) * 4 + half * 2], &w = c[(many + n) * 4 + half * 2 + 1];
+                float2* x = place.two(slot, row + 8 * half, at);
+                const float2 before = *x;
+                v = before.x + (rows.valid(half) ? layer.scale * (v + add.x) : 0.0f);
+                w = before.y + (rows.valid(half) ? layer.scale * (w + add.y) : 0.0f);
+                *x = make_float2(v, w);
+                mean[half] += v + w;
+                numbers[half][n] = pair(RAW * v, RAW * w);
+            }
+        }
+        if (layer.raw)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                store(layer.raw + (long long)rows.row[half] * layer.columns + column + many * 8, rows.here[half],
+                      numbers[half]);
+    }
+    if (!layer.raw) return;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float squares = 0.0f;
+        for (int mask = 2; mask; mask /= 2) mean[half] += shuffle(mean[half], mask);
+        mean[half] /= N;
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float away = c[n * 4 + half * 2 + j] - mean[half];
+                squares += away * away;
+            }
+        for (int mask = 2; mask; mask /= 2) squares += shuffle(squares, mask);
+        if (t == 0 && rows.here[half])
+            layer.x_parts[column / N * layer.tokens + rows.row[half]] = make_float2(mean[half], squares);
+    }
+}
+
+template <int K, int N, Kind KIND> DEVICE void product(
+    char* memory, const Matrix& a_rows, const Matrix& weights, const Matrix& x, const Layer& layer
+) {
+    typedef Place<K, N, KIND> Here;
+    constexpr int STEPS = Here::STEPS, STAGES = Here::STAGES, SLOTS = Here::SLOTS;
+    release();
+    const Here place(memory);
+    const int me = rank(), warp = uniform(thread() / 32), lane = thread() % 32;
+    const int pairs = layer.columns / (2 * N), column = (group() % pairs * 2 + me) * N;
+    const int tiles = (layer.tokens + ROWS - 1) / ROWS, first = group() / pairs, stride = groups() / pairs;
+    if (thread() == 0) place.open();
     for (int i = thread(); i < N; i += THREADS) {
-        bias[i] = weights4(layer.bias + column + i);
-        if (layer.parts) sums[i] = weights4(layer.sums + column + i);
+        place.bias[i] = weights4(layer.bias + column + i);
+        place.sums[i] = layer.parts ? weights4(layer.sums + column + i) : 0.0f;
     }
     arrive();
     all_here();
-    if (warp == WARPS) {
-        if (lane == 0) {
-            for (int k = 0; k < STEPS; k++) {
-                expected(loaded + k, N * 128);
-                tile_copied(memory + k * N * 128, weights, k * 64, column, loaded + k);
-            }
-            wait();
-            int step = 0;
-            for (int tile = first; tile < tiles; tile += stride)
-                for (int k = 0; k < STEPS; k++, step++) {
-                    const int stage = step % STAGES;
-                    arrived(empty + stage, step / STAGES % 2 ^ 1);
-                    expected(full + stage, STAGE);
-                    tile_shared(
-                        tiles_of_a + stage * STAGE + me * (STAGE / 2), a_rows, k * 64, tile * ROWS + me * (ROWS / 2),
-                        full + stage);
-                }
+    if (warp == WARPS && lane == 0) {  // brings weights, then rows of `a`
+        for (int k = 0; k < STEPS; k++) {
+            expected(place.loaded + k, N * 128);
+            tile_copied(memory + k * N * 128, weights, k * 64, column, place.loaded + k);
         }
-    } else {
+        wait();
+        int step = 0;
+        for (int tile = first; tile < tiles; tile += stride)
+            for (int k = 0; k < STEPS; k++, step++) {
+                const int stage = step % STAGES, half = me * (ROWS / 2);
+                arrived(place.empty + stage, step / STAGES % 2 ^ 1);
+                expected(place.full + stage, STAGE);
+                tile_shared(
+                    place.a + stage * STAGE + half * 128, a_rows, k * 64, tile * ROWS + half, place.full + stage);
+            }
+    } else if (KIND == ADDED && warp == WARPS + 1 && lane == 0) {  // brings tiles of x
+        wait();
+        for (int i = 0, tile = first; tile < tiles; i++, tile += stride) {
+            const int slot = SLOTS ? i % SLOTS : 0;
+            arrived(place.x_empty + slot, i / (SLOTS + !SLOTS) % 2 ^ 1);
+            expected(place.x_full + slot, Here::X_TILE);
+            for (int part = 0; part < N / 32; part++)
+                tile_copied(
+                    place.x + slot * Here::X_TILE + part * (ROWS * 128), x, column + part * 32, tile * ROWS,
+                    place.x_full + slot);
+        }
+    } else if (warp < WARPS) {
         wait();
         const int mine = warp / 4;
-        for (int i = mine, tile = first + mine * stride; tile < tiles; i += 2, tile += 2 * stride) {
-            const int row = tile * ROWS + warp % 4 * 16 + lane / 4;
-            int seen[2];
-            float off[2] = {}, factor[2] = {1.0f, 1.0f};
-            bool valid[2] = {true, true};
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                seen[half] = min(row + 8 * half, layer.tokens - 1);
-                if (layer.parts) row_norm(layer, seen[half], off[half], factor[half]);
-                if (layer.lengths)
-                    valid[half] = seen[half] % layer.frames < written(layer.lengths + seen[half] / layer.frames);
-            }
-            float2 before[KIND == ADDED ? N / 8 : 1][2];  // asked for ahead of the product
-            if (KIND == ADDED)
-#pragma unroll
-                for (int n = 0; n < N / 8; n++)
-#pragma unroll
-                    for (int half = 0; half < 2; half++)
-                        before[n][half] = written_now(
-                            (const float2*)(layer.x + (long long)seen[half] * layer.columns + column + n * 8 + 2 * t));
-            if (i) arrived(turn + mine, (i - 1) / 2 % 2);
+        const Operand kept = operand(memory);
+        for (int i = mine, tile = first + mine * stride; tile < tiles; i += GROUPS, tile += GROUPS * stride) {
+            MARK(i / GROUPS * 6);
+            const Rows rows(layer, tile * ROWS + warp % 4 * 16 + lane / 4);
+            Result<N, KIND> result;
+            if (KIND != ADDED) result.ask(layer, rows, column);
+            MARK(i / GROUPS * 6 + 1);
+            if (i) arrived(place.turn + mine, (i - 1) / GROUPS % 2);
+            MARK(i / GROUPS * 6 + 2);
             float c[N / 2];
             int step = i * STEPS, last = 0;
             for (int k = 0; k < STEPS; k++, step++) {
                 const int stage = step % STAGES;
-                if (i == mine) arrived(loaded + k, 0);
-                arrived(full + stage, step / STAGES % 2);
+                if (i == mine) arrived(place.loaded + k, 0);
+                arrived(place.full + stage, step / STAGES % 2);
                 products_begin();
+                const Operand a = later(kept, Here::WEIGHTS + stage * STAGE), w = later(kept, k * N * 128);
 #pragma unroll
                 for (int part = 0; part < 4; part++)
-                    multiply_tile(
-                        c, operand(tiles_of_a + stage * STAGE, part), operand(memory + k * N * 128, part), k | part);
+                    multiply_tile(c, later(a, part * 32), later(w, part * 32), k | part);
                 products_committed();
                 if (k) {
                     products_done<1>();
-                    if (lane < 2) arrive_at(empty + last, lane);
+                    if (lane < 2) arrive_at(place.empty + last, lane);
                 }
                 last = stage;
             }
-            if (thread() % 128 == 0) arrive_at(turn + 1 - mine, me);
+            if (thread() % 128 == 0) arrive_at(place.turn + (mine + 1) % GROUPS, me);
+            MARK(i / GROUPS * 6 + 3);
             products_done<0>();
-            if (lane < 2) arrive_at(empty + last, lane);
-
-            const bool here[2] = {row < layer.tokens, row + 8 < layer.tokens};
-            Number* out = KIND == ADDED ? layer.raw : layer.out;
-            const int pitch = KIND == GATED ? layer.columns / 2 : layer.columns;
-            const long long start = (long long)row * pitch + (KIND == GATED ? column / 2 : column);
-            float mean[2] = {};
-#pragma unroll
-            for (int many = 0; many < N / 8; many += 4) {
-                u32 numbers[2][4];
-                float gates[2][4];
-#pragma unroll
-                for (int n = many; n < many + 4; n++) {
-                    const int at = n * 8 + 2 * t;
-                    const float2 add = *(const float2*)(bias + at);
-                    float2 sum = make_float2(0.0f, 0.0f);
-                    if (layer.parts) sum = *(const float2*)(sums + at);
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        float &v = c[n * 4 + half * 2], &w = c[n * 4 + half * 2 + 1];
-                        v = factor[half] * v + (off[half] * sum.x + add.x);
-                        w = factor[half] * w + (off[half] * sum.y + add.y);
-                        if (KIND == ACTIVATED) v = activate(v), w = activate(w);
-                        if (KIND == GATED) gates[half][n - many] = valid[half] ? v * sigmoid(w) : 0.0f;
-                        if (KIND == KEYED) {
-                            const int third = layer.columns / 3, key = column + at - third;
-                            if (layer.table && key >= 0 && key < third) {
-                                const Number* of_row = layer.table + seen[half] % layer.frames * third;
-                                const float2 more = floats(weights_pair(of_row + key));
-                                v += more.x, w += more.y;
-                            }
-                        }
-                        if (KIND == ADDED) {
-                            v = before[n][half].x + (valid[half] ? layer.scale * v : 0.0f);
-                            w = before[n][half].y + (valid[half] ? layer.scale * w : 0.0f);
-                            mean[half] += v + w;
-                            float* to = layer.x + (long long)(row + 8 * half) * pitch + column + at;
-                            if (here[half]) *(float2*)to = make_float2(v, w);
-                        }
-                        if (KIND != GATED) numbers[half][n - many] = KIND == ADDED ? pair(RAW * v, RAW * w) : pair(v, w);
-                    }
-                }
-                if (KIND == ADDED && !out) continue;
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    Number* to = out + start + 8 * half * pitch;
-                    if (KIND == GATED) {
-                        const uint2 v = four_gated(gates[half]);
-                        if (here[half]) *(uint2*)(to + (many + t) * 4) = v;
-                        continue;
-                    }
-#pragma unroll
-                    for (int n = 0; n < 4; n += 2) {
-                        const uint2 v = four(numbers[half][n], numbers[half][n + 1]);
-                        if (here[half]) *(uint2*)(to + (many + n + t % 2) * 8 + t / 2 * 4) = v;
-                    }
-                }
+            if (lane < 2) arrive_at(place.empty + last, lane);
+            MARK(i / GROUPS * 6 + 4);
+            if (KIND != ADDED) {
+                result.finish(layer, rows, column, place.bias, place.sums, c);
+                MARK(i / GROUPS * 6 + 5);
+                continue;
             }
-            if (KIND != ADDED || !out) continue;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float squares = 0.0f;
-                for (int mask = 2; mask; mask /= 2) mean[half] += shuffle(mean[half], mask);
-                mean[half] /= N;
-#pragma unroll
-                for (int n = 0; n < N / 8; n++)
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        const float away = c[n * 4 + half * 2 + j] - mean[half];
-                        squares += away * away;
-                    }
-                for (int mask = 2; mask; mask /= 2) squares += shuffle(squares, mask);
-                if (t == 0 && here[half])
-                    layer.x_parts[column / N * layer.tokens + row + 8 * half] = make_float2(mean[half], squares);
+            const int slot = SLOTS ? i % SLOTS : 0;
+            arrived(place.x_full + slot, i / (SLOTS + !SLOTS) % 2);
+            add_to_x<N>(layer, rows, column, place, slot, c);
+            seen_by_copies();
+            sync_four(mine);
+            if (thread() % 128 == 0) {
+                for (int part = 0; part < N / 32; part++)
+                    tile_stored(x, column + part * 32, tile * ROWS, place.x + slot * Here::X_TILE + part * (ROWS * 128));
+                stores_read();
+                arrive_at(place.x_empty + slot, me);
             }
+            MARK(i / GROUPS * 6 + 5);
         }
     }
     together();
@@ -247,21 +356,21 @@ template <int K, int N, int KIND> DEVICE void product(
 
 KERNEL product_activated(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Layer layer) {
     SHARED(memory);
-    product<WIDTH, WIDTH_COLUMNS, ACTIVATED>(memory, a_rows, weights, layer);
+    product<WIDTH, COLUMNS, ACTIVATED>(memory, a_rows, weights, a_rows, layer);
 }
 KERNEL product_gated(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Layer layer) {
     SHARED(memory);
-    product<WIDTH, WIDTH_COLUMNS, GATED>(memory, a_rows, weights, layer);
+    product<WIDTH, COLUMNS, GATED>(memory, a_rows, weights, a_rows, layer);
 }
 KERNEL product_keyed(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Layer layer) {
     SHARED(memory);
-    product<WIDTH, WIDTH_COLUMNS, KEYED>(memory, a_rows, weights, layer);
+    product<WIDTH, COLUMNS, KEYED>(memory, a_rows, weights, a_rows, layer);
 }
-KERNEL product_added(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Layer layer) {
+KERNEL product_added(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix x, CONSTANT Layer layer) {
     SHARED(memory);
-    product<WIDTH, WIDTH_COLUMNS, ADDED>(memory, a_rows, weights, layer);
+    product<WIDTH, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, x, layer);
 }
-KERNEL product_added_from_hidden(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Layer layer) {
+KERNEL product_added_from_hidden(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix x, CONSTANT Layer layer) {
     SHARED(memory);
-    product<HIDDEN, HIDDEN_COLUMNS, ADDED>(memory, a_rows, weights, layer);
+    product<HIDDEN, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, x, layer);
 }

@@ -11,14 +11,17 @@ import torch
 from m3asr.kernels.clusters import FOLDER
 from m3asr.kernels.clusters.machine import Kernels
 
-THREADS, PROGRAMS, ROWS = 288, 2, 64
+PROGRAMS, ROWS = 2, 64
+GROUPS = 2  # of four warps that multiply; two warps ask for copies
+THREADS = 128 * GROUPS + 64
+COLUMNS, ADDED_COLUMNS = 128, 64  # of a program: of a product by itself, and of one that is added to x
 SHARED_BYTES = 227 << 10
 MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again are for tiles
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "bias sums parts out table lengths x raw x_parts".split()),
+        *((name, ctypes.c_void_p) for name in "bias sums parts out table lengths raw x_parts".split()),
         *((name, ctypes.c_int) for name in ("tokens", "frames", "columns", "count")),
         ("eps", ctypes.c_float), ("scale", ctypes.c_float),
     ]  # fmt: skip
@@ -33,29 +36,18 @@ class ProductSizes:
     half: bool  # float16, else bfloat16
     swish: bool
 
-    @staticmethod
-    def _columns(inner: int) -> int:
-        """Columns of a program, of a product over `inner`."""
-        return 128 if 2 * 128 * inner <= MOST_WEIGHTS else 64
-
-    @property
-    def columns(self) -> tuple[int, int]:
-        """For products over the width, and over the feed-forward's hidden units."""
-        return self._columns(self.width), self._columns(self.hidden)
-
     def fit(self) -> bool:
-        inner, columns = (self.width, self.hidden), self.columns
         return (
-            all(2 * n * k <= MOST_WEIGHTS and k % 64 == 0 for n, k in zip(columns, inner, strict=True))
-            and self.width % (PROGRAMS * 128) == self.hidden % (PROGRAMS * 128) == 0
-            and max(self.width // n for n in columns) <= 8  # parts of a row's norm
+            self.width in (256, 512)
+            and self.hidden % (2 * COLUMNS) == 0
+            and 2 * ADDED_COLUMNS * self.hidden <= MOST_WEIGHTS
         )
 
     def source(self) -> tuple[str, str]:
         """Definitions, and CUDA C++ that needs them, machine.cu and warpgroups.cu before it."""
         names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
-        names |= {"THREADS": THREADS, "PROGRAMS": PROGRAMS, "RESIDENT": 1, "TIMED": 0, "SHARED_BYTES": SHARED_BYTES}
-        names |= {"WIDTH_COLUMNS": self.columns[0], "HIDDEN_COLUMNS": self.columns[1]}
+        names |= {"THREADS": THREADS, "PROGRAMS": PROGRAMS, "GROUPS": GROUPS, "RESIDENT": 1, "TIMED": 0, "SHARED_BYTES": SHARED_BYTES}
+        names |= {"COLUMNS": COLUMNS, "ADDED_COLUMNS": ADDED_COLUMNS}
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
         return defined, "".join((FOLDER / f).read_text() for f in ("activation.cu", "products.cu"))
 
@@ -112,7 +104,7 @@ class Products:
         from_hidden = layer.weight.shape[1] == self.sizes.hidden
         stream, (lengths, frames) = None, mask or (None, 1)
         if streams:
-            parts = x.shape[1] // self.sizes.columns[from_hidden]
+            parts = x.shape[1] // ADDED_COLUMNS
             raw = torch.empty(x.shape, dtype=layer.weight.dtype, device=x.device)
             stream = Stream(raw, torch.empty(parts, x.shape[0], 2, device=x.device))
         self._launch(
@@ -121,10 +113,9 @@ class Products:
         )  # fmt: skip
         return stream
 
-    def _launch(self, name: str, a, layer, pdl: bool, *, frames=1, eps=0.0, scale=1.0, **tensors) -> None:
+    def _launch(self, name: str, a, layer, pdl: bool, *, x=None, frames=1, eps=0.0, scale=1.0, **tensors) -> None:
         kernels, weight = self.loaded(), layer.weight
-        columns, inner = weight.shape
-        each = self.sizes.columns[inner == self.sizes.hidden and name == "product_added_from_hidden"]
+        columns, each = weight.shape[0], COLUMNS if x is None else ADDED_COLUMNS
         parts = None
         if isinstance(a, Stream):
             a, parts = a.raw, a.parts
@@ -141,7 +132,7 @@ class Products:
             self._matrices[id(weight)] = weight, kernels.matrix(weight, each)  # the weight, so that its id is no other's
         kernels.launch(
             name, PROGRAMS * pairs * together, THREADS, kernels.matrix(a, ROWS // PROGRAMS),
-            self._matrices[id(weight)][1], task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,
+            self._matrices[id(weight)][1], *([] if x is None else [kernels.matrix(x, ROWS)]), task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,
         )  # fmt: skip
 
     def _sums_of(self, weight: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ struct __align__(64) Matrix { char bytes[128]; };  // as the driver describes a 
 #define CONSTANT const __grid_constant__
 
 DEVICE void together() { __syncwarp(); }
+DEVICE int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }  // lets the compiler know that a warp shares it
 
 // A flag with a phase: it turns when all `arrivals` and expected bytes are there, and begins again.
 DEVICE void opened(Flag* flag, int arrivals) {
@@ -23,7 +24,7 @@ DEVICE void arrive_at(Flag* flag, int program) {
                  :: "r"(shared_address(flag)), "r"(program) : "memory");
 }
 
-// A tile of a matrix, 64 numbers wide, to shared memory in the matrix unit's order; what lies outside comes as zeros.
+// A tile of a matrix, 128 bytes wide, to shared memory in the matrix unit's order; what lies outside comes as zeros.
 DEVICE void tile_copied(void* to, const Matrix& matrix, int column, int row, Flag* flag) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  :: "r"(shared_address(to)), "l"(&matrix), "r"(column), "r"(row), "r"(shared_address(flag)) : "memory");
@@ -37,11 +38,22 @@ DEVICE void tile_shared(void* to, const Matrix& matrix, int column, int row, Fla
                  : "memory");
 }
 
-// A tile in shared memory, of rows of 64 numbers, as the matrix unit wants it described: from number 16 `part` on.
-DEVICE unsigned long long operand(const char* tile, int part) {
-    const unsigned long long address = shared_address(tile) + part * 32, swizzled = 1ull << 62, rows_8 = 1024 >> 4;
-    return (address & 0x3ffff) >> 4 | 1ull << 16 | rows_8 << 32 | swizzled;
+// A tile back to its matrix; what lies outside is left out. `seen_by_copies` by all who wrote it, and a meeting, before.
+DEVICE void seen_by_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void tile_stored(const Matrix& matrix, int column, int row, const void* from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+                 :: "l"(&matrix), "r"(column), "r"(row), "r"(shared_address(from)) : "memory");
 }
+DEVICE void stores_read() {  // this thread's: shared memory may be written to
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+DEVICE void sync_four(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
+
+// A tile of 64 columns in shared memory as the matrix unit wants it described; `later`, so many bytes behind.
+typedef u32 Operand;
+DEVICE Operand operand(const char* tile) { return (shared_address(tile) & 0x3ffff) >> 4 | 1 << 16; }
+DEVICE Operand later(Operand first, int bytes) { return first + bytes / 16; }
+#define REST "0x40000040"  // the upper half: rows of 128 bytes in groups of eight, swizzled
 
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void products_committed() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -53,20 +65,22 @@ template <int LEFT> DEVICE void products_done() {  // but for the last LEFT that
 // `multiply_add` has them.
 #define FOUR(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
-DEVICE void multiply_tile(float (&c)[64], unsigned long long a, unsigned long long b, int add) {
+DEVICE void multiply_tile(float (&c)[64], Operand a, Operand b, int add) {
     asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                 ".reg .b64 a, b;\nmov.b64 a, {%64, " REST "};\nmov.b64 b, {%65, " REST "};\n"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32." OPERANDS " {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"
                  "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"
-                 "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, 0;}"
-                 : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48) : "l"(a), "l"(b), "r"(add));
+                 "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, a, b, p, 1, 1, 0, 0;}"
+                 : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48) : "r"(a), "r"(b), "r"(add));
 }
-DEVICE void multiply_tile(float (&c)[32], unsigned long long a, unsigned long long b, int add) {
+DEVICE void multiply_tile(float (&c)[32], Operand a, Operand b, int add) {
     asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 ".reg .b64 a, b;\nmov.b64 a, {%32, " REST "};\nmov.b64 b, {%33, " REST "};\n"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32." OPERANDS " {"
                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"
-                 "%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;}"
-                 : SIXTEEN(0), SIXTEEN(16) : "l"(a), "l"(b), "r"(add));
+                 "%27,%28,%29,%30,%31}, a, b, p, 1, 1, 0, 0;}"
+                 : SIXTEEN(0), SIXTEEN(16) : "r"(a), "r"(b), "r"(add));
 }
 DEVICE float2 written_now(const float2* p) {  // `written`, asked for where it stands
     float2 v;
