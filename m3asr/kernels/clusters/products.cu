@@ -8,7 +8,8 @@
 // norm(x) w^T = (raw w^T - mean * sums of w's rows) / deviation. The residual stream itself comes and goes in tiles by the
 // copy engine.
 typedef unsigned short Number;  // bfloat16 or float16
-constexpr int ROWS = 64, STAGE = ROWS * 128, WARPS = 4 * GROUPS, MOST_PARTS = 8;
+// A stage holds 128 columns of 64 rows: two tiles, one of each program.
+constexpr int ROWS = 64, STAGE = PROGRAMS * ROWS * 128, WARPS = 4 * GROUPS, MOST_PARTS = 8;
 #if HALF
 constexpr float RAW = 0.0625f;  // so that float16 holds a stream of up to a million
 #else
@@ -24,7 +25,7 @@ struct Layer {
     Number* raw;               // none: nobody reads it
     float2* x_parts;
     int tokens, frames, columns, count;
-    float eps, scale;
+    float each, eps, scale;    // each: columns of a part
 };
 
 // What follows the product: activation; GLU of neighbours, zero past the length; the table; the sum with `x`.
@@ -69,11 +70,11 @@ struct RowNorm {
 #pragma unroll
         for (int i = 0; i < MOST_PARTS / 4; i++) mean += part[i].x;
         for (int mask = 2; mask; mask /= 2) mean += shuffle(mean, mask);
-        mean /= layer.count;
+        mean *= layer.each / WIDTH;
 #pragma unroll
         for (int i = 0; i < MOST_PARTS / 4; i++) {
             const float away = part[i].x - mean;
-            if (4 * i + t < layer.count) squares += part[i].y + WIDTH / layer.count * away * away;
+            if (4 * i + t < layer.count) squares += part[i].y + layer.each * away * away;
         }
         for (int mask = 2; mask; mask /= 2) squares += shuffle(squares, mask);
         const float scale = root_below(squares / WIDTH + layer.eps);
@@ -114,10 +115,10 @@ DEVICE uint2 four_gated(const float (&v)[4]) {
 
 // What a program has in shared memory, one behind the other.
 template <int K, int N, Kind KIND> struct Place {
-    static constexpr int STEPS = K / 64, WEIGHTS = K * N * 2, X_TILE = ROWS * N * 4;
-    static constexpr int SLOTS = KIND != ADDED ? 0 : WEIGHTS > 65536 ? 3 : 4;  // tiles of x at once
-    static constexpr int ROOM = (SHARED_BYTES - WEIGHTS - SLOTS * X_TILE - N * 8 - 512) / STAGE;
-    static constexpr int STAGES = ROOM < 12 ? ROOM : 12;
+    static constexpr int STEPS = K / 64 / PROGRAMS, WEIGHTS = K * N * 2, X_TILE = ROWS * N * 4;
+    static constexpr int STAGES = STEPS < 4 ? STEPS : 4;  // divides STEPS: each step has its place
+    static constexpr int SLOTS = KIND != ADDED ? 0 : WEIGHTS > 65536 ? 2 : 4;  // tiles of x at once
+    static_assert(STEPS % STAGES == 0 && WEIGHTS + STAGES * STAGE + SLOTS * X_TILE + N * 8 + 512 <= SHARED_BYTES, "");
 
     char *a, *x;
     Flag *full, *empty, *loaded, *turn, *x_full, *x_empty;
@@ -271,18 +272,20 @@ template <int K, int N, Kind KIND> DEVICE void product(
     all_here();
     if (warp == WARPS && lane == 0) {  // brings weights, then rows of `a`
         for (int k = 0; k < STEPS; k++) {
-            expected(place.loaded + k, N * 128);
-            tile_copied(memory + k * N * 128, weights, k * 64, column, place.loaded + k);
+            expected(place.loaded + k, PROGRAMS * N * 128);
+            for (int part = k * PROGRAMS; part < (k + 1) * PROGRAMS; part++)
+                tile_copied(memory + part * N * 128, weights, part * 64, column, place.loaded + k);
         }
         wait();
         int step = 0;
         for (int tile = first; tile < tiles; tile += stride)
             for (int k = 0; k < STEPS; k++, step++) {
-                const int stage = step % STAGES, half = me * (ROWS / 2);
+                const int stage = k % STAGES;
                 arrived(place.empty + stage, step / STAGES % 2 ^ 1);
                 expected(place.full + stage, STAGE);
                 tile_shared(
-                    place.a + stage * STAGE + half * 128, a_rows, k * 64, tile * ROWS + half, place.full + stage);
+                    place.a + stage * STAGE + me * (ROWS * 128), a_rows, (k * PROGRAMS + me) * 64, tile * ROWS,
+                    place.full + stage);
             }
     } else if (KIND == ADDED && warp == WARPS + 1 && lane == 0) {  // brings tiles of x
         wait();
@@ -308,27 +311,28 @@ template <int K, int N, Kind KIND> DEVICE void product(
             if (i) arrived(place.turn + mine, (i - 1) / GROUPS % 2);
             MARK(i / GROUPS * 6 + 2);
             float c[N / 2];
-            int step = i * STEPS, last = 0;
-            for (int k = 0; k < STEPS; k++, step++) {
-                const int stage = step % STAGES;
-                if (i == mine) arrived(place.loaded + k, 0);
-                arrived(place.full + stage, step / STAGES % 2);
-                products_begin();
-                const Operand a = later(kept, Here::WEIGHTS + stage * STAGE), w = later(kept, k * N * 128);
 #pragma unroll
-                for (int part = 0; part < 4; part++)
-                    multiply_tile(c, later(a, part * 32), later(w, part * 32), k | part);
+            for (int k = 0; k < STEPS; k++) {
+                const int stage = k % STAGES;
+                if (i == mine) arrived(place.loaded + k, 0);
+                arrived(place.full + stage, (i * (STEPS / STAGES) + k / STAGES) % 2);
+                products_begin();
+                const Operand a = later(kept, Here::WEIGHTS + stage * STAGE), w = later(kept, k * PROGRAMS * N * 128);
+#pragma unroll
+                for (int part = 0; part < 4 * PROGRAMS; part++)
+                    multiply_tile(
+                        c, later(a, part / 4 * (ROWS * 128) + part % 4 * 32),
+                        later(w, part / 4 * (N * 128) + part % 4 * 32), k | part);
                 products_committed();
                 if (k) {
                     products_done<1>();
-                    if (lane < 2) arrive_at(place.empty + last, lane);
+                    if (lane < 2) arrive_at(place.empty + (k - 1) % STAGES, lane);
                 }
-                last = stage;
             }
             if (thread() % 128 == 0) arrive_at(place.turn + (mine + 1) % GROUPS, me);
             MARK(i / GROUPS * 6 + 3);
             products_done<0>();
-            if (lane < 2) arrive_at(place.empty + last, lane);
+            if (lane < 2) arrive_at(place.empty + STAGES - 1, lane);
             MARK(i / GROUPS * 6 + 4);
             if (KIND != ADDED) {
                 result.finish(layer, rows, column, place.bias, place.sums, c);

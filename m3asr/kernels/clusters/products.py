@@ -23,7 +23,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "bias sums parts out table lengths raw x_parts".split()),
         *((name, ctypes.c_int) for name in ("tokens", "frames", "columns", "count")),
-        ("eps", ctypes.c_float), ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("each", "eps", "scale")),
     ]  # fmt: skip
 
 
@@ -126,12 +126,13 @@ class Products:
         values = {key: None if t is None else t.data_ptr() for key, t in tensors.items()}
         task = _Layer(
             bias=layer.bias.data_ptr(), parts=None if parts is None else parts.data_ptr(), tokens=tokens, frames=frames,
-            columns=columns, count=0 if parts is None else parts.shape[0], eps=eps, scale=scale, **values,
+            columns=columns, count=0 if parts is None else parts.shape[0], each=ADDED_COLUMNS, eps=eps, scale=scale,
+            **values,
         )  # fmt: skip
         if id(weight) not in self._matrices:
             self._matrices[id(weight)] = weight, kernels.matrix(weight, each)  # the weight, so that its id is no other's
         kernels.launch(
-            name, PROGRAMS * pairs * together, THREADS, kernels.matrix(a, ROWS // PROGRAMS),
+            name, PROGRAMS * pairs * together, THREADS, kernels.matrix(a, ROWS),
             self._matrices[id(weight)][1], *([] if x is None else [kernels.matrix(x, ROWS)]), task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,
         )  # fmt: skip
 
