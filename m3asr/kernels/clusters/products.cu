@@ -19,11 +19,9 @@ constexpr float RAW = 1.0f;
 struct Layer {
     const float *bias, *sums;  // (columns,)
     const float2* parts;       // of the rows of `a`, (count, tokens); none: `a` is multiplied as it stands
-    Number* out;
     const Number* table;       // (>= frames, columns / 3), added to the middle third, or none
     const int* lengths;        // (utterances,), or none: all rows count
-    Number* raw;               // none: nobody reads it
-    float2* x_parts;
+    float2* x_parts;           // where those of x go, with `raw`, or none
     int tokens, frames, columns, count;
     float each, eps, scale;    // each: columns of a part
 };
@@ -46,6 +44,7 @@ struct Rows {
         }
     }
     DEVICE bool valid(int half) const { return position[half] < length[half]; }
+    DEVICE static int local(int half) { return thread() % 128 / 32 * 16 + thread() % 32 / 4 + 8 * half; }
 };
 
 // What a row's norm takes, for the four threads that have the row: asked for ahead of the product, joined behind it, when
@@ -83,50 +82,22 @@ struct RowNorm {
     }
 };
 
-// A thread's pairs of numbers in 8 neighbouring columns and in the next 8 -> 4 neighbours in one of them, its second if
-// the thread's number is odd.
-DEVICE uint2 four(u32 here, u32 next) {
-    const bool odd = thread() % 2;
-    const u32 got = shuffle(odd ? here : next, 1);
-    return odd ? make_uint2(got, next) : make_uint2(here, got);
-}
-
-DEVICE void store(Number* to, bool here, const u32 (&pairs)[4]) {  // of 32 neighbouring columns
-    const int t = thread() % 4;
-#pragma unroll
-    for (int n = 0; n < 4; n += 2) {
-        const uint2 v = four(pairs[n], pairs[n + 1]);
-        if (here) *(uint2*)(to + (n + t % 2) * 8 + t / 2 * 4) = v;
-    }
-}
-
-// The same of single numbers in four times 8 columns, of whose halves they are one: -> 4 neighbours in one of the four.
-DEVICE uint2 four_gated(const float (&v)[4]) {
-    const int t = thread() % 4;
-    u32 twos[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float got = shuffle(t % 2 ? v[2 * i] : v[2 * i + 1], 1);
-        twos[i] = t % 2 ? pair(got, v[2 * i + 1]) : pair(v[2 * i], got);
-    }
-    const u32 got = shuffle(t / 2 ? twos[0] : twos[1], 2);
-    return t / 2 ? make_uint2(got, twos[1]) : make_uint2(twos[0], got);
-}
-
 // What a program has in shared memory, one behind the other.
 template <int K, int N, Kind KIND> struct Place {
     static constexpr int STEPS = K / 64 / PROGRAMS, WEIGHTS = K * N * 2, X_TILE = ROWS * N * 4;
     static constexpr int STAGES = STEPS < 4 ? STEPS : 4;  // divides STEPS: each step has its place
     static constexpr int SLOTS = KIND != ADDED ? 0 : WEIGHTS > 65536 ? 2 : 4;  // tiles of x at once
-    static_assert(STEPS % STAGES == 0 && WEIGHTS + STAGES * STAGE + SLOTS * X_TILE + N * 8 + 512 <= SHARED_BYTES, "");
+    static constexpr int OUT_TILE = ROWS * (KIND == GATED ? N / 2 : N) * 2, OUT = KIND != ADDED ? GROUPS * OUT_TILE : 0;
+    static constexpr int TILES = WEIGHTS + STAGES * STAGE + SLOTS * X_TILE + OUT;
+    static_assert(STEPS % STAGES == 0 && TILES + N * 8 + 512 <= SHARED_BYTES, "");
 
-    char *a, *x;
+    char *a, *x, *out;
     Flag *full, *empty, *loaded, *turn, *x_full, *x_empty;
     float *bias, *sums;
 
     DEVICE Place(char* memory) {
-        a = memory + WEIGHTS, x = a + STAGES * STAGE;
-        full = (Flag*)(x + SLOTS * X_TILE), empty = full + STAGES, loaded = empty + STAGES, turn = loaded + STEPS;
+        a = memory + WEIGHTS, x = a + STAGES * STAGE, out = x + SLOTS * X_TILE;
+        full = (Flag*)(out + OUT), empty = full + STAGES, loaded = empty + STAGES, turn = loaded + STEPS;
         x_full = turn + GROUPS, x_empty = x_full + SLOTS;
         bias = (float*)(x_empty + SLOTS), sums = bias + N;
     }
@@ -136,12 +107,14 @@ template <int K, int N, Kind KIND> struct Place {
         for (int i = 0; i < GROUPS; i++) opened(turn + i, 1);
         for (int i = 0; i < SLOTS; i++) opened(x_full + i, 1), opened(x_empty + i, 1);
     }
-    // Two neighbours of a tile of x, in the copy engine's order.
-    DEVICE float2* two(int slot, int row, int column) const {
-        char* at = x + slot * X_TILE + column / 32 * (ROWS * 128) + row * 128;
-        return (float2*)(at + ((column % 32 / 4 ^ row % 8) * 16 + column % 4 * 4));
-    }
 };
+
+// Where a number is in tiles of 64 rows and 128 bytes, which have the copy engine's order.
+template <class T> DEVICE T* in_tiles(char* tiles, int row, int column) {
+    constexpr int WIDE = 128 / sizeof(T), EACH = 16 / sizeof(T);
+    char* at = tiles + column / WIDE * (ROWS * 128) + row * 128;
+    return (T*)(at + ((column % WIDE / EACH ^ row % 8) * 16 + column % EACH * (int)sizeof(T)));
+}
 
 // What is made of a product in `out`: its `ask` stands ahead of the product, so that it waits for nothing behind it.
 template <int N, Kind KIND> struct Result {
@@ -161,100 +134,89 @@ template <int N, Kind KIND> struct Result {
         }
     }
 
-    DEVICE void finish(const Layer& layer, const Rows& rows, int column, const float* bias, const float* sums,
-                       float (&c)[N / 2]) {
-        const int t = thread() % 4, pitch = KIND == GATED ? layer.columns / 2 : layer.columns;
+    // `out`: tiles in shared memory.
+    DEVICE void finish(
+        const Layer& layer, const Rows& rows, const float* bias, const float* sums, const float (&c)[N / 2], char* out
+    ) {
+        const int t = thread() % 4;
         norm[0].join(layer), norm[1].join(layer);
+        const bool valid[2] = {rows.valid(0), rows.valid(1)};
 #pragma unroll
-        for (int many = 0; many < N / 8; many += 4) {
-            u32 numbers[2][4];
-            float gates[2][4];
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                const int at = (many + n) * 8 + 2 * t;
-                const float2 add = *(const float2*)(bias + at), sum = *(const float2*)(sums + at);
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float v = c[(many + n) * 4 + half * 2], w = c[(many + n) * 4 + half * 2 + 1];
-                    v = norm[half].factor * v + (norm[half].off * sum.x + add.x);
-                    w = norm[half].factor * w + (norm[half].off * sum.y + add.y);
-                    if (KIND == ACTIVATED) v = activate(v), w = activate(w);
-                    if (KIND == GATED) gates[half][n] = v * sigmoid(w);
-                    if (KIND == KEYED) {
-                        const float2 at_position = floats(more[many + n][half]);
-                        v += at_position.x, w += at_position.y;
-                    }
-                    numbers[half][n] = pair(v, w);
-                }
-            }
+        for (int n = 0; n < N / 8; n++) {
+            const int at = n * 8 + 2 * t;
+            const float2 add = *(const float2*)(bias + at), sum = *(const float2*)(sums + at);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                Number* to = layer.out + (long long)rows.row[half] * pitch;
+                float v = norm[half].factor * c[n * 4 + half * 2] + (norm[half].off * sum.x + add.x);
+                float w = norm[half].factor * c[n * 4 + half * 2 + 1] + (norm[half].off * sum.y + add.y);
                 if (KIND == GATED) {
-                    const uint2 v = four_gated(gates[half]);
-                    const u32 counts = rows.valid(half) ? 0xffffffff : 0;
-                    if (rows.here[half])
-                        *(uint2*)(to + column / 2 + (many + t) * 4) = make_uint2(v.x & counts, v.y & counts);
-                } else {
-                    store(to + column + many * 8, rows.here[half], numbers[half]);
+                    const u32 gated = pair(v * sigmoid(w), 0.0f);
+                    *in_tiles<Number>(out, rows.local(half), n * 4 + t) = valid[half] ? gated : 0;
+                    continue;
                 }
+                if (KIND == ACTIVATED) v = activate(v), w = activate(w);
+                if (KIND == KEYED) {
+                    const float2 at_position = floats(more[n][half]);
+                    v += at_position.x, w += at_position.y;
+                }
+                *(u32*)in_tiles<Number>(out, rows.local(half), at) = pair(v, w);
             }
         }
     }
 };
 
-// x += scale * the product; with `raw`, what the next norm takes. `slot`: the tile of x.
-template <int N, class Place> DEVICE void add_to_x(
-    const Layer& layer, const Rows& rows, int column, const Place& place, int slot, float (&c)[N / 2]
+// x += scale * the product, in the tile `x` in shared memory, and in c.
+template <int N> DEVICE void add_to_x(
+    const Layer& layer, const Rows& rows, const float* bias, float (&c)[N / 2], char* x
 ) {
-    const int t = thread() % 4, row = thread() % 128 / 32 * 16 + thread() % 32 / 4;
-    float mean[2] = {};
+    const float scale[2] = {rows.valid(0) ? layer.scale : 0.0f, rows.valid(1) ? layer.scale : 0.0f};
 #pragma unroll
-    for (int many = 0; many < N / 8; many += 4) {
-        u32 numbers[2][4];
+    for (int n = 0; n < N / 8; n++) {
+        const int at = n * 8 + thread() % 4 * 2;
+        const float2 add = *(const float2*)(bias + at);
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            const int at = (many + n) * 8 + 2 * t;
-            const float2 add = *(const float2*)(place.bias + at);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float &v = c[(many + n) * 4 + half * 2], &w = c[(many + n) * 4 + half * 2 + 1];
-                float2* x = place.two(slot, row + 8 * half, at);
-                const float2 before = *x;
-                v = before.x + (rows.valid(half) ? layer.scale * (v + add.x) : 0.0f);
-                w = before.y + (rows.valid(half) ? layer.scale * (w + add.y) : 0.0f);
-                *x = make_float2(v, w);
-                mean[half] += v + w;
-                numbers[half][n] = pair(RAW * v, RAW * w);
-            }
+        for (int half = 0; half < 2; half++) {
+            float &v = c[n * 4 + half * 2], &w = c[n * 4 + half * 2 + 1];
+            float2* place = (float2*)in_tiles<float>(x, rows.local(half), at);
+            const float2 before = *place;
+            v = before.x + scale[half] * (v + add.x), w = before.y + scale[half] * (w + add.y);
+            *place = make_float2(v, w);
         }
-        if (layer.raw)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                store(layer.raw + (long long)rows.row[half] * layer.columns + column + many * 8, rows.here[half],
-                      numbers[half]);
     }
-    if (!layer.raw) return;
+}
+
+// Mean and squares of these columns of the thread's rows.
+template <int N> DEVICE void leave_parts(const Layer& layer, const Rows& rows, int column, const float (&c)[N / 2]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float squares = 0.0f;
-        for (int mask = 2; mask; mask /= 2) mean[half] += shuffle(mean[half], mask);
-        mean[half] /= N;
+        float mean = 0.0f, squares = 0.0f;
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) mean += c[n * 4 + half * 2] + c[n * 4 + half * 2 + 1];
+        for (int mask = 2; mask; mask /= 2) mean += shuffle(mean, mask);
+        mean *= 1.0f / N;
 #pragma unroll
         for (int n = 0; n < N / 8; n++)
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const float away = c[n * 4 + half * 2 + j] - mean[half];
+                const float away = c[n * 4 + half * 2 + j] - mean;
                 squares += away * away;
             }
         for (int mask = 2; mask; mask /= 2) squares += shuffle(squares, mask);
-        if (t == 0 && rows.here[half])
-            layer.x_parts[column / N * layer.tokens + rows.row[half]] = make_float2(mean[half], squares);
+        if (thread() % 4 == 0 && rows.here[half])
+            layer.x_parts[column / N * layer.tokens + rows.row[half]] = make_float2(mean, squares);
     }
 }
 
+// Tiles of a group's 64 rows go to a matrix; its four warps have written them.
+template <int TILES, int WIDE> DEVICE void give(const Matrix& matrix, int column, int row, const char* tiles) {
+    seen_by_copies();
+    sync_four(uniform(thread() / 128));
+    if (thread() % 128 == 0)
+        for (int i = 0; i < TILES; i++) tile_stored(matrix, column + i * WIDE, row, tiles + i * (ROWS * 128));
+}
+
 template <int K, int N, Kind KIND> DEVICE void product(
-    char* memory, const Matrix& a_rows, const Matrix& weights, const Matrix& x, const Layer& layer
+    char* memory, const Matrix& a_rows, const Matrix& weights, const Matrix& out, const Matrix& x, const Layer& layer
 ) {
     typedef Place<K, N, KIND> Here;
     constexpr int STEPS = Here::STEPS, STAGES = Here::STAGES, SLOTS = Here::SLOTS;
@@ -335,46 +297,71 @@ template <int K, int N, Kind KIND> DEVICE void product(
             if (lane < 2) arrive_at(place.empty + STAGES - 1, lane);
             MARK(i / GROUPS * 6 + 4);
             if (KIND != ADDED) {
-                result.finish(layer, rows, column, place.bias, place.sums, c);
+                char* made = place.out + mine * Here::OUT_TILE;
+                if (thread() % 128 == 0) stores_read();
+                sync_four(mine);
+                result.finish(layer, rows, place.bias, place.sums, c, made);
+                give<Here::OUT_TILE / (ROWS * 128), 64>(out, KIND == GATED ? column / 2 : column, tile * ROWS, made);
                 MARK(i / GROUPS * 6 + 5);
                 continue;
             }
             const int slot = SLOTS ? i % SLOTS : 0;
+            char* tile_of_x = place.x + slot * Here::X_TILE;
             arrived(place.x_full + slot, i / (SLOTS + !SLOTS) % 2);
-            add_to_x<N>(layer, rows, column, place, slot, c);
-            seen_by_copies();
-            sync_four(mine);
+            add_to_x<N>(layer, rows, place.bias, c, tile_of_x);
+            give<N / 32, 32>(x, column, tile * ROWS, tile_of_x);
+            if (layer.x_parts) {
+                leave_parts<N>(layer, rows, column, c);
+                if (thread() % 128 == 0) stores_read();
+                sync_four(mine);
+#pragma unroll
+                for (int n = 0; n < N / 8; n++)  // where the tile was
+#pragma unroll
+                    for (int half = 0; half < 2; half++)
+                        *(u32*)in_tiles<Number>(tile_of_x, rows.local(half), n * 8 + lane % 4 * 2) =
+                            pair(RAW * c[n * 4 + half * 2], RAW * c[n * 4 + half * 2 + 1]);
+                give<N / 64, 64>(out, column, tile * ROWS, tile_of_x);
+            }
             if (thread() % 128 == 0) {
-                for (int part = 0; part < N / 32; part++)
-                    tile_stored(x, column + part * 32, tile * ROWS, place.x + slot * Here::X_TILE + part * (ROWS * 128));
                 stores_read();
                 arrive_at(place.x_empty + slot, me);
             }
             MARK(i / GROUPS * 6 + 5);
         }
+        if (thread() % 128 == 0) stores_read();
     }
     together();
     arrive();  // no program ends while the other may still write to it
     all_here();
 }
 
-KERNEL product_activated(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Layer layer) {
+KERNEL product_activated(
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Layer layer
+) {
     SHARED(memory);
-    product<WIDTH, COLUMNS, ACTIVATED>(memory, a_rows, weights, a_rows, layer);
+    product<WIDTH, COLUMNS, ACTIVATED>(memory, a_rows, weights, out, out, layer);
 }
-KERNEL product_gated(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Layer layer) {
+KERNEL product_gated(
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Layer layer
+) {
     SHARED(memory);
-    product<WIDTH, COLUMNS, GATED>(memory, a_rows, weights, a_rows, layer);
+    product<WIDTH, COLUMNS, GATED>(memory, a_rows, weights, out, out, layer);
 }
-KERNEL product_keyed(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Layer layer) {
+KERNEL product_keyed(
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Layer layer
+) {
     SHARED(memory);
-    product<WIDTH, COLUMNS, KEYED>(memory, a_rows, weights, a_rows, layer);
+    product<WIDTH, COLUMNS, KEYED>(memory, a_rows, weights, out, out, layer);
 }
-KERNEL product_added(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix x, CONSTANT Layer layer) {
+KERNEL product_added(
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Matrix x, CONSTANT Layer layer
+) {
     SHARED(memory);
-    product<WIDTH, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, x, layer);
+    product<WIDTH, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, out, x, layer);
 }
-KERNEL product_added_from_hidden(CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix x, CONSTANT Layer layer) {
+KERNEL product_added_from_hidden(
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Matrix x, CONSTANT Layer layer
+) {
     SHARED(memory);
-    product<HIDDEN, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, x, layer);
+    product<HIDDEN, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, out, x, layer);
 }

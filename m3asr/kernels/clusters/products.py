@@ -21,7 +21,7 @@ MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "bias sums parts out table lengths raw x_parts".split()),
+        *((name, ctypes.c_void_p) for name in "bias sums parts table lengths x_parts".split()),
         *((name, ctypes.c_int) for name in ("tokens", "frames", "columns", "count")),
         *((name, ctypes.c_float) for name in ("each", "eps", "scale")),
     ]  # fmt: skip
@@ -109,11 +109,11 @@ class Products:
             stream = Stream(raw, torch.empty(parts, x.shape[0], 2, device=x.device))
         self._launch(
             "product_added_from_hidden" if from_hidden else "product_added", a, layer, pdl, x=x, lengths=lengths,
-            frames=frames, scale=scale, raw=stream and stream.raw, x_parts=stream and stream.parts,
+            frames=frames, scale=scale, out=stream and stream.raw, x_parts=stream and stream.parts,
         )  # fmt: skip
         return stream
 
-    def _launch(self, name: str, a, layer, pdl: bool, *, x=None, frames=1, eps=0.0, scale=1.0, **tensors) -> None:
+    def _launch(self, name: str, a, layer, pdl: bool, *, out, x=None, frames=1, eps=0.0, scale=1.0, **tensors) -> None:
         kernels, weight = self.loaded(), layer.weight
         columns, each = weight.shape[0], COLUMNS if x is None else ADDED_COLUMNS
         parts = None
@@ -132,8 +132,8 @@ class Products:
         if id(weight) not in self._matrices:
             self._matrices[id(weight)] = weight, kernels.matrix(weight, each)  # the weight, so that its id is no other's
         kernels.launch(
-            name, PROGRAMS * pairs * together, THREADS, kernels.matrix(a, ROWS),
-            self._matrices[id(weight)][1], *([] if x is None else [kernels.matrix(x, ROWS)]), task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,
+            name, PROGRAMS * pairs * together, THREADS, kernels.matrix(a, ROWS), self._matrices[id(weight)][1],
+            *(kernels.matrix(x if t is None else t, ROWS) for t in ((out,) if x is None else (out, x))), task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,
         )  # fmt: skip
 
     def _sums_of(self, weight: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ DEVICE void tile_stored(const Matrix& matrix, int column, int row, const void* f
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                  :: "l"(&matrix), "r"(column), "r"(row), "r"(shared_address(from)) : "memory");
 }
-DEVICE void stores_read() {  // this thread's: shared memory may be written to
+DEVICE void stores_read() {  // this thread's: what they read may be written to
     asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 DEVICE void sync_four(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
