@@ -86,13 +86,13 @@ DEVICE void ahead(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l
 // What another kernel, or another program, wrote: past the L1 cache, where a line may be older.
 template <class T> DEVICE T written(const T* p) { return __ldcg(p); }
 
-DEVICE float sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
 DEVICE float root_below(float v) { return rsqrtf(v); }  // 1 / sqrt(v)
 DEVICE float power_of_two(float v) {
     float p;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(v));
     return p;
 }
+DEVICE float sigmoid(float v) { return __fdividef(1.0f, 1.0f + power_of_two(-1.4426950408889634f * v)); }
 
 DEVICE u32 pair(float a, float b) {  // a in the lower half
     u32 v;

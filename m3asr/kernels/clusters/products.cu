@@ -116,7 +116,8 @@ template <class T> DEVICE T* in_tiles(char* tiles, int row, int column) {
     return (T*)(at + ((column % WIDE / EACH ^ row % 8) * 16 + column % EACH * (int)sizeof(T)));
 }
 
-// What is made of a product in `out`: its `ask` stands ahead of the product, so that it waits for nothing behind it.
+// What is made of a product in `out`, 32 columns at a time: what is read of shared memory waits for what was written
+// before, since both might be the same. Its `ask` stands ahead of the product, so that it waits for nothing behind it.
 template <int N, Kind KIND> struct Result {
     RowNorm norm[2];
     u32 more[KIND == KEYED ? N / 8 : 1][2];
@@ -142,25 +143,37 @@ template <int N, Kind KIND> struct Result {
         norm[0].join(layer), norm[1].join(layer);
         const bool valid[2] = {rows.valid(0), rows.valid(1)};
 #pragma unroll
-        for (int n = 0; n < N / 8; n++) {
-            const int at = n * 8 + 2 * t;
-            const float2 add = *(const float2*)(bias + at), sum = *(const float2*)(sums + at);
+        for (int first = 0; first < N / 8; first += 4) {
+            float2 add[4], sum[4];
+            u32 made[4][2];
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float v = norm[half].factor * c[n * 4 + half * 2] + (norm[half].off * sum.x + add.x);
-                float w = norm[half].factor * c[n * 4 + half * 2 + 1] + (norm[half].off * sum.y + add.y);
-                if (KIND == GATED) {
-                    const u32 gated = pair(v * sigmoid(w), 0.0f);
-                    *in_tiles<Number>(out, rows.local(half), n * 4 + t) = valid[half] ? gated : 0;
-                    continue;
-                }
-                if (KIND == ACTIVATED) v = activate(v), w = activate(w);
-                if (KIND == KEYED) {
-                    const float2 at_position = floats(more[n][half]);
-                    v += at_position.x, w += at_position.y;
-                }
-                *(u32*)in_tiles<Number>(out, rows.local(half), at) = pair(v, w);
+            for (int n = 0; n < 4; n++) {
+                add[n] = *(const float2*)(bias + (first + n) * 8 + 2 * t);
+                sum[n] = *(const float2*)(sums + (first + n) * 8 + 2 * t);
             }
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float v = c[(first + n) * 4 + half * 2], w = c[(first + n) * 4 + half * 2 + 1];
+                    v = norm[half].factor * v + (norm[half].off * sum[n].x + add[n].x);
+                    w = norm[half].factor * w + (norm[half].off * sum[n].y + add[n].y);
+                    if (KIND == ACTIVATED) v = activate(v), w = activate(w);
+                    if (KIND == GATED) v = v * sigmoid(w), w = 0.0f;
+                    if (KIND == KEYED) {
+                        const float2 at_position = floats(more[first + n][half]);
+                        v += at_position.x, w += at_position.y;
+                    }
+                    made[n][half] = pair(v, w);
+                }
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    if (KIND == GATED)
+                        *in_tiles<Number>(out, rows.local(half), (first + n) * 4 + t) = valid[half] ? made[n][half] : 0;
+                    else
+                        *(u32*)in_tiles<Number>(out, rows.local(half), (first + n) * 8 + 2 * t) = made[n][half];
         }
     }
 };
@@ -171,17 +184,24 @@ template <int N> DEVICE void add_to_x(
 ) {
     const float scale[2] = {rows.valid(0) ? layer.scale : 0.0f, rows.valid(1) ? layer.scale : 0.0f};
 #pragma unroll
-    for (int n = 0; n < N / 8; n++) {
-        const int at = n * 8 + thread() % 4 * 2;
-        const float2 add = *(const float2*)(bias + at);
+    for (int first = 0; first < N / 8; first += 4) {
+        float2 add[4], before[4][2];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float &v = c[n * 4 + half * 2], &w = c[n * 4 + half * 2 + 1];
-            float2* place = (float2*)in_tiles<float>(x, rows.local(half), at);
-            const float2 before = *place;
-            v = before.x + scale[half] * (v + add.x), w = before.y + scale[half] * (w + add.y);
-            *place = make_float2(v, w);
+        for (int n = 0; n < 4; n++) {
+            const int at = (first + n) * 8 + thread() % 4 * 2;
+            add[n] = *(const float2*)(bias + at);
+#pragma unroll
+            for (int half = 0; half < 2; half++) before[n][half] = *(float2*)in_tiles<float>(x, rows.local(half), at);
         }
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float &v = c[(first + n) * 4 + half * 2], &w = c[(first + n) * 4 + half * 2 + 1];
+                v = before[n][half].x + scale[half] * (v + add[n].x);
+                w = before[n][half].y + scale[half] * (w + add[n].y);
+                *(float2*)in_tiles<float>(x, rows.local(half), (first + n) * 8 + thread() % 4 * 2) = make_float2(v, w);
+            }
     }
 }
 
