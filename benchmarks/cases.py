@@ -66,6 +66,8 @@ def make_up(batch, frames, valid, hidden, kind, few):
     if kind != "up" and not few:
         nothing = Linear(torch.zeros(WIDTH, WIDTH, device="cuda", dtype=DTYPE), torch.zeros(WIDTH, device="cuda"))
         a = pairs.add(y, nothing, x, scale=1.0, streams=True)
+        for layer in layers:  # sums of weights are made once, and not inside a graph
+            pairs.up(a, layer, out, eps=1e-12, **options)
 
     def launch(i, tile):
         if tile == PAIRS:

@@ -87,7 +87,7 @@ template <int K, int N, Kind KIND> struct Place {
     static constexpr int STEPS = K / 64 / PROGRAMS, WEIGHTS = K * N * 2, X_TILE = ROWS * N * 4;
     static constexpr int STAGES = STEPS < 4 ? STEPS : 4;  // divides STEPS: each step has its place
     static constexpr int SLOTS = KIND != ADDED ? 0 : WEIGHTS > 65536 ? 2 : 4;  // tiles of x at once
-    static constexpr int OUT_TILE = ROWS * (KIND == GATED ? N / 2 : N) * 2, OUT = KIND != ADDED ? GROUPS * OUT_TILE : 0;
+    static constexpr int OUT_TILE = ROWS * 128, OUT = KIND != ADDED ? GROUPS * OUT_TILE : 0;
     static constexpr int TILES = WEIGHTS + STAGES * STAGE + SLOTS * X_TILE + OUT;
     static_assert(STEPS % STAGES == 0 && TILES + N * 8 + 512 <= SHARED_BYTES, "");
 
@@ -116,54 +116,66 @@ template <class T> DEVICE T* in_tiles(char* tiles, int row, int column) {
     return (T*)(at + ((column % WIDE / EACH ^ row % 8) * 16 + column % EACH * (int)sizeof(T)));
 }
 
-// What is made of a product in `out`, 32 columns at a time: what is read of shared memory waits for what was written
-// before, since both might be the same. Its `ask` stands ahead of the product, so that it waits for nothing behind it.
+// What is made of a product in `out`. Its `ask` stands ahead of the product, so that `finish` waits for nothing. 32 columns
+// at a time: what is read of shared memory waits for what was written before, since both might be the same.
 template <int N, Kind KIND> struct Result {
+    static constexpr int WIDE = KIND == GATED ? 128 : 64;  // columns that make 64 results
     RowNorm norm[2];
-    u32 more[KIND == KEYED ? N / 8 : 1][2];
+    uint4 keys[KIND == KEYED ? 4 : 1];  // of the table: 16 bytes of every 16th row of the group's 64
+    const Number* table;                // none: these columns are no keys
 
-    DEVICE void ask(const Layer& layer, const Rows& rows, int column) {
+    DEVICE void ask(const Layer& layer, const Rows& rows, int first, int column) {
+        norm[0].ask(layer, rows.row[0]), norm[1].ask(layer, rows.row[1]);
         const int third = layer.columns / 3, key = column - third;  // a program's columns are keys or not
-        const bool adds = KIND == KEYED && layer.table && key >= 0 && key < third;
+        table = KIND == KEYED && layer.table && key >= 0 && key < third ? layer.table + key : nullptr;
+        if (table) ask_keys(layer, first, 0);
+    }
+    DEVICE void ask_keys(const Layer& layer, int row, int column) {
+        const int part = thread() % 8 * 8;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            norm[half].ask(layer, rows.row[half]);
-            const Number* at = layer.table + rows.position[half] * third + key + thread() % 4 * 2;
-            if (KIND == KEYED)
-#pragma unroll
-                for (int n = 0; n < N / 8; n++) more[n][half] = adds ? weights_pair(at + n * 8) : 0;
+        for (int i = 0; i < 4; i++) {
+            const int position = (row + i * 16 + thread() % 128 / 8) % layer.frames;
+            keys[KIND == KEYED ? i : 0] = weights16(table + (long long)position * (layer.columns / 3) + column + part);
         }
     }
+    // To where the results will be, which are added to them.
+    DEVICE void put_keys(char* out) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            *(uint4*)in_tiles<Number>(out, i * 16 + thread() % 128 / 8, thread() % 8 * 8) = keys[KIND == KEYED ? i : 0];
+    }
 
-    // `out`: tiles in shared memory.
+    // Of WIDE columns from `first` on; `out`: a tile in shared memory.
     DEVICE void finish(
-        const Layer& layer, const Rows& rows, const float* bias, const float* sums, const float (&c)[N / 2], char* out
+        const Rows& rows, const float* bias, const float* sums, const float (&c)[N / 2], int first, char* out
     ) {
         const int t = thread() % 4;
-        norm[0].join(layer), norm[1].join(layer);
-        const bool valid[2] = {rows.valid(0), rows.valid(1)};
+        const u32 counts[2] = {rows.valid(0) ? 0xffffu : 0, rows.valid(1) ? 0xffffu : 0};
 #pragma unroll
-        for (int first = 0; first < N / 8; first += 4) {
-            float2 add[4], sum[4];
+        for (int many = 0; many < WIDE / 8; many += 4) {
+            float2 add[4], sum[4], key[4][2] = {};
             u32 made[4][2];
+            if (KIND == KEYED && table)
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++)
+                        key[n][half] = floats(*(u32*)in_tiles<Number>(out, rows.local(half), (many + n) * 8 + 2 * t));
 #pragma unroll
             for (int n = 0; n < 4; n++) {
-                add[n] = *(const float2*)(bias + (first + n) * 8 + 2 * t);
-                sum[n] = *(const float2*)(sums + (first + n) * 8 + 2 * t);
+                add[n] = *(const float2*)(bias + first + (many + n) * 8 + 2 * t);
+                sum[n] = *(const float2*)(sums + first + (many + n) * 8 + 2 * t);
             }
 #pragma unroll
             for (int n = 0; n < 4; n++)
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    float v = c[(first + n) * 4 + half * 2], w = c[(first + n) * 4 + half * 2 + 1];
-                    v = norm[half].factor * v + (norm[half].off * sum[n].x + add[n].x);
-                    w = norm[half].factor * w + (norm[half].off * sum[n].y + add[n].y);
+                    const int at = (first / 8 + many + n) * 4 + half * 2;
+                    float v = norm[half].factor * c[at] + (norm[half].off * sum[n].x + add[n].x);
+                    float w = norm[half].factor * c[at + 1] + (norm[half].off * sum[n].y + add[n].y);
                     if (KIND == ACTIVATED) v = activate(v), w = activate(w);
                     if (KIND == GATED) v = v * sigmoid(w), w = 0.0f;
-                    if (KIND == KEYED) {
-                        const float2 at_position = floats(more[first + n][half]);
-                        v += at_position.x, w += at_position.y;
-                    }
+                    if (KIND == KEYED) v += key[n][half].x, w += key[n][half].y;
                     made[n][half] = pair(v, w);
                 }
 #pragma unroll
@@ -171,9 +183,9 @@ template <int N, Kind KIND> struct Result {
 #pragma unroll
                 for (int half = 0; half < 2; half++)
                     if (KIND == GATED)
-                        *in_tiles<Number>(out, rows.local(half), (first + n) * 4 + t) = valid[half] ? made[n][half] : 0;
+                        *in_tiles<Number>(out, rows.local(half), (many + n) * 4 + t) = made[n][half] & counts[half];
                     else
-                        *(u32*)in_tiles<Number>(out, rows.local(half), (first + n) * 8 + 2 * t) = made[n][half];
+                        *(u32*)in_tiles<Number>(out, rows.local(half), (many + n) * 8 + 2 * t) = made[n][half];
         }
     }
 };
@@ -288,7 +300,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
             MARK(i / GROUPS * 6);
             const Rows rows(layer, tile * ROWS + warp % 4 * 16 + lane / 4);
             Result<N, KIND> result;
-            if (KIND != ADDED) result.ask(layer, rows, column);
+            if (KIND != ADDED) result.ask(layer, rows, tile * ROWS, column);
             MARK(i / GROUPS * 6 + 1);
             if (i) arrived(place.turn + mine, (i - 1) / GROUPS % 2);
             MARK(i / GROUPS * 6 + 2);
@@ -317,11 +329,22 @@ template <int K, int N, Kind KIND> DEVICE void product(
             if (lane < 2) arrive_at(place.empty + STAGES - 1, lane);
             MARK(i / GROUPS * 6 + 4);
             if (KIND != ADDED) {
+                constexpr int WIDE = Result<N, KIND>::WIDE;
                 char* made = place.out + mine * Here::OUT_TILE;
-                if (thread() % 128 == 0) stores_read();
-                sync_four(mine);
-                result.finish(layer, rows, place.bias, place.sums, c, made);
-                give<Here::OUT_TILE / (ROWS * 128), 64>(out, KIND == GATED ? column / 2 : column, tile * ROWS, made);
+                result.norm[0].join(layer), result.norm[1].join(layer);
+#pragma unroll
+                for (int at = 0; at < N; at += WIDE) {
+                    if (thread() % 128 == 0) stores_read();
+                    sync_four(mine);
+                    if (KIND == KEYED && result.table) {
+                        result.put_keys(made);
+                        sync_four(mine);
+                    }
+                    result.finish(rows, place.bias, place.sums, c, at, made);
+                    if (KIND == KEYED && result.table && at + WIDE < N)
+                        result.ask_keys(layer, tile * ROWS, at + WIDE);
+                    give<1, 64>(out, KIND == GATED ? column / 2 : column + at, tile * ROWS, made);
+                }
                 MARK(i / GROUPS * 6 + 5);
                 continue;
             }

@@ -12,7 +12,7 @@ from m3asr.kernels.clusters import FOLDER
 from m3asr.kernels.clusters.machine import Kernels
 
 PROGRAMS, ROWS = 2, 64
-GROUPS = 2  # of four warps that multiply; two warps ask for copies
+GROUPS = 3  # of four warps that multiply; two warps ask for copies
 THREADS = 128 * GROUPS + 64
 COLUMNS, ADDED_COLUMNS = 128, 64  # of a program: of a product by itself, and of one that is added to x
 SHARED_BYTES = 227 << 10
