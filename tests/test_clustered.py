@@ -79,7 +79,7 @@ def test_clusters_agree_with_single_launches(engines, precision, tolerance, batc
     features = torch.randn(batch, frames, 20, device="cuda")
     lengths = torch.tensor([frames, frames // 2][:batch], dtype=torch.int32, device="cuda")
     results = []
-    for limits in (Limits(0, 0), Limits(block=0), Limits()):
+    for limits in (Limits(0, 0), Limits(block=0), Limits(), Limits(0, 0, products=1)):
         engine.forward.limits = limits
         engine.drop_graphs()
         results.append(engine(features, lengths)[1])

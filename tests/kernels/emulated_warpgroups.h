@@ -71,6 +71,11 @@ DEVICE void stores_read() {
     for (auto& store : of_stores[here]) store();
     of_stores[here].clear();
 }
+DEVICE void raise(int* count) {
+    stores_read();
+    ++*count;
+}
+DEVICE void raised(const int* count, int needed) { while (*(volatile const int*)count < needed) yield(); }
 static Gate of_four[PROGRAMS][THREADS / 128 + 1];
 DEVICE void sync_four(int group) { meet(of_four[here->program][group], 128); }
 

@@ -1,12 +1,15 @@
 // Products of many tokens, a w^T with what follows them, weight-stationary: a program keeps the weights of its N columns
 // in shared memory and takes one tile of 64 rows after the other. A cluster of two shares the tiles' copies, each of
-// which brings half. One warp asks for copies; two times four warps multiply in turn, so that the matrix unit works on
-// one tile while the results of the other are finished.
+// which brings half. One warp asks for copies; three times four warps multiply in turn, so that the matrix unit works on
+// one tile while the results of the others are finished, and leave by the copy engine.
 //
 // A norm in front costs no launch: whoever writes the residual stream leaves its rows in the compute type as they are
 // (`raw`), and of each row its columns' mean and squares (`parts`, joined as Chan et al., 1979, have it). Then
-// norm(x) w^T = (raw w^T - mean * sums of w's rows) / deviation. The residual stream itself comes and goes in tiles by the
-// copy engine.
+// norm(x) w^T = (raw w^T - mean * sums of w's rows) / deviation. The residual stream itself comes and goes in tiles, too.
+//
+// Products that follow each other are one launch: some clusters make the first, others the next, a tile as soon as all
+// its columns are there. Clusters begin in order, and whoever waits waits for earlier ones, so there is always one that
+// can go on.
 typedef unsigned short Number;  // bfloat16 or float16
 // A stage holds 128 columns of 64 rows: two tiles, one of each program.
 constexpr int ROWS = 64, STAGE = PROGRAMS * ROWS * 128, WARPS = 4 * GROUPS, MOST_PARTS = 8;
@@ -21,8 +24,10 @@ struct Layer {
     const float2* parts;       // of the rows of `a`, (count, tokens); none: `a` is multiplied as it stands
     const Number* table;       // (>= frames, columns / 3), added to the middle third, or none
     const int* lengths;        // (utterances,), or none: all rows count
-    float2* x_parts;           // where those of x go, with `raw`, or none
-    int tokens, frames, columns, count;
+    float2* x_parts;           // where those of x go, when its rows are wanted in `raw`
+    const int* ready;          // how many programs have finished their columns of each tile of `a`; none: all is there
+    int* done;                 // the same of the result, or none
+    int tokens, frames, columns, count, needed, clusters;
     float each, eps, scale;    // each: columns of a part
 };
 
@@ -47,8 +52,8 @@ struct Rows {
     DEVICE static int local(int half) { return thread() % 128 / 32 * 16 + thread() % 32 / 4 + 8 * half; }
 };
 
-// What a row's norm takes, for the four threads that have the row: asked for ahead of the product, joined behind it, when
-// norm(x) = factor * raw + off.
+// What a row's norm takes, for the four threads that have the row: asked for at the product's beginning, joined behind it,
+// when norm(x) = factor * raw + off.
 struct RowNorm {
     float2 part[MOST_PARTS / 4];
     float off, factor;
@@ -116,8 +121,8 @@ template <class T> DEVICE T* in_tiles(char* tiles, int row, int column) {
     return (T*)(at + ((column % WIDE / EACH ^ row % 8) * 16 + column % EACH * (int)sizeof(T)));
 }
 
-// What is made of a product in `out`. Its `ask` stands ahead of the product, so that `finish` waits for nothing. 32 columns
-// at a time: what is read of shared memory waits for what was written before, since both might be the same.
+// What is made of a product in `out`. Its `ask` stands at the product's beginning, so that `finish` waits for nothing. 32
+// columns at a time: what is read of shared memory waits for what was written before, since both might be the same.
 template <int N, Kind KIND> struct Result {
     static constexpr int WIDE = KIND == GATED ? 128 : 64;  // columns that make 64 results
     RowNorm norm[2];
@@ -248,15 +253,15 @@ template <int TILES, int WIDE> DEVICE void give(const Matrix& matrix, int column
 }
 
 template <int K, int N, Kind KIND> DEVICE void product(
-    char* memory, const Matrix& a_rows, const Matrix& weights, const Matrix& out, const Matrix& x, const Layer& layer
+    char* memory, const Matrix& a_rows, const Matrix& weights, const Matrix& out, const Matrix& x, const Layer& layer,
+    int cluster
 ) {
     typedef Place<K, N, KIND> Here;
     constexpr int STEPS = Here::STEPS, STAGES = Here::STAGES, SLOTS = Here::SLOTS;
-    release();
     const Here place(memory);
     const int me = rank(), warp = uniform(thread() / 32), lane = thread() % 32;
-    const int pairs = layer.columns / (2 * N), column = (group() % pairs * 2 + me) * N;
-    const int tiles = (layer.tokens + ROWS - 1) / ROWS, first = group() / pairs, stride = groups() / pairs;
+    const int pairs = layer.columns / (2 * N), column = (cluster % pairs * 2 + me) * N;
+    const int tiles = (layer.tokens + ROWS - 1) / ROWS, first = cluster / pairs, stride = layer.clusters / pairs;
     if (thread() == 0) place.open();
     for (int i = thread(); i < N; i += THREADS) {
         place.bias[i] = weights4(layer.bias + column + i);
@@ -272,7 +277,8 @@ template <int K, int N, Kind KIND> DEVICE void product(
         }
         wait();
         int step = 0;
-        for (int tile = first; tile < tiles; tile += stride)
+        for (int tile = first; tile < tiles; tile += stride) {
+            if (layer.ready) raised(layer.ready + tile, layer.needed);
             for (int k = 0; k < STEPS; k++, step++) {
                 const int stage = k % STAGES;
                 arrived(place.empty + stage, step / STAGES % 2 ^ 1);
@@ -281,6 +287,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
                     place.a + stage * STAGE + me * (ROWS * 128), a_rows, (k * PROGRAMS + me) * 64, tile * ROWS,
                     place.full + stage);
             }
+        }
     } else if (KIND == ADDED && warp == WARPS + 1 && lane == 0) {  // brings tiles of x
         wait();
         for (int i = 0, tile = first; tile < tiles; i++, tile += stride) {
@@ -297,19 +304,16 @@ template <int K, int N, Kind KIND> DEVICE void product(
         const int mine = warp / 4;
         const Operand kept = operand(memory);
         for (int i = mine, tile = first + mine * stride; tile < tiles; i += GROUPS, tile += GROUPS * stride) {
-            MARK(i / GROUPS * 6);
             const Rows rows(layer, tile * ROWS + warp % 4 * 16 + lane / 4);
             Result<N, KIND> result;
-            if (KIND != ADDED) result.ask(layer, rows, tile * ROWS, column);
-            MARK(i / GROUPS * 6 + 1);
             if (i) arrived(place.turn + mine, (i - 1) / GROUPS % 2);
-            MARK(i / GROUPS * 6 + 2);
             float c[N / 2];
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
                 const int stage = k % STAGES;
                 if (i == mine) arrived(place.loaded + k, 0);
                 arrived(place.full + stage, (i * (STEPS / STAGES) + k / STAGES) % 2);
+                if (KIND != ADDED && k == 0) result.ask(layer, rows, tile * ROWS, column);
                 products_begin();
                 const Operand a = later(kept, Here::WEIGHTS + stage * STAGE), w = later(kept, k * PROGRAMS * N * 128);
 #pragma unroll
@@ -324,10 +328,8 @@ template <int K, int N, Kind KIND> DEVICE void product(
                 }
             }
             if (thread() % 128 == 0) arrive_at(place.turn + (mine + 1) % GROUPS, me);
-            MARK(i / GROUPS * 6 + 3);
             products_done<0>();
             if (lane < 2) arrive_at(place.empty + STAGES - 1, lane);
-            MARK(i / GROUPS * 6 + 4);
             if (KIND != ADDED) {
                 constexpr int WIDE = Result<N, KIND>::WIDE;
                 char* made = place.out + mine * Here::OUT_TILE;
@@ -345,7 +347,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
                         result.ask_keys(layer, tile * ROWS, at + WIDE);
                     give<1, 64>(out, KIND == GATED ? column / 2 : column + at, tile * ROWS, made);
                 }
-                MARK(i / GROUPS * 6 + 5);
+                if (layer.done && thread() % 128 == 0) raise(layer.done + tile);
                 continue;
             }
             const int slot = SLOTS ? i % SLOTS : 0;
@@ -368,8 +370,8 @@ template <int K, int N, Kind KIND> DEVICE void product(
             if (thread() % 128 == 0) {
                 stores_read();
                 arrive_at(place.x_empty + slot, me);
+                if (layer.done) raise(layer.done + tile);
             }
-            MARK(i / GROUPS * 6 + 5);
         }
         if (thread() % 128 == 0) stores_read();
     }
@@ -378,33 +380,33 @@ template <int K, int N, Kind KIND> DEVICE void product(
     all_here();
 }
 
-KERNEL product_activated(
-    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Layer layer
+// x += scale * down(act(up(a))), and what the layer behind it makes of norm(x) with the table, if there is one.
+KERNEL products_feed_forward(
+    CONSTANT Matrix a, CONSTANT Matrix up_w, CONSTANT Matrix h, CONSTANT Matrix down_w, CONSTANT Matrix x,
+    CONSTANT Matrix raw, CONSTANT Matrix next_w, CONSTANT Matrix out, CONSTANT Layer up, CONSTANT Layer down,
+    CONSTANT Layer next
 ) {
     SHARED(memory);
-    product<WIDTH, COLUMNS, ACTIVATED>(memory, a_rows, weights, out, out, layer);
+    release();
+    const int cluster = group();
+    if (cluster < up.clusters)
+        product<WIDTH, COLUMNS, ACTIVATED>(memory, a, up_w, h, h, up, cluster);
+    else if (cluster < up.clusters + down.clusters)
+        product<HIDDEN, ADDED_COLUMNS, ADDED>(memory, h, down_w, raw, x, down, cluster - up.clusters);
+    else
+        product<WIDTH, COLUMNS, KEYED>(memory, raw, next_w, out, out, next, cluster - up.clusters - down.clusters);
 }
-KERNEL product_gated(
-    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Layer layer
+
+// x += scale * layer(a), and what the layer behind it makes of norm(x) with the gated unit, if there is one.
+KERNEL products_added(
+    CONSTANT Matrix a, CONSTANT Matrix w, CONSTANT Matrix x, CONSTANT Matrix raw, CONSTANT Matrix next_w,
+    CONSTANT Matrix out, CONSTANT Layer layer, CONSTANT Layer next
 ) {
     SHARED(memory);
-    product<WIDTH, COLUMNS, GATED>(memory, a_rows, weights, out, out, layer);
-}
-KERNEL product_keyed(
-    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Layer layer
-) {
-    SHARED(memory);
-    product<WIDTH, COLUMNS, KEYED>(memory, a_rows, weights, out, out, layer);
-}
-KERNEL product_added(
-    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Matrix x, CONSTANT Layer layer
-) {
-    SHARED(memory);
-    product<WIDTH, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, out, x, layer);
-}
-KERNEL product_added_from_hidden(
-    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Matrix x, CONSTANT Layer layer
-) {
-    SHARED(memory);
-    product<HIDDEN, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, out, x, layer);
+    release();
+    const int cluster = group();
+    if (cluster < layer.clusters)
+        product<WIDTH, ADDED_COLUMNS, ADDED>(memory, a, w, raw, x, layer, cluster);
+    else
+        product<WIDTH, COLUMNS, GATED>(memory, raw, next_w, out, out, next, cluster - layer.clusters);
 }

@@ -1,10 +1,11 @@
-"""Products of many tokens by pairs of programs, each of which keeps its columns' weights: see products.cu."""
+"""Products of many tokens by pairs of programs, several in a launch: see products.cu."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import astuple, dataclass, fields
 from functools import cache
+from operator import mul
 
 import torch
 
@@ -12,7 +13,7 @@ from m3asr.kernels.clusters import FOLDER
 from m3asr.kernels.clusters.machine import Kernels
 
 PROGRAMS, ROWS = 2, 64
-GROUPS = 3  # of four warps that multiply; two warps ask for copies
+GROUPS = 3  # of four warps that multiply; two more warps ask for copies
 THREADS = 128 * GROUPS + 64
 COLUMNS, ADDED_COLUMNS = 128, 64  # of a program: of a product by itself, and of one that is added to x
 SHARED_BYTES = 227 << 10
@@ -21,8 +22,8 @@ MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "bias sums parts table lengths x_parts".split()),
-        *((name, ctypes.c_int) for name in ("tokens", "frames", "columns", "count")),
+        *((name, ctypes.c_void_p) for name in "bias sums parts table lengths x_parts ready done".split()),
+        *((name, ctypes.c_int) for name in "tokens frames columns count needed clusters".split()),
         *((name, ctypes.c_float) for name in ("each", "eps", "scale")),
     ]  # fmt: skip
 
@@ -59,6 +60,16 @@ def on_card(defined: str, source: str, device: torch.device) -> Kernels:
 
 
 @dataclass
+class _Part:
+    """One product of a launch: a program makes so many columns, and a tile takes `cost` (thousands of cycles)."""
+
+    layer: object  # with weight and bias
+    columns: int
+    cost: float
+    task: _Layer
+
+
+@dataclass
 class Stream:
     """A residual stream's rows in the compute type (N, D), as they are, and what their norm takes: of each part of a
     row's columns mean and sum of squares, float32 (parts, N, 2).
@@ -70,7 +81,8 @@ class Stream:
 
 class Products:
     """The launchers for one stack's sizes. All tensors contiguous, weights and biases as `engines.cuda.packing` has
-    them; `a` is (N, K) in the compute type, or a `Stream`, whose norm is then multiplied.
+    them; `a` is (N, K) in the compute type, or a `Stream`, whose norm is then multiplied. `counts`: int32 zeros, see
+    `counts_for`, of which each launch needs its own.
     """
 
     def __init__(self, sizes: ProductSizes, device: torch.device, load=on_card):
@@ -81,63 +93,110 @@ class Products:
     def loaded(self) -> Kernels:
         return self._load(*self.sizes.source(), self._device)
 
-    def up(self, a, layer, out, *, activation=None, glu=None, table=None, eps=0.0, pdl=False) -> None:
-        """out (N, C) = layer(a), and then one of three.
+    @staticmethod
+    def counts_for(tokens: int) -> tuple[int, int]:
+        """The shape of a launch's `counts`."""
+        return 2, -(-tokens // ROWS)
 
-        activation: that of the sizes. glu = (lengths int32 (B,), frames): out (N, C / 2) is the gated unit of
-        neighbouring columns, zero past the lengths. table = (positions (>= frames, C / 3), frames): added to the middle
-        third of the columns.
+    def feed_forward(self, a, up, down, x, counts, *, scale, qkv=None, frames=1, eps=0.0, pdl=False) -> None:
+        """x (N, D) float32 += scale * down(act(up(a))).
+
+        qkv = (layer, out (N, 3D), table or None): then out = layer(norm(x)), table (>= frames, D) added to the middle
+        third of the columns at each position of an utterance of so many frames.
         """
-        if activation is not None:
-            self._launch("product_activated", a, layer, pdl, out=out, eps=eps)
-        elif glu is not None:
-            self._launch("product_gated", a, layer, pdl, out=out, lengths=glu[0], frames=glu[1], eps=eps)
-        else:
-            table, frames = table or (None, 1)
-            self._launch("product_keyed", a, layer, pdl, out=out, table=table, frames=frames, eps=eps)
+        tokens, width = x.shape
+        h = torch.empty(tokens, up.weight.shape[0], dtype=down.weight.dtype, device=x.device)
+        parts = [
+            _Part(up, COLUMNS, 2.4, self._task(up, a, tokens, frames, eps, done=counts[0])),
+            _Part(down, ADDED_COLUMNS, 3.5, self._task(down, h, tokens, frames, ready=counts[0], scale=scale)),
+        ]
+        stream, out = None, None
+        if qkv:
+            layer, out, table = qkv
+            stream = _new_stream(x, down)
+            parts[1].task.x_parts, parts[1].task.done = stream.parts.data_ptr(), counts[1].data_ptr()
+            task = self._task(layer, stream, tokens, frames, eps, table=table, ready=counts[1])
+            parts.append(_Part(layer, COLUMNS, 2.7, task))
+        self._launch("products_feed_forward", parts, 3, [a, 0, h, 1, x, stream, 2, out], pdl)
 
-    def add(self, a, layer, x, *, scale, mask=None, streams=False, pdl=False) -> Stream | None:
-        """x (N, D) float32 += scale * layer(a), nothing past the lengths of mask = (lengths, frames).
+    def add(
+        self, a, layer, x, counts, *, scale, lengths=None, frames=1, gated=None, streams=False, eps=0.0, pdl=False
+    ) -> Stream | None:
+        """x (N, D) float32 += scale * layer(a), nothing past lengths int32 (N / frames,).
 
-        streams: returns x as a `Stream`, too.
+        gated = (layer, out (N, D), lengths): then out = the gated unit of neighbouring columns of layer(norm(x)), zero
+        past the lengths. streams: returns x as a `Stream`, too.
         """
-        from_hidden = layer.weight.shape[1] == self.sizes.hidden
-        stream, (lengths, frames) = None, mask or (None, 1)
-        if streams:
-            parts = x.shape[1] // ADDED_COLUMNS
-            raw = torch.empty(x.shape, dtype=layer.weight.dtype, device=x.device)
-            stream = Stream(raw, torch.empty(parts, x.shape[0], 2, device=x.device))
-        self._launch(
-            "product_added_from_hidden" if from_hidden else "product_added", a, layer, pdl, x=x, lengths=lengths,
-            frames=frames, scale=scale, out=stream and stream.raw, x_parts=stream and stream.parts,
-        )  # fmt: skip
-        return stream
+        tokens = x.shape[0]
+        stream, out = _new_stream(x, layer) if streams or gated else None, None
+        task = self._task(layer, a, tokens, frames, lengths=lengths, scale=scale, x_parts=stream and stream.parts)
+        parts = [_Part(layer, ADDED_COLUMNS, 2.5, task)]
+        if gated:
+            following, out, lengths = gated
+            task.done = counts[0].data_ptr()
+            task = self._task(following, stream, tokens, frames, eps, lengths=lengths, ready=counts[0])
+            parts.append(_Part(following, COLUMNS, 2.7, task))
+        self._launch("products_added", parts, 2, [a, 0, x, stream, 1, out], pdl)
+        return stream if streams else None
 
-    def _launch(self, name: str, a, layer, pdl: bool, *, out, x=None, frames=1, eps=0.0, scale=1.0, **tensors) -> None:
-        kernels, weight = self.loaded(), layer.weight
-        columns, each = weight.shape[0], COLUMNS if x is None else ADDED_COLUMNS
-        parts = None
+    def _task(self, layer, a, tokens: int, frames: int, eps=0.0, *, scale=1.0, **tensors) -> _Layer:
+        """A product's parameters but for what depends on its neighbours in the launch."""
+        tensors["bias"], count = layer.bias, 0
         if isinstance(a, Stream):
-            a, parts = a.raw, a.parts
-            tensors["sums"] = self._sums_of(weight)
-        tokens = a.shape[0]
-        pairs, most = columns // (PROGRAMS * each), kernels.most_clusters(name, THREADS, SHARED_BYTES, PROGRAMS)
-        together = max(1, min(most // pairs, -(-tokens // ROWS)))
-        values = {key: None if t is None else t.data_ptr() for key, t in tensors.items()}
-        task = _Layer(
-            bias=layer.bias.data_ptr(), parts=None if parts is None else parts.data_ptr(), tokens=tokens, frames=frames,
-            columns=columns, count=0 if parts is None else parts.shape[0], each=ADDED_COLUMNS, eps=eps, scale=scale,
-            **values,
-        )  # fmt: skip
-        if id(weight) not in self._matrices:
-            self._matrices[id(weight)] = weight, kernels.matrix(weight, each)  # the weight, so that its id is no other's
-        kernels.launch(
-            name, PROGRAMS * pairs * together, THREADS, kernels.matrix(a, ROWS), self._matrices[id(weight)][1],
-            *(kernels.matrix(x if t is None else t, ROWS) for t in ((out,) if x is None else (out, x))), task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,
+            tensors |= {"parts": a.parts, "sums": self.sums(layer.weight)}
+            count = a.parts.shape[0]
+        return _Layer(
+            tokens=tokens, frames=frames, columns=layer.weight.shape[0], count=count, each=ADDED_COLUMNS, eps=eps,
+            scale=scale, **{key: None if t is None else t.data_ptr() for key, t in tensors.items()},
         )  # fmt: skip
 
-    def _sums_of(self, weight: torch.Tensor) -> torch.Tensor:
+    def _launch(self, name: str, parts: list[_Part], most_parts: int, matrices: list, pdl: bool) -> None:
+        """matrices: in the kernel's order tensors, streams, and numbers of the parts whose weights stand there."""
+        kernels, tokens = self.loaded(), parts[0].task.tokens
+        most = kernels.most_clusters(name, THREADS, SHARED_BYTES, PROGRAMS)
+        for part, clusters in zip(parts, shares(most, parts, -(-tokens // ROWS)), strict=True):
+            part.task.clusters = clusters
+        for before, part in zip(parts, parts[1:], strict=False):
+            part.task.needed = before.task.columns // before.columns
+        described = []
+        for each in matrices:
+            if isinstance(each, int):
+                each = self._weight_of(parts[each]) if each < len(parts) else described[0]
+            elif isinstance(each, Stream):
+                each = kernels.matrix(each.raw, ROWS)
+            else:
+                each = described[0] if each is None else kernels.matrix(each, ROWS)  # nobody reads what is not there
+            described.append(each)
+        tasks = [part.task for part in parts] + [_Layer()] * (most_parts - len(parts))
+        programs = PROGRAMS * sum(part.task.clusters for part in parts)
+        kernels.launch(name, programs, THREADS, *described, *tasks, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl)
+
+    def _weight_of(self, part: _Part):
+        weight = part.layer.weight
+        if id(weight) not in self._matrices:  # the weight is kept, so that its id is no other's
+            self._matrices[id(weight)] = weight, self.loaded().matrix(weight, part.columns)
+        return self._matrices[id(weight)][1]
+
+    def sums(self, weight: torch.Tensor) -> torch.Tensor:
         """Float32 sums of a weight's rows, made once."""
         if id(weight) not in self._sums:
             self._sums[id(weight)] = weight, weight.float().sum(1)
         return self._sums[id(weight)][1]
+
+
+def _new_stream(x, layer) -> Stream:
+    parts = torch.empty(x.shape[1] // ADDED_COLUMNS, x.shape[0], 2, device=x.device)
+    return Stream(torch.empty(x.shape, dtype=layer.weight.dtype, device=x.device), parts)
+
+
+def shares(most: int, parts: list[_Part], tiles: int) -> list[int]:
+    """How many clusters of a launch make each product, so that all take about as long: `most` together, if they are
+    enough for one each.
+    """
+    pairs = [part.task.columns // (PROGRAMS * part.columns) for part in parts]
+    rounds = [1] * len(parts)
+    while True:
+        slowest = max(range(len(parts)), key=lambda i: parts[i].cost * -(-tiles // rounds[i]))
+        if rounds[slowest] == tiles or sum(map(mul, pairs, rounds)) + pairs[slowest] > most:
+            return list(map(mul, pairs, rounds))
+        rounds[slowest] += 1

@@ -47,6 +47,17 @@ DEVICE void tile_stored(const Matrix& matrix, int column, int row, const void* f
 DEVICE void stores_read() {  // this thread's: what they read may be written to
     asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+// This thread's stores are there, and all that its group wrote before it met: one more has finished.
+DEVICE void raise(int* count) {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\nfence.proxy.async;\n"
+                 "red.release.gpu.global.add.s32 [%0], 1;" :: "l"(count) : "memory");
+}
+DEVICE void raised(const int* count, int needed) {  // and may be copied from
+    int found;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
+    while (found < needed);
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
 DEVICE void sync_four(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 
 // A tile of 64 columns in shared memory as the matrix unit wants it described; `later`, so many bytes behind.
