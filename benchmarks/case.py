@@ -20,10 +20,10 @@ SHAPES = {
     "64x1024": (64, 256, 255),
 }
 # Cases whose kernels are for many tokens alone.
-ONLY_MANY = ("norm", "sort", "best", "feed_forward_qkv", "out_gated")
+ONLY_MANY = ("norm", "sort", "best")
 WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
 DTYPE = torch.bfloat16
-# In place of a tile: products in one launch, by pairs of programs (`kernels.clusters.products`).
+# In place of a tile: by pairs of programs (`kernels.clusters.products`).
 PAIRS = Tile(0, 64)
 
 
@@ -64,9 +64,9 @@ def products(tokens: int) -> list[Tile]:
     """Candidates for a product of many tokens, the library's among them."""
     if tokens <= 1024:
         tiles = grid((16, 32), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
-        return [LIBRARY, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4)), *turned()]
+        return [LIBRARY, PAIRS, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4)), *turned()]
     kept = [(128, 256, 8), (128, 128, 4), (128, 128, 8), (128, 64, 8), (64, 128, 4)]
-    return [LIBRARY, *(Tile(m, n, 64, warps, 3) for m, n, warps in kept), *persistent()]
+    return [LIBRARY, PAIRS, *(Tile(m, n, 64, warps, 3) for m, n, warps in kept), *persistent()]
 
 
 def turned() -> list[Tile]:

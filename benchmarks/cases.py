@@ -36,8 +36,16 @@ from m3asr.kernels.pieces import Tile
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
 
+def in_pairs(hidden, weights, bias) -> tuple[Products, list[Linear]]:
+    """What launches PAIRS, and the layers as it takes them."""
+    sizes = ProductSizes(WIDTH, hidden, half=DTYPE == torch.float16, swish=True)
+    return Products(sizes, torch.device("cuda", 0)), [Linear(weight, bias) for weight in weights]
+
+
 def make_up(batch, frames, valid, hidden, kind, few):
-    """Feed-forward up, QKV or the gated pointwise layer: with the norm inside for few tokens."""
+    """Feed-forward up, QKV or the gated pointwise layer: with the norm inside for few tokens, and for PAIRS but in
+    front of the feed-forward.
+    """
     tokens = batch * frames
     columns = {"up": hidden, "qkv": 3 * WIDTH, "gated": 2 * WIDTH}[kind]
     copies = copies_for(columns * WIDTH * 2)
@@ -53,9 +61,18 @@ def make_up(batch, frames, valid, hidden, kind, few):
         "qkv": {"table": (table, frames)},
         "gated": {"glu": (lengths, frames)},
     }[kind]
+    pairs, layers = in_pairs(hidden, weights, bias)
+    a = y
+    if kind != "up" and not few:
+        nothing = Linear(torch.zeros(WIDTH, WIDTH, device="cuda", dtype=DTYPE), torch.zeros(WIDTH, device="cuda"))
+        a = pairs.add(y, nothing, x, scale=1.0, streams=True)
+        for layer in layers:
+            pairs.sums(layer.weight)  # made once, and not inside a graph
 
     def launch(i, tile):
-        if few:
+        if tile == PAIRS:
+            pairs.up(a, layers[i], out, eps=1e-12, pdl=True, **options)
+        elif few:
             norm_linear(x, weights[i], bias, out, eps=1e-12, tile=tile, pdl=True, **options)
         else:
             linear(y, weights[i], bias, out, tile=tile, pdl=True, **options)
@@ -85,8 +102,16 @@ def make_residual(batch, frames, valid, width, few):
     weights, bias = tensor(copies, WIDTH, width, scale=width**-0.5), tensor(WIDTH, dtype=torch.float32)
     a, x = tensor(tokens, width), tensor(tokens, WIDTH, dtype=torch.float32)
     out = x.clone()
+    pairs, layers = in_pairs(max(width, 1024), weights, bias)
+
+    def launch(i, tile):
+        if tile == PAIRS:  # which prepares the norm behind it
+            pairs.add(a, layers[i], out, scale=0.5, streams=True, pdl=True)
+        else:
+            linear(a, weights[i], bias, out, tile=tile, residual_scale=0.5, pdl=True)
+
     return Case(
-        launch=lambda i, tile: linear(a, weights[i], bias, out, tile=tile, residual_scale=0.5, pdl=True),
+        launch=launch,
         result=lambda: out,
         reference=lambda: x + 0.5 * (a.float() @ weights[0].float().t() + bias),
         tiles=[
@@ -98,54 +123,6 @@ def make_residual(batch, frames, valid, width, few):
         prepare=lambda: out.copy_(x),
         copies=copies,
     )
-
-
-def make_in_pairs(batch, frames, valid, hidden, kind):
-    """The feed-forward and the projection behind it, or the attention's output and the gated layer: each a launch."""
-    tokens = batch * frames
-    kernels = Products(ProductSizes(WIDTH, hidden, DTYPE == torch.float16, swish=True), torch.device("cuda", 0))
-    shapes = {"feed_forward_qkv": [(hidden, WIDTH), (WIDTH, hidden), (3 * WIDTH, WIDTH)]}
-    shapes["out_gated"] = [(WIDTH, WIDTH), (2 * WIDTH, WIDTH)]
-    shapes = shapes[kind]
-    copies, launches = copies_for(sum(n * k for n, k in shapes) * 2), iter(range(10**9))
-    layers = [
-        [Linear(tensor(n, k, scale=k**-0.5), tensor(n, dtype=torch.float32)) for n, k in shapes] for _ in range(copies)
-    ]
-    for each in layers:
-        kernels.sums(each[-1].weight)  # made once, and not inside a graph
-    a, x, table = tensor(tokens, WIDTH), tensor(tokens, WIDTH, dtype=torch.float32), tensor(1024, WIDTH)
-    lengths = torch.full((batch,), valid, dtype=torch.int32, device="cuda")
-    new = x.clone()
-    out = torch.empty(tokens, 3 * WIDTH if kind == "feed_forward_qkv" else WIDTH, device="cuda", dtype=DTYPE)
-    counts = torch.zeros(512, *kernels.counts_for(tokens), device="cuda", dtype=torch.int32)
-    options = {"frames": frames, "eps": 1e-12, "pdl": True}
-
-    def launch(i, tile):
-        first, *_, last = layers[i]
-        count = counts[next(launches) % len(counts)]
-        count.zero_()
-        if kind == "feed_forward_qkv":
-            kernels.feed_forward(a, first, layers[i][1], new, count, scale=0.5, qkv=(last, out, table), **options)
-        else:
-            kernels.add(a, first, new, count, scale=1.0, gated=(last, out, lengths), **options)
-
-    def reference():
-        first, *_, last = layers[0]
-        z = a.float() @ first.weight.float().t() + first.bias
-        if kind == "feed_forward_qkv":
-            z = 0.5 * (F.silu(z) @ layers[0][1].weight.float().t() + layers[0][1].bias)
-        z = F.layer_norm(x + z, (WIDTH,)) @ last.weight.float().t() + last.bias
-        if kind == "feed_forward_qkv":
-            z[:, WIDTH : 2 * WIDTH] += table[:frames].float().repeat(batch, 1)
-            return z
-        return z[:, ::2] * torch.sigmoid(z[:, 1::2]) * ops.frame_mask(lengths, frames).flatten().unsqueeze(-1)
-
-    weights = sum(n * k for n, k in shapes)
-    size = 2 * weights + tokens * (WIDTH * 10 + 2 * out.shape[1])
-    return Case(
-        launch, lambda: out, reference, [PAIRS], size, 2 * tokens * weights, prepare=lambda: new.copy_(x), copies=copies,
-        poison=out,
-    )  # fmt: skip
 
 
 def make_attention(batch, frames, valid, few):
@@ -290,8 +267,6 @@ CASES = {
     "gated": lambda s, h, few: make_up(*s, h, "gated", few),
     "out": lambda s, h, few: make_residual(*s, WIDTH, few),
     "down": lambda s, h, few: make_residual(*s, h, few),
-    "feed_forward_qkv": lambda s, h, few: make_in_pairs(*s, h, "feed_forward_qkv"),
-    "out_gated": lambda s, h, few: make_in_pairs(*s, h, "out_gated"),
     "attention": lambda s, h, few: make_attention(*s, few),
     "depthwise": lambda s, h, few: make_depthwise(*s, few),
     "norm": lambda s, h, few: make_norm(*s, few),

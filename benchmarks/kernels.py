@@ -164,8 +164,8 @@ def main() -> None:
                 continue
             if args.used:
                 tokens = SHAPES[shape][0] * SHAPES[shape][1]
-                used = getattr(tiles.tiles_for(regime, tokens, WIDTH, args.hidden, False), name, None)
-                case.tiles = [*([used] if used else []), *(tile for tile in case.tiles if tile in (LIBRARY, PAIRS))]
+                used = getattr(tiles.tiles_for(regime, tokens, WIDTH, args.hidden, False), name)
+                case.tiles = [used, *(tile for tile in case.tiles if tile in (LIBRARY, PAIRS))]
             for tile in case.tiles:
                 try:
                     us, error = measure(case, tile)

@@ -30,6 +30,9 @@ DEVICE void arrive_at(Flag* flag, int program) {
     turn(there);
 }
 
+DEVICE void tell(Flag* flag, int program) { arrive_at(flag, program); }
+DEVICE void told(Flag* flag, int parity) { arrived(flag, parity); }
+
 // visit(place in the tile, place in the matrix, if there is one)
 template <class Visit> static void each_of(const void* tile, const Matrix& matrix, int column, int row, Visit visit) {
     const int each = 16 / matrix.size;
@@ -71,11 +74,6 @@ DEVICE void stores_read() {
     for (auto& store : of_stores[here]) store();
     of_stores[here].clear();
 }
-DEVICE void raise(int* count) {
-    stores_read();
-    ++*count;
-}
-DEVICE void raised(const int* count, int needed) { while (*(volatile const int*)count < needed) yield(); }
 static Gate of_four[PROGRAMS][THREADS / 128 + 1];
 DEVICE void sync_four(int group) { meet(of_four[here->program][group], 128); }
 

@@ -1,15 +1,12 @@
 // Products of many tokens, a w^T with what follows them, weight-stationary: a program keeps the weights of its N columns
 // in shared memory and takes one tile of 64 rows after the other. A cluster of two shares the tiles' copies, each of
-// which brings half. One warp asks for copies; three times four warps multiply in turn, so that the matrix unit works on
-// one tile while the results of the others are finished, and leave by the copy engine.
+// which brings half. One warp asks for copies; two times four warps multiply in turn, so that the matrix unit works on
+// one tile while the results of the other are finished.
 //
 // A norm in front costs no launch: whoever writes the residual stream leaves its rows in the compute type as they are
 // (`raw`), and of each row its columns' mean and squares (`parts`, joined as Chan et al., 1979, have it). Then
-// norm(x) w^T = (raw w^T - mean * sums of w's rows) / deviation. The residual stream itself comes and goes in tiles, too.
-//
-// Products that follow each other are one launch: some clusters make the first, others the next, a tile as soon as all
-// its columns are there. Clusters begin in order, and whoever waits waits for earlier ones, so there is always one that
-// can go on.
+// norm(x) w^T = (raw w^T - mean * sums of w's rows) / deviation. The residual stream itself comes and goes in tiles by the
+// copy engine.
 typedef unsigned short Number;  // bfloat16 or float16
 // A stage holds 128 columns of 64 rows: two tiles, one of each program.
 constexpr int ROWS = 64, STAGE = PROGRAMS * ROWS * 128, WARPS = 4 * GROUPS, MOST_PARTS = 8;
@@ -24,10 +21,9 @@ struct Layer {
     const float2* parts;       // of the rows of `a`, (count, tokens); none: `a` is multiplied as it stands
     const Number* table;       // (>= frames, columns / 3), added to the middle third, or none
     const int* lengths;        // (utterances,), or none: all rows count
+    const float* x;
     float2* x_parts;           // where those of x go, when its rows are wanted in `raw`
-    const int* ready;          // how many programs have finished their columns of each tile of `a`; none: all is there
-    int* done;                 // the same of the result, or none
-    int tokens, frames, columns, count, needed, clusters;
+    int tokens, frames, columns, count;
     float each, eps, scale;    // each: columns of a part
 };
 
@@ -52,8 +48,8 @@ struct Rows {
     DEVICE static int local(int half) { return thread() % 128 / 32 * 16 + thread() % 32 / 4 + 8 * half; }
 };
 
-// What a row's norm takes, for the four threads that have the row: asked for at the product's beginning, joined behind it,
-// when norm(x) = factor * raw + off.
+// What a row's norm takes, for the four threads that have the row: asked for ahead of the product, joined behind it, when
+// norm(x) = factor * raw + off.
 struct RowNorm {
     float2 part[MOST_PARTS / 4];
     float off, factor;
@@ -121,8 +117,8 @@ template <class T> DEVICE T* in_tiles(char* tiles, int row, int column) {
     return (T*)(at + ((column % WIDE / EACH ^ row % 8) * 16 + column % EACH * (int)sizeof(T)));
 }
 
-// What is made of a product in `out`. Its `ask` stands at the product's beginning, so that `finish` waits for nothing. 32
-// columns at a time: what is read of shared memory waits for what was written before, since both might be the same.
+// What is made of a product in `out`. Its `ask` stands ahead of the product, so that `finish` waits for nothing. 32 columns
+// at a time: what is read of shared memory waits for what was written before, since both might be the same.
 template <int N, Kind KIND> struct Result {
     static constexpr int WIDE = KIND == GATED ? 128 : 64;  // columns that make 64 results
     RowNorm norm[2];
@@ -151,16 +147,16 @@ template <int N, Kind KIND> struct Result {
     }
 
     // Of WIDE columns from `first` on; `out`: a tile in shared memory.
-    DEVICE void finish(
+    template <bool ADDS> DEVICE void finish(
         const Rows& rows, const float* bias, const float* sums, const float (&c)[N / 2], int first, char* out
-    ) {
+    ) const {
         const int t = thread() % 4;
         const u32 counts[2] = {rows.valid(0) ? 0xffffu : 0, rows.valid(1) ? 0xffffu : 0};
 #pragma unroll
         for (int many = 0; many < WIDE / 8; many += 4) {
-            float2 add[4], sum[4], key[4][2] = {};
+            float2 add[4], sum[4], key[4][2];
             u32 made[4][2];
-            if (KIND == KEYED && table)
+            if (ADDS)
 #pragma unroll
                 for (int n = 0; n < 4; n++)
 #pragma unroll
@@ -180,7 +176,7 @@ template <int N, Kind KIND> struct Result {
                     float w = norm[half].factor * c[at + 1] + (norm[half].off * sum[n].y + add[n].y);
                     if (KIND == ACTIVATED) v = activate(v), w = activate(w);
                     if (KIND == GATED) v = v * sigmoid(w), w = 0.0f;
-                    if (KIND == KEYED) v += key[n][half].x, w += key[n][half].y;
+                    if (ADDS) v += key[n][half].x, w += key[n][half].y;
                     made[n][half] = pair(v, w);
                 }
 #pragma unroll
@@ -252,16 +248,38 @@ template <int TILES, int WIDE> DEVICE void give(const Matrix& matrix, int column
         for (int i = 0; i < TILES; i++) tile_stored(matrix, column + i * WIDE, row, tiles + i * (ROWS * 128));
 }
 
+// A tile of x, which is in shared memory and in c, goes to x; its rows in the compute type to `raw`, by way of the same
+// place, and what their norm takes. The group's first thread returns when the place is free.
+template <int N> DEVICE void give_x(
+    const Layer& layer, const Rows& rows, int column, int row, const Matrix& x, const Matrix& raw,
+    const float (&c)[N / 2], char* tiles
+) {
+    give<N / 32, 32>(x, column, row, tiles);
+    if (layer.x_parts) {
+        leave_parts<N>(layer, rows, column, c);
+        if (thread() % 128 == 0) stores_read();
+        sync_four(uniform(thread() / 128));
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                *(u32*)in_tiles<Number>(tiles, rows.local(half), n * 8 + thread() % 4 * 2) =
+                    pair(RAW * c[n * 4 + half * 2], RAW * c[n * 4 + half * 2 + 1]);
+        give<N / 64, 64>(raw, column, row, tiles);
+    }
+    if (thread() % 128 == 0) stores_read();
+}
+
 template <int K, int N, Kind KIND> DEVICE void product(
-    char* memory, const Matrix& a_rows, const Matrix& weights, const Matrix& out, const Matrix& x, const Layer& layer,
-    int cluster
+    char* memory, const Matrix& a_rows, const Matrix& weights, const Matrix& out, const Matrix& x, const Layer& layer
 ) {
     typedef Place<K, N, KIND> Here;
     constexpr int STEPS = Here::STEPS, STAGES = Here::STAGES, SLOTS = Here::SLOTS;
+    release();
     const Here place(memory);
     const int me = rank(), warp = uniform(thread() / 32), lane = thread() % 32;
-    const int pairs = layer.columns / (2 * N), column = (cluster % pairs * 2 + me) * N;
-    const int tiles = (layer.tokens + ROWS - 1) / ROWS, first = cluster / pairs, stride = layer.clusters / pairs;
+    const int pairs = layer.columns / (2 * N), column = (group() % pairs * 2 + me) * N;
+    const int tiles = (layer.tokens + ROWS - 1) / ROWS, first = group() / pairs, stride = groups() / pairs;
     if (thread() == 0) place.open();
     for (int i = thread(); i < N; i += THREADS) {
         place.bias[i] = weights4(layer.bias + column + i);
@@ -277,8 +295,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
         }
         wait();
         int step = 0;
-        for (int tile = first; tile < tiles; tile += stride) {
-            if (layer.ready) raised(layer.ready + tile, layer.needed);
+        for (int tile = first; tile < tiles; tile += stride)
             for (int k = 0; k < STEPS; k++, step++) {
                 const int stage = k % STAGES;
                 arrived(place.empty + stage, step / STAGES % 2 ^ 1);
@@ -287,7 +304,6 @@ template <int K, int N, Kind KIND> DEVICE void product(
                     place.a + stage * STAGE + me * (ROWS * 128), a_rows, (k * PROGRAMS + me) * 64, tile * ROWS,
                     place.full + stage);
             }
-        }
     } else if (KIND == ADDED && warp == WARPS + 1 && lane == 0) {  // brings tiles of x
         wait();
         for (int i = 0, tile = first; tile < tiles; i++, tile += stride) {
@@ -340,38 +356,22 @@ template <int K, int N, Kind KIND> DEVICE void product(
                     sync_four(mine);
                     if (KIND == KEYED && result.table) {
                         result.put_keys(made);
+                        if (at + WIDE < N) result.ask_keys(layer, tile * ROWS, at + WIDE);
                         sync_four(mine);
+                        result.template finish<KIND == KEYED>(rows, place.bias, place.sums, c, at, made);
+                    } else {
+                        result.template finish<false>(rows, place.bias, place.sums, c, at, made);
                     }
-                    result.finish(rows, place.bias, place.sums, c, at, made);
-                    if (KIND == KEYED && result.table && at + WIDE < N)
-                        result.ask_keys(layer, tile * ROWS, at + WIDE);
                     give<1, 64>(out, KIND == GATED ? column / 2 : column + at, tile * ROWS, made);
                 }
-                if (layer.done && thread() % 128 == 0) raise(layer.done + tile);
                 continue;
             }
             const int slot = SLOTS ? i % SLOTS : 0;
             char* tile_of_x = place.x + slot * Here::X_TILE;
             arrived(place.x_full + slot, i / (SLOTS + !SLOTS) % 2);
             add_to_x<N>(layer, rows, place.bias, c, tile_of_x);
-            give<N / 32, 32>(x, column, tile * ROWS, tile_of_x);
-            if (layer.x_parts) {
-                leave_parts<N>(layer, rows, column, c);
-                if (thread() % 128 == 0) stores_read();
-                sync_four(mine);
-#pragma unroll
-                for (int n = 0; n < N / 8; n++)  // where the tile was
-#pragma unroll
-                    for (int half = 0; half < 2; half++)
-                        *(u32*)in_tiles<Number>(tile_of_x, rows.local(half), n * 8 + lane % 4 * 2) =
-                            pair(RAW * c[n * 4 + half * 2], RAW * c[n * 4 + half * 2 + 1]);
-                give<N / 64, 64>(out, column, tile * ROWS, tile_of_x);
-            }
-            if (thread() % 128 == 0) {
-                stores_read();
-                arrive_at(place.x_empty + slot, me);
-                if (layer.done) raise(layer.done + tile);
-            }
+            give_x<N>(layer, rows, column, tile * ROWS, x, out, c, tile_of_x);
+            if (thread() % 128 == 0) arrive_at(place.x_empty + slot, me);
         }
         if (thread() % 128 == 0) stores_read();
     }
@@ -380,33 +380,27 @@ template <int K, int N, Kind KIND> DEVICE void product(
     all_here();
 }
 
-// x += scale * down(act(up(a))), and what the layer behind it makes of norm(x) with the table, if there is one.
-KERNEL products_feed_forward(
-    CONSTANT Matrix a, CONSTANT Matrix up_w, CONSTANT Matrix h, CONSTANT Matrix down_w, CONSTANT Matrix x,
-    CONSTANT Matrix raw, CONSTANT Matrix next_w, CONSTANT Matrix out, CONSTANT Layer up, CONSTANT Layer down,
-    CONSTANT Layer next
+KERNEL product_activated(
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Layer layer
 ) {
     SHARED(memory);
-    release();
-    const int cluster = group();
-    if (cluster < up.clusters)
-        product<WIDTH, COLUMNS, ACTIVATED>(memory, a, up_w, h, h, up, cluster);
-    else if (cluster < up.clusters + down.clusters)
-        product<HIDDEN, ADDED_COLUMNS, ADDED>(memory, h, down_w, raw, x, down, cluster - up.clusters);
-    else
-        product<WIDTH, COLUMNS, KEYED>(memory, raw, next_w, out, out, next, cluster - up.clusters - down.clusters);
+    product<WIDTH, COLUMNS, ACTIVATED>(memory, a_rows, weights, out, out, layer);
 }
-
-// x += scale * layer(a), and what the layer behind it makes of norm(x) with the gated unit, if there is one.
-KERNEL products_added(
-    CONSTANT Matrix a, CONSTANT Matrix w, CONSTANT Matrix x, CONSTANT Matrix raw, CONSTANT Matrix next_w,
-    CONSTANT Matrix out, CONSTANT Layer layer, CONSTANT Layer next
+KERNEL product_gated(
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Layer layer
 ) {
     SHARED(memory);
-    release();
-    const int cluster = group();
-    if (cluster < layer.clusters)
-        product<WIDTH, ADDED_COLUMNS, ADDED>(memory, a, w, raw, x, layer, cluster);
-    else
-        product<WIDTH, COLUMNS, GATED>(memory, raw, next_w, out, out, next, cluster - layer.clusters);
+    product<WIDTH, COLUMNS, GATED>(memory, a_rows, weights, out, out, layer);
+}
+KERNEL product_keyed(
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Layer layer
+) {
+    SHARED(memory);
+    product<WIDTH, COLUMNS, KEYED>(memory, a_rows, weights, out, out, layer);
+}
+KERNEL product_added(
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Matrix x, CONSTANT Layer layer
+) {
+    SHARED(memory);
+    product<WIDTH, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, out, x, layer);
 }

@@ -24,6 +24,20 @@ DEVICE void arrive_at(Flag* flag, int program) {
                  :: "r"(shared_address(flag)), "r"(program) : "memory");
 }
 
+// The same for what was written to the other program's shared memory: by one thread of a warp, when all have met.
+DEVICE void tell(Flag* flag, int program) {
+    asm volatile("{.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}"
+                 :: "r"(shared_address(flag)), "r"(program) : "memory");
+}
+DEVICE void told(Flag* flag, int parity) {
+    u32 done = 0;
+    while (!done)
+        asm volatile("{.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done) : "r"(shared_address(flag)), "r"(parity) : "memory");
+}
+
 // A tile of a matrix, 128 bytes wide, to shared memory in the matrix unit's order; what lies outside comes as zeros.
 DEVICE void tile_copied(void* to, const Matrix& matrix, int column, int row, Flag* flag) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
@@ -46,17 +60,6 @@ DEVICE void tile_stored(const Matrix& matrix, int column, int row, const void* f
 }
 DEVICE void stores_read() {  // this thread's: what they read may be written to
     asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-// This thread's stores are there, and all that its group wrote before it met: one more has finished.
-DEVICE void raise(int* count) {
-    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\nfence.proxy.async;\n"
-                 "red.release.gpu.global.add.s32 [%0], 1;" :: "l"(count) : "memory");
-}
-DEVICE void raised(const int* count, int needed) {  // and may be copied from
-    int found;
-    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
-    while (found < needed);
-    asm volatile("fence.proxy.async;" ::: "memory");
 }
 DEVICE void sync_four(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 
