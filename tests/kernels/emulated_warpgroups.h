@@ -30,9 +30,6 @@ DEVICE void arrive_at(Flag* flag, int program) {
     turn(there);
 }
 
-DEVICE void tell(Flag* flag, int program) { arrive_at(flag, program); }
-DEVICE void told(Flag* flag, int parity) { arrived(flag, parity); }
-
 // visit(place in the tile, place in the matrix, if there is one)
 template <class Visit> static void each_of(const void* tile, const Matrix& matrix, int column, int row, Visit visit) {
     const int each = 16 / matrix.size;

@@ -11,7 +11,7 @@ import torch
 from m3asr.kernels.clusters import FOLDER
 from m3asr.kernels.clusters.machine import Kernels
 
-FILES = ("activation.cu", "products.cu", "products_split.cu")
+FILES = ("activation.cu", "products.cu", "products_from_hidden.cu")
 PROGRAMS, ROWS = 2, 64
 GROUPS = 3  # of four warps that multiply; two warps ask for copies
 THREADS = 128 * GROUPS + 64
@@ -41,7 +41,7 @@ class ProductSizes:
         return (
             self.width in (256, 512)
             and self.hidden % (2 * COLUMNS) == 0
-            and COLUMNS * self.hidden <= MOST_WEIGHTS
+            and 2 * ADDED_COLUMNS * self.hidden <= MOST_WEIGHTS
         )
 
     def source(self) -> tuple[str, str]:
@@ -128,7 +128,7 @@ class Products:
             tokens=tokens, frames=frames, columns=columns, count=count, each=ADDED_COLUMNS, eps=eps, scale=scale,
             **{key: None if t is None else t.data_ptr() for key, t in tensors.items()},
         )  # fmt: skip
-        weight = self._weight(layer.weight, ADDED_COLUMNS if name == "product_added" else COLUMNS)
+        weight = self._weight(layer.weight, COLUMNS if x is None else ADDED_COLUMNS)
         made = (out,) if x is None else (x if out is None else out, x)
         kernels.launch(
             name, PROGRAMS * pairs * together, THREADS, kernels.matrix(a, ROWS), weight,

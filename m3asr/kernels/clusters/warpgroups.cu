@@ -24,20 +24,6 @@ DEVICE void arrive_at(Flag* flag, int program) {
                  :: "r"(shared_address(flag)), "r"(program) : "memory");
 }
 
-// The same for what was written to the other program's shared memory: by one thread of a warp, when all have met.
-DEVICE void tell(Flag* flag, int program) {
-    asm volatile("{.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}"
-                 :: "r"(shared_address(flag)), "r"(program) : "memory");
-}
-DEVICE void told(Flag* flag, int parity) {
-    u32 done = 0;
-    while (!done)
-        asm volatile("{.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done) : "r"(shared_address(flag)), "r"(parity) : "memory");
-}
-
 // A tile of a matrix, 128 bytes wide, to shared memory in the matrix unit's order; what lies outside comes as zeros.
 DEVICE void tile_copied(void* to, const Matrix& matrix, int column, int row, Flag* flag) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
