@@ -307,7 +307,8 @@ def main() -> None:
                     row["engine"][precision] = measured
                     row["ms"][f"m3asr {precision}"] = measured["ms"]
                     own = measured["own_block_errors"]
-                    goal = f", goal {GOALS[name]}" if precision == "bf16" and args.preset == "seed" else ""
+                    aimed = GOALS.get(name) if precision == "bf16" and args.preset == "seed" else None
+                    goal = f", goal {aimed}" if aimed else ""
                     say(
                         f"{precision} {name}: {measured['ms']:.3f} ms, floor {row['floor_ms'][precision]:.3f}{goal}; "
                         f"hidden {measured['hidden_error']:.1e}, "

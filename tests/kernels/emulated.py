@@ -25,7 +25,7 @@ class Emulated:
     """`machine.Kernels` for a CPU; `seed` decides the order in which threads run."""
 
     seed = 0
-    clusters = 6  # that run at once, as the launchers are told
+    clusters = 7  # that run at once, as the launchers are told
 
     def __init__(self, library: ctypes.CDLL):
         self._library = library

@@ -1,19 +1,20 @@
 """Weight-stationary products by pairs of programs: on the GPU as they are, elsewhere run by fibres on the CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from emulated import Emulated, emulator
-from test_clusters import layer, linear, norm, pdl  # noqa: F401
 
 from m3asr import ops
-from m3asr.kernels.clusters.products import Products, ProductSizes, on_card
+from m3asr.kernels.clusters.products import Products, ProductSizes, Stream, on_card, with_keys
 
-EPS = 1e-12
+WIDTH, EPS = 256, 1e-12
 GPU = torch.cuda.is_available()
 TYPES = (torch.bfloat16, torch.float16) if GPU else (torch.bfloat16,)
 kinds = pytest.mark.parametrize("dtype", TYPES)
-# Less than a tile, a tile and a bit, more tiles than clusters, and on a card enough for many turns.
+# Less than a tile, a tile and a bit, more tiles than clusters; and on a card enough for many turns.
 counts = pytest.mark.parametrize("tokens", [7, 65, 450] + [5000] * GPU)
 
 
@@ -28,28 +29,47 @@ def load(tmp_path_factory):
 
 @pytest.fixture
 def products(load, device):
-    def of(dtype, width=256, hidden=512):
-        sizes = ProductSizes(width, hidden, dtype == torch.float16, True)
+    def of(dtype, hidden=512):
+        sizes = ProductSizes(WIDTH, hidden, dtype == torch.float16, True)
         assert sizes.fit()
         return Products(sizes, device, load)
 
     return of
 
 
-def stream_of(x, products, layer):
-    """x as a stream, made by a product that adds nothing."""
-    layer.weight.zero_(), layer.bias.zero_()
-    return products.add(torch.ones(x.shape, dtype=layer.weight.dtype, device=x.device), layer, x, scale=1.0, streams=True)
+@pytest.fixture
+def layer(device):
+    def of(columns, inner, dtype):
+        weight = (torch.randn(columns, inner, device=device) / inner**0.5).to(dtype)
+        return SimpleNamespace(weight=weight, bias=torch.randn(columns, device=device) / 10)
+
+    return of
+
+
+def linear(x, layer):
+    return x.double() @ layer.weight.double().t() + layer.bias.double()
+
+
+def norm(x):
+    return F.layer_norm(x.double(), x.shape[-1:], eps=EPS)
+
+
+def stream_of(x, dtype) -> Stream:
+    parts = x.view(x.shape[0], -1, 64)
+    mean = parts.mean(-1)
+    squares = ((parts - mean[..., None]) ** 2).sum(-1)
+    raw = (x / 16 if dtype == torch.float16 else x).to(dtype)
+    return Stream(raw, torch.stack((mean.t(), squares.t()), -1).contiguous())
 
 
 @kinds
 @counts
 @pytest.mark.parametrize("normed", [False, True])
 def test_up(products, layer, check, poisoned, device, dtype, tokens, normed):
-    x, up, out = torch.randn(tokens, 256, device=device) + 0.3, layer(512, 256, dtype), poisoned(tokens, 512, dtype=dtype)
-    kernels = products(dtype)
-    a = stream_of(x, kernels, layer(256, 256, dtype)) if normed else x.to(dtype)
-    kernels.up(a, up, out, activation="swish", eps=EPS, pdl=pdl(device))
+    x, up = torch.randn(tokens, WIDTH, device=device) + 0.3, layer(512, WIDTH, dtype)
+    x[5] = 3.3  # a constant row has no variance: its norm is zero
+    a, out = stream_of(x, dtype) if normed else x.to(dtype), poisoned(tokens, 512, dtype=dtype)
+    products(dtype).up(a, up, out, activation="swish", eps=EPS, pdl=GPU)
     check(out, F.silu(linear(norm(x) if normed else a, up)), dtype)
 
 
@@ -57,68 +77,80 @@ def test_up(products, layer, check, poisoned, device, dtype, tokens, normed):
 @pytest.mark.parametrize("lengths", [(40, 23, 0), (150, 1, 149), (9,)])
 def test_gated(products, layer, check, poisoned, device, dtype, lengths):
     frames = max(lengths) + 3
-    tokens, mask = frames * len(lengths), torch.tensor(lengths, device=device).int()
-    x, gate, out = torch.randn(tokens, 256, device=device), layer(512, 256, dtype), poisoned(tokens, 256, dtype=dtype)
-    kernels = products(dtype)
-    kernels.up(stream_of(x, kernels, layer(256, 256, dtype)), gate, out, glu=(mask, frames), eps=EPS, pdl=pdl(device))
-    z, valid = linear(norm(x), gate), ops.frame_mask(mask, frames).flatten()[:, None]
+    tokens, lengths = frames * len(lengths), torch.tensor(lengths, device=device).int()
+    x, gate, out = (
+        torch.randn(tokens, WIDTH, device=device),
+        layer(512, WIDTH, dtype),
+        poisoned(tokens, WIDTH, dtype=dtype),
+    )
+    products(dtype).up(stream_of(x, dtype), gate, out, glu=(lengths, frames), eps=EPS, pdl=GPU)
+    z, valid = linear(norm(x), gate), ops.frame_mask(lengths, frames).flatten()[:, None]
     check(out, z[:, ::2] * torch.sigmoid(z[:, 1::2]) * valid, dtype)
     assert not out[~valid[:, 0]].any()
 
 
 @kinds
+@pytest.mark.parametrize("frames, batch", [(45, 3), (70, 1), (9, 30), (100, 5)])
 @pytest.mark.parametrize("table", [False, True])
-def test_keyed(products, layer, check, poisoned, device, dtype, table):
-    frames, batch = 45, 3
-    x, qkv = torch.randn(frames * batch, 256, device=device), layer(768, 256, dtype)
-    out = poisoned(frames * batch, 768, dtype=dtype)
-    positions = (torch.randn(frames + 2, 256, device=device).to(dtype), frames) if table else None
-    kernels = products(dtype)
-    kernels.up(stream_of(x, kernels, layer(256, 256, dtype)), qkv, out, table=positions, eps=EPS, pdl=pdl(device))
-    expected = linear(norm(x), qkv)
+def test_qkv(products, layer, check, poisoned, device, dtype, frames, batch, table):
+    x, qkv = torch.randn(frames * batch, WIDTH, device=device), layer(3 * WIDTH, WIDTH, dtype)
+    out, expected = poisoned(frames * batch, 3 * WIDTH, dtype=dtype), linear(norm(x), qkv)
+    positions = torch.randn(frames + 2, WIDTH, device=device).to(dtype)
     if table:
-        expected[:, 256:512] += positions[0][:frames].double().repeat(batch, 1)
+        expected[:, WIDTH : 2 * WIDTH] += positions[:frames].double().repeat(batch, 1)
+    options = {"table": (positions, frames) if table else None, "eps": EPS, "pdl": GPU}
+    products(dtype).up(stream_of(x, dtype), qkv, out, **options)
     check(out, expected, dtype)
 
 
 @kinds
 @counts
-@pytest.mark.parametrize("inner", [256, 512, 1024])
-@pytest.mark.parametrize("masked", [False, True])
-def test_add(products, layer, check, device, dtype, tokens, inner, masked):
-    x, a, down = torch.randn(tokens, 256, device=device), torch.randn(tokens, inner, device=device).to(dtype), None
-    down = layer(256, inner, dtype)
-    mask, valid = None, torch.ones(tokens, 1, device=device)
+@pytest.mark.parametrize("inner, hidden", [(256, 512), (512, 512), (1024, 1024)])
+@pytest.mark.parametrize("masked, prior", [(False, False), (True, False), (False, True)])
+def test_add(products, layer, check, device, dtype, tokens, inner, hidden, masked, prior):
+    x, a = torch.randn(tokens, WIDTH, device=device), torch.randn(tokens, inner, device=device).to(dtype)
+    down, mask, expected = layer(WIDTH, inner, dtype), None, x.double()
+    valid = torch.ones(tokens, 1, device=device)
     if masked:
         mask = torch.tensor([tokens * 2 // 3], device=device).int(), tokens
         valid = ops.frame_mask(*mask).flatten()[:, None]
-    expected = x + 0.5 * linear(a, down) * valid
-    kernels = products(dtype, hidden=max(inner, 512))
-    stream = kernels.add(a, down, x, scale=0.5, mask=mask, streams=True, pdl=pdl(device))
+    if prior:
+        w, b = torch.rand(WIDTH, device=device) + 0.5, torch.randn(WIDTH, device=device)
+        prior = w, b, torch.stack((x.mean(1), (x.var(1, correction=0) + 1e-5).rsqrt()), 1)
+        expected = F.layer_norm(expected, (WIDTH,), w.double(), b.double(), 1e-5)
+    before, expected = x.clone(), expected + 0.5 * linear(a, down) * valid
+    kernels, options = products(dtype, hidden), {"scale": 0.5, "mask": mask, "prior": prior or None, "pdl": GPU}
+    stream = kernels.add(a, down, x, streams=True, **options)
     check(x, expected, dtype, factor=0.5)
     check(stream.raw * (16 if dtype == torch.float16 else 1), expected, dtype)
-    count = stream.parts.shape[0]
-    assert count == 4, "parts of 64 columns"
-    parts = expected.view(tokens, count, -1)
-    check(stream.parts[..., 0].t(), parts.mean(-1), dtype, factor=2.0)
-    check(stream.parts[..., 1].t(), ((parts - parts.mean(-1, keepdim=True)) ** 2).sum(-1), dtype)
-    assert kernels.add(a, down, x, scale=0.5) is None
-    check(x, expected + 0.5 * linear(a, down), dtype, factor=0.5)
+    wanted = stream_of(expected, dtype).parts
+    check(stream.parts[..., 0], wanted[..., 0], dtype, factor=2.0)
+    check(stream.parts[..., 1], wanted[..., 1], dtype)
+    assert kernels.add(a, down, before, **options) is None
+    assert torch.equal(before, x)
 
 
 def test_orders(products, layer, device):
-    """Whatever thread runs first, every bit is the same."""
+    """Whatever runs first, every bit is the same; and a row's do not depend on where it stands."""
     dtype, found = TYPES[0], []
-    kernels, up, x = products(dtype), layer(512, 256, dtype), torch.randn(300, 256, device=device).to(dtype)
-    for Emulated.seed in range(4):
-        out = torch.empty(300, 512, dtype=dtype, device=device)
-        kernels.up(x, up, out, activation="swish")
-        found.append(out)
+    kernels, up, down = products(dtype), layer(512, 256, dtype), layer(256, 512, dtype)
+    a, x = torch.randn(300, 256, device=device).to(dtype), torch.randn(300, 256, device=device)
+    for Emulated.seed, first in ((0, 0), (1, 0), (2, 0), (3, 77)):
+        h, new = torch.empty(300 - first, 512, dtype=dtype, device=device), x[first:].clone()
+        kernels.up(a[first:].contiguous(), up, h, activation="swish")
+        kernels.add(h, down, new, scale=0.5)
+        found.append(new)
     Emulated.seed = 0
-    assert all(torch.equal(each, found[0]) for each in found)
+    assert all(torch.equal(new, found[0][-len(new) :]) for new in found)
 
 
 def test_fit():
     assert ProductSizes(512, 1024, False, True).fit()
     for width, hidden in ((320, 1280), (384, 1536), (512, 2048), (1024, 1024)):
         assert not ProductSizes(width, hidden, False, True).fit()
+
+
+def test_keys_get_more_clusters():
+    assert with_keys(66, 6, 255) == (10, 3)
+    assert with_keys(66, 6, 2) == (2, 0)  # no more than there are tiles
+    assert with_keys(3, 6, 255) == (1, 0)

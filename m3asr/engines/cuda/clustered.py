@@ -34,7 +34,7 @@ class ClusteredStack:
 
     def __init__(self, stack: Stack, experts: int, dtype: torch.dtype, experts_dtype: torch.dtype, load=None):
         """experts: of the main stack, so that both are run by the same kernels."""
-        config, block = stack.config, stack.blocks[0]
+        config, block, self.blocks = stack.config, stack.blocks[0], len(stack.blocks)
         self._device, self._load, self.made = stack.after_norm[0].device, load, {}
         self._sizes = Sizes(
             width=config.attention_dim, hidden=config.linear_units, heads=config.attention_heads,
@@ -59,7 +59,7 @@ class ClusteredStack:
         self._product_sizes = ProductSizes(
             config.attention_dim, config.linear_units, self._sizes.half, self._sizes.swish
         )  # fmt: skip
-        self._products = usable and self._product_sizes.fit()
+        self._products = usable and config.macaron_style and self._product_sizes.fit()
 
     def kernels(self, timed: bool = False) -> Clusters:
         if timed not in self.made:

@@ -19,7 +19,7 @@ from m3asr.engines.cuda import clustered, tiles
 from m3asr.engines.cuda.packing import EXPERTS_TYPES, TYPES, Block, Stack, Subsampling, Weights
 from m3asr.kernels.attention import attention
 from m3asr.kernels.best import best_path
-from m3asr.kernels.clusters.products import Stream
+from m3asr.kernels.clusters.products import Products
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
@@ -206,7 +206,8 @@ class Forward:
         asked for when the router needs it.
         """
         width, scale = x.shape[1], 0.5 if block.macaron_up else 1.0
-        kernels = self._by_clusters(config).for_blocks(self.limits, shape.tokens, shape.frames, shape.chunk)
+        mask = (shape.lengths, shape.frames)
+        kernels = self._in_clusters(config).for_blocks(self.limits, shape.tokens, shape.frames, shape.chunk)
         if kernels is not None:
             if block.router and self.fetches and x.is_cuda:
                 with torch.cuda.stream(self._fork(x.device)):
@@ -217,64 +218,80 @@ class Forward:
             if routed is not None:
                 self._experts(x, shape, config, block, scale, *routed[1:])
             return x
-        stream = None  # x as the next product takes it, where the last one left it so
+        products = self._in_clusters(config).for_products(self.limits, shape.tokens)
+        if products is not None:
+            return self._block_in_pairs(products, x, shape, config, block, prior, heard)
         if block.macaron_up:
-            x, stream = self._feed_forward(x, stream, shape, config, block.macaron_up, block.macaron_down, 0.5, prior)
+            hidden = block.macaron_up.weight.shape[0]
+            h = self._new((x.shape[0], hidden))
+            x = self._up(x, shape, config, "up", block.macaron_up, h, prior, activation=config.activation_type)
             prior = None
+            tile = self._tiles(shape, width, hidden).down
+            self._linear(h, block.macaron_down, x, tile=tile, residual_scale=0.5)
+        tile = self._tiles(shape, width, width)
         qkv = self._new((x.shape[0], 3 * width))
         table = None if block.key_table is None else (block.key_table, shape.frames)
-        x = self._up(x, stream, shape, config, "qkv", block.qkv, qkv, prior, table=table)
-        stream = self._attention(x, qkv.view(shape.batch, shape.frames, -1), shape, config, block)
+        x = self._up(x, shape, config, "qkv", block.qkv, qkv, prior, table=table)
+        context = self._context(qkv.view(shape.batch, shape.frames, -1), shape, config, block, tile).view(x.shape)
+        self._linear(context, block.attention_out, x, tile=tile.out, residual_scale=1.0)
         glu = self._new(x.shape)
-        self._up(x, stream, shape, config, "gated", block.pointwise_1, glu, None, glu=(shape.lengths, shape.frames))
-        stream = self._convolution(x, glu, shape, config, block)
+        self._up(x, shape, config, "gated", block.pointwise_1, glu, None, glu=mask)
+        conv = self._depthwise(glu, shape, config, block, tile)
+        self._linear(conv, block.pointwise_2, x, tile=tile.out, residual_scale=1.0, mask=mask)
         if block.router:
             self._experts(x, shape, config, block, scale, *self._route(x, shape, config, block, heard()))
             return x
-        return self._feed_forward(x, stream, shape, config, block.up, block.down, scale, None, last=True)[0]
-
-    def _feed_forward(self, x, stream, shape: Shape, config, up, down, scale, prior, last=False):
-        """x += scale * down(act(up(norm(x)))); returns x, and as a stream for the product behind it, unless `last`."""
-        hidden = up.weight.shape[0]
+        hidden = block.up.weight.shape[0]
         h = self._new((x.shape[0], hidden))
-        x = self._up(x, stream, shape, config, "up", up, h, prior, activation=config.activation_type)
-        tile = self._tiles(shape, x.shape[1], hidden).down
-        return x, self._add(h, down, x, shape, config, tile, scale, streams=not last)
+        self._up(x, shape, config, "up", block.up, h, None, activation=config.activation_type)
+        tile = self._tiles(shape, width, hidden).down
+        self._linear(h, block.down, x, tile=tile, residual_scale=scale)
+        return x
 
-    def _add(self, a, layer, x, shape: Shape, config, tile, scale: float, mask=None, streams=True) -> Stream | None:
-        """x += scale * layer(a), nothing past the lengths of `mask`. Returns x as a stream, if it is asked for and if
-        the kernels make it.
-        """
-        products = self._by_clusters(config).for_products(self.limits, shape.tokens)
-        if products is not None:
-            return products.add(a, layer, x, scale=scale, mask=mask, streams=streams, pdl=self.pdl)
-        self._linear(a, layer, x, tile=tile, residual_scale=scale, mask=mask)
-        return None
+    def _block_in_pairs(self, products: Products, x, shape: Shape, config, block: Block, prior, heard) -> Tensor:
+        """`_block` with its products by pairs of programs."""
+        eps, tile, scale = config.norm_eps, self._tiles(shape, x.shape[1], x.shape[1]), 0.5
+        lengths, both = (shape.lengths, shape.frames), {"eps": eps, "pdl": self.pdl}
+        y, glu, qkv = self._new(x.shape), self._new(x.shape), self._new((shape.tokens, 3 * x.shape[1]))
+        h, rows = self._new((shape.tokens, config.linear_units)), self._new((shape.tokens, 2), torch.float32)
+        norm(x, y, eps=eps, tile=tile.norm, prior=(*prior, rows) if prior else None, pdl=self.pdl)
+        products.up(y, block.macaron_up, h, activation=config.activation_type, **both)
+        prior = (*prior[:2], rows) if prior else None
+        stream = products.add(h, block.macaron_down, x, scale=scale, prior=prior, streams=True, pdl=self.pdl)
+        table = None if block.key_table is None else (block.key_table, shape.frames)
+        products.up(stream, block.qkv, qkv, table=table, **both)
+        context = self._context(qkv.view(shape.batch, shape.frames, -1), shape, config, block, tile).view(x.shape)
+        stream = products.add(context, block.attention_out, x, scale=1.0, streams=True, pdl=self.pdl)
+        products.up(stream, block.pointwise_1, glu, glu=lengths, **both)
+        conv = self._depthwise(glu, shape, config, block, tile)
+        streams = block.router is None  # which norms by itself
+        stream = products.add(conv, block.pointwise_2, x, scale=1.0, mask=lengths, streams=streams, pdl=self.pdl)
+        if block.router:
+            self._experts(x, shape, config, block, scale, *self._route(x, shape, config, block, heard()))
+        else:
+            products.up(stream, block.up, h, activation=config.activation_type, **both)
+            products.add(h, block.down, x, scale=scale, pdl=self.pdl)
+        return x
 
-    def _attention(self, x, qkv, shape: Shape, config, block: Block) -> Stream | None:
-        tile = self._tiles(shape, x.shape[1], x.shape[1])
-        context = self._new((shape.batch, shape.frames, x.shape[1]))
+    def _context(self, qkv, shape: Shape, config, block: Block, tile: tiles.Tiles) -> Tensor:
+        context = self._new((shape.batch, shape.frames, config.attention_dim))
         attention(
             qkv, shape.lengths, context, heads=config.attention_heads, key_bias=block.key_bias, chunk=shape.chunk,
             tile=tile.attention, dot=self.dot, pdl=self.pdl,
         )  # fmt: skip
-        return self._add(context.view(x.shape), block.attention_out, x, shape, config, tile.out, 1.0)
+        return context
 
-    def _convolution(self, x, glu, shape: Shape, config, block: Block) -> Stream | None:
-        tile = self._tiles(shape, x.shape[1], x.shape[1])
-        conv, mask = self._new(x.shape), (shape.lengths, shape.frames)
+    def _depthwise(self, glu, shape: Shape, config, block: Block, tile: tiles.Tiles) -> Tensor:
+        conv = self._new(glu.shape)
         depthwise(
             glu, block.depthwise, block.depthwise_bias, conv, frames=shape.frames, activation=config.activation_type,
             left=config.cnn_module_kernel - 1 if config.causal else (config.cnn_module_kernel - 1) // 2,
             before=block.before_first, norm=block.depthwise_norm, tile=tile.depthwise, pdl=self.pdl,
         )  # fmt: skip
-        streams = block.router is None  # which norms by itself
-        return self._add(conv, block.pointwise_2, x, shape, config, tile.out, 1.0, mask, streams)
+        return conv
 
-    def _up(self, x, stream, shape: Shape, config, operation: str, layer, out, prior, **options) -> Tensor:
-        """out = epilogue(layer(norm(x))); returns x, or its layer norm with `prior` as the new residual stream. stream:
-        x, if the product before left it so.
-        """
+    def _up(self, x, shape: Shape, config, operation: str, layer, out, prior, **options) -> Tensor:
+        """out = epilogue(layer(norm(x))); returns x, or its layer norm with `prior` as the new residual stream."""
         tiles_here = self._tiles(shape, x.shape[1], out.shape[1])
         tile = getattr(tiles_here, operation)
         if self._few(shape):
@@ -287,18 +304,13 @@ class Forward:
                 tile=tile, **options,
             )  # fmt: skip
             return prior[3] if prior else x
-        a = stream
-        if stream is None:
-            a, prior = self._new(x.shape), (*prior, x) if prior else None
-            norm(x, a, eps=config.norm_eps, tile=tiles_here.norm, prior=prior, pdl=self.pdl)
-        products = self._by_clusters(config).for_products(self.limits, shape.tokens)
-        if products is None:
-            self._linear(a, layer, out, tile=tile, **options)
-        else:
-            products.up(a, layer, out, eps=config.norm_eps, pdl=self.pdl, **options)
+        y = self._new(x.shape)
+        prior = (*prior, x) if prior else None
+        norm(x, y, eps=config.norm_eps, tile=tiles_here.norm, prior=prior, pdl=self.pdl)
+        self._linear(y, layer, out, tile=tile, **options)
         return x
 
-    def _by_clusters(self, config) -> clustered.ClusteredStack:
+    def _in_clusters(self, config) -> clustered.ClusteredStack:
         return self.clustered[0 if config is self.weights.main.config else 1]
 
     def _routed(self, x, heard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -328,7 +340,7 @@ class Forward:
         if self.trace is not None:
             self.trace("routes", block, expert_idx)
         gate = None if config.moe.keep_expert_output else gate
-        kernels = self._by_clusters(config).for_experts(self.limits, tokens)
+        kernels = self._in_clusters(config).for_experts(self.limits, tokens)
         if kernels is not None:
             kernels.experts(y, expert_idx, gate, block.up, block.down, x, scale=scale, pdl=self.pdl)
             return

@@ -159,9 +159,18 @@ class Kernels:
         sizes, tile = (ctypes.c_ulonglong * 2)(inner, count), (ctypes.c_uint * 2)(128 // size, rows)
         self._check(
             self._driver.cuTensorMapEncodeTiled(
-                described, TENSOR_TYPES[tensor.dtype], 2, ctypes.c_void_p(tensor.data_ptr()), sizes,
-                (ctypes.c_ulonglong * 1)(size * inner), tile, (ctypes.c_uint * 2)(1, 1), 0, SWIZZLED_128,
-                PROMOTED_256, 0,
+                described,
+                TENSOR_TYPES[tensor.dtype],
+                2,
+                ctypes.c_void_p(tensor.data_ptr()),
+                sizes,
+                (ctypes.c_ulonglong * 1)(size * inner),
+                tile,
+                (ctypes.c_uint * 2)(1, 1),
+                0,
+                SWIZZLED_128,
+                PROMOTED_256,
+                0,
             )  # fmt: skip
         )
         return described

@@ -21,9 +21,10 @@ struct Layer {
     const float2* parts;       // of the rows of `a`, (count, tokens); none: `a` is multiplied as it stands
     const Number* table;       // (>= frames, columns / 3), added to the middle third, or none
     const int* lengths;        // (utterances,), or none: all rows count
-    const float* x;
+    const float *prior_w, *prior_b;  // (columns,): x counts as its layer norm with these, or none
+    const float2* prior_rows;  // (tokens,): then of each row mean and 1 / deviation
     float2* x_parts;           // where those of x go, when its rows are wanted in `raw`
-    int tokens, frames, columns, count;
+    int tokens, frames, columns, count, more;
     float each, eps, scale;    // each: columns of a part
 };
 
@@ -77,7 +78,9 @@ struct RowNorm {
             if (4 * i + t < layer.count) squares += part[i].y + layer.each * away * away;
         }
         for (int mask = 2; mask; mask /= 2) squares += shuffle(squares, mask);
-        const float scale = root_below(squares / WIDTH + layer.eps);
+        // A row of equal numbers has no deviation, and what rounding makes of one is nothing to be divided by.
+        const float variance = squares / WIDTH;
+        const float scale = variance > 1e-7f * mean * mean ? root_below(variance + layer.eps) : 0.0f;
         off = -mean * scale;
         factor = scale / RAW;
     }
@@ -90,11 +93,11 @@ template <int K, int N, Kind KIND> struct Place {
     static constexpr int SLOTS = KIND != ADDED ? 0 : WEIGHTS > 65536 ? 2 : 4;  // tiles of x at once
     static constexpr int OUT_TILE = ROWS * 128, OUT = KIND != ADDED ? GROUPS * OUT_TILE : 0;
     static constexpr int TILES = WEIGHTS + STAGES * STAGE + SLOTS * X_TILE + OUT;
-    static_assert(STEPS % STAGES == 0 && TILES + N * 8 + 512 <= SHARED_BYTES, "");
+    static_assert(STEPS % STAGES == 0 && TILES + 3 * N * 4 + 512 <= SHARED_BYTES, "");
 
     char *a, *x, *out;
     Flag *full, *empty, *loaded, *turn, *x_full, *x_empty;
-    float *bias, *sums;
+    float *bias, *sums;  // of what is added: in place of sums weight and bias of the norm in front of x
 
     DEVICE Place(char* memory) {
         a = memory + WEIGHTS, x = a + STAGES * STAGE, out = x + SLOTS * X_TILE;
@@ -116,6 +119,19 @@ template <class T> DEVICE T* in_tiles(char* tiles, int row, int column) {
     char* at = tiles + column / WIDE * (ROWS * 128) + row * 128;
     return (T*)(at + ((column % WIDE / EACH ^ row % 8) * 16 + column % EACH * (int)sizeof(T)));
 }
+
+// Which columns a cluster makes, of pairs of programs' columns, and which tiles of rows. Keys take longer than others where
+// a table is added to them, so `more` clusters share each pair's tiles there.
+struct Share {
+    int pair, first, stride;
+
+    DEVICE Share(const Layer& layer, int pairs) {
+        const int even = groups() - layer.more * (pairs / 3), beyond = group() - even;
+        pair = beyond < 0 ? group() % pairs : pairs / 3 + beyond % (pairs / 3);
+        first = beyond < 0 ? group() / pairs : even / pairs + beyond / (pairs / 3);
+        stride = even / pairs + (layer.more && pair / (pairs / 3) == 1 ? layer.more : 0);
+    }
+};
 
 // What is made of a product in `out`. Its `ask` stands ahead of the product, so that `finish` waits for nothing. 32 columns
 // at a time: what is read of shared memory waits for what was written before, since both might be the same.
@@ -191,18 +207,20 @@ template <int N, Kind KIND> struct Result {
     }
 };
 
-// x += scale * the product, in the tile `x` in shared memory, and in c.
-template <int N> DEVICE void add_to_x(
-    const Layer& layer, const Rows& rows, const float* bias, float (&c)[N / 2], char* x
+// x += scale * the product, in the tile `x` in shared memory, and in c. `prior`: mean and 1 / deviation of the rows.
+template <int N, class Place> DEVICE void add_to_x(
+    const Layer& layer, const Rows& rows, const Place& place, const float2 (&prior)[2], float (&c)[N / 2], char* x
 ) {
+    const int t = thread() % 4;
     const float scale[2] = {rows.valid(0) ? layer.scale : 0.0f, rows.valid(1) ? layer.scale : 0.0f};
 #pragma unroll
     for (int first = 0; first < N / 8; first += 4) {
-        float2 add[4], before[4][2];
+        float2 add[4], factor[4], summand[4], before[4][2];
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            const int at = (first + n) * 8 + thread() % 4 * 2;
-            add[n] = *(const float2*)(bias + at);
+            const int at = (first + n) * 8 + 2 * t;
+            add[n] = *(const float2*)(place.bias + at);
+            factor[n] = *(const float2*)(place.sums + at), summand[n] = *(const float2*)(place.sums + N + at);
 #pragma unroll
             for (int half = 0; half < 2; half++) before[n][half] = *(float2*)in_tiles<float>(x, rows.local(half), at);
         }
@@ -211,9 +229,11 @@ template <int N> DEVICE void add_to_x(
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float &v = c[(first + n) * 4 + half * 2], &w = c[(first + n) * 4 + half * 2 + 1];
-                v = before[n][half].x + scale[half] * (v + add[n].x);
-                w = before[n][half].y + scale[half] * (w + add[n].y);
-                *(float2*)in_tiles<float>(x, rows.local(half), (first + n) * 8 + thread() % 4 * 2) = make_float2(v, w);
+                float2 old = before[n][half];
+                old.x = (old.x - prior[half].x) * prior[half].y * factor[n].x + summand[n].x;
+                old.y = (old.y - prior[half].x) * prior[half].y * factor[n].y + summand[n].y;
+                v = old.x + scale[half] * (v + add[n].x), w = old.y + scale[half] * (w + add[n].y);
+                *(float2*)in_tiles<float>(x, rows.local(half), (first + n) * 8 + 2 * t) = make_float2(v, w);
             }
     }
 }
@@ -278,12 +298,18 @@ template <int K, int N, Kind KIND> DEVICE void product(
     release();
     const Here place(memory);
     const int me = rank(), warp = uniform(thread() / 32), lane = thread() % 32;
-    const int pairs = layer.columns / (2 * N), column = (group() % pairs * 2 + me) * N;
-    const int tiles = (layer.tokens + ROWS - 1) / ROWS, first = group() / pairs, stride = groups() / pairs;
+    const Share share(layer, layer.columns / (2 * N));
+    const int tiles = (layer.tokens + ROWS - 1) / ROWS, first = share.first, stride = share.stride;
+    const int column = (share.pair * 2 + me) * N;
     if (thread() == 0) place.open();
     for (int i = thread(); i < N; i += THREADS) {
         place.bias[i] = weights4(layer.bias + column + i);
-        place.sums[i] = layer.parts ? weights4(layer.sums + column + i) : 0.0f;
+        if (KIND == ADDED) {
+            place.sums[i] = layer.prior_rows ? weights4(layer.prior_w + column + i) : 1.0f;
+            place.sums[N + i] = layer.prior_rows ? weights4(layer.prior_b + column + i) : 0.0f;
+        } else {
+            place.sums[i] = layer.parts ? weights4(layer.sums + column + i) : 0.0f;
+        }
     }
     arrive();
     all_here();
@@ -322,6 +348,9 @@ template <int K, int N, Kind KIND> DEVICE void product(
         for (int i = mine, tile = first + mine * stride; tile < tiles; i += GROUPS, tile += GROUPS * stride) {
             const Rows rows(layer, tile * ROWS + warp % 4 * 16 + lane / 4);
             Result<N, KIND> result;
+            float2 prior[2] = {make_float2(0.0f, 1.0f), make_float2(0.0f, 1.0f)};
+            if (KIND == ADDED && layer.prior_rows)
+                for (int half = 0; half < 2; half++) prior[half] = written_now(layer.prior_rows + rows.row[half]);
             if (i) arrived(place.turn + mine, (i - 1) / GROUPS % 2);
             float c[N / 2];
 #pragma unroll
@@ -369,7 +398,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
             const int slot = SLOTS ? i % SLOTS : 0;
             char* tile_of_x = place.x + slot * Here::X_TILE;
             arrived(place.x_full + slot, i / (SLOTS + !SLOTS) % 2);
-            add_to_x<N>(layer, rows, place.bias, c, tile_of_x);
+            add_to_x<N>(layer, rows, place, prior, c, tile_of_x);
             give_x<N>(layer, rows, column, tile * ROWS, x, out, c, tile_of_x);
             if (thread() % 128 == 0) arrive_at(place.x_empty + slot, me);
         }
@@ -403,4 +432,10 @@ KERNEL product_added(
 ) {
     SHARED(memory);
     product<WIDTH, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, out, x, layer);
+}
+KERNEL product_added_from_hidden(
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Matrix x, CONSTANT Layer layer
+) {
+    SHARED(memory);
+    product<HIDDEN, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, out, x, layer);
 }

@@ -11,7 +11,7 @@ import torch
 from m3asr.kernels.clusters import FOLDER
 from m3asr.kernels.clusters.machine import Kernels
 
-FILES = ("activation.cu", "products.cu", "products_from_hidden.cu")
+FILES = ("activation.cu", "products.cu")
 PROGRAMS, ROWS = 2, 64
 GROUPS = 3  # of four warps that multiply; two warps ask for copies
 THREADS = 128 * GROUPS + 64
@@ -22,9 +22,13 @@ MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "bias sums parts table lengths x x_parts".split()),
-        *((name, ctypes.c_int) for name in ("tokens", "frames", "columns", "count")),
-        *((name, ctypes.c_float) for name in ("each", "eps", "scale")),
+        (name, kind)
+        for kind, names in (
+            (ctypes.c_void_p, "bias sums parts table lengths prior_w prior_b prior_rows x_parts"),
+            (ctypes.c_int, "tokens frames columns count more"),
+            (ctypes.c_float, "each eps scale"),
+        )
+        for name in names.split()
     ]  # fmt: skip
 
 
@@ -47,7 +51,14 @@ class ProductSizes:
     def source(self) -> tuple[str, str]:
         """Definitions, and CUDA C++ that needs them, machine.cu and warpgroups.cu before it."""
         names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
-        names |= {"THREADS": THREADS, "PROGRAMS": PROGRAMS, "GROUPS": GROUPS, "RESIDENT": 1, "TIMED": 0, "SHARED_BYTES": SHARED_BYTES}
+        names |= {
+            "THREADS": THREADS,
+            "PROGRAMS": PROGRAMS,
+            "GROUPS": GROUPS,
+            "RESIDENT": 1,
+            "TIMED": 0,
+            "SHARED_BYTES": SHARED_BYTES,
+        }
         names |= {"COLUMNS": COLUMNS, "ADDED_COLUMNS": ADDED_COLUMNS}
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
         return defined, "".join((FOLDER / f).read_text() for f in FILES)
@@ -97,20 +108,22 @@ class Products:
             table, frames = table or (None, 1)
             self._launch("product_keyed", a, layer, pdl, out=out, table=table, frames=frames, eps=eps)
 
-    def add(self, a, layer, x, *, scale, mask=None, streams=False, pdl=False) -> Stream | None:
+    def add(self, a, layer, x, *, scale, mask=None, prior=None, streams=False, pdl=False) -> Stream | None:
         """x (N, D) float32 += scale * layer(a), nothing past the lengths of mask = (lengths, frames).
 
-        streams: returns x as a `Stream`, too.
+        prior = (weight, bias, rows): x counts as its layer norm, rows float32 (N, 2) as `norm` leaves them. streams:
+        returns x as a `Stream`, too.
         """
         from_hidden = layer.weight.shape[1] == self.sizes.hidden
-        stream, (lengths, frames) = None, mask or (None, 1)
+        stream, (lengths, frames), (w, b, rows) = None, mask or (None, 1), prior or (None, None, None)
         if streams:
             parts = x.shape[1] // ADDED_COLUMNS
             raw = torch.empty(x.shape, dtype=layer.weight.dtype, device=x.device)
             stream = Stream(raw, torch.empty(parts, x.shape[0], 2, device=x.device))
         self._launch(
             "product_added_from_hidden" if from_hidden else "product_added", a, layer, pdl, x=x, lengths=lengths,
-            frames=frames, scale=scale, out=stream and stream.raw, x_parts=stream and stream.parts,
+            frames=frames, scale=scale, out=stream and stream.raw, x_parts=stream and stream.parts, prior_w=w,
+            prior_b=b, prior_rows=rows,
         )  # fmt: skip
         return stream
 
@@ -119,19 +132,22 @@ class Products:
         if isinstance(a, Stream):
             tensors |= {"parts": a.parts, "sums": self.sums(layer.weight)}
             a, count = a.raw, a.parts.shape[0]
-        tensors |= {"bias": layer.bias, "x": x}
+        tensors["bias"] = layer.bias
         tokens, columns = a.shape[0], layer.weight.shape[0]
         pairs = columns // (PROGRAMS * (COLUMNS if x is None else ADDED_COLUMNS))
         most = kernels.most_clusters(name, THREADS, SHARED_BYTES, PROGRAMS)
-        together = max(1, min(most // pairs, -(-tokens // ROWS)))
+        tiles = -(-tokens // ROWS)
+        together, more = max(1, min(most // pairs, tiles)), 0
+        if tensors.get("table") is not None:
+            together, more = with_keys(most, pairs, tiles)
         task = _Layer(
-            tokens=tokens, frames=frames, columns=columns, count=count, each=ADDED_COLUMNS, eps=eps, scale=scale,
-            **{key: None if t is None else t.data_ptr() for key, t in tensors.items()},
+            tokens=tokens, frames=frames, columns=columns, count=count, more=more, each=ADDED_COLUMNS, eps=eps,
+            scale=scale, **{key: None if t is None else t.data_ptr() for key, t in tensors.items()},
         )  # fmt: skip
         weight = self._weight(layer.weight, COLUMNS if x is None else ADDED_COLUMNS)
         made = (out,) if x is None else (x if out is None else out, x)
         kernels.launch(
-            name, PROGRAMS * pairs * together, THREADS, kernels.matrix(a, ROWS), weight,
+            name, PROGRAMS * (pairs * together + pairs // 3 * more), THREADS, kernels.matrix(a, ROWS), weight,
             *(kernels.matrix(t, ROWS) for t in made), task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,
         )  # fmt: skip
 
@@ -145,3 +161,19 @@ class Products:
         if id(weight) not in self._sums:
             self._sums[id(weight)] = weight, weight.float().sum(1)
         return self._sums[id(weight)][1]
+
+
+def with_keys(most: int, pairs: int, tiles: int) -> tuple[int, int]:
+    """Of `most` clusters how many share each pair's tiles of rows, and how many more those of keys: a third of the pairs,
+    whose tiles take 1.3 times as long.
+    """
+    best = (max(1, min(most // pairs, tiles)), 0)
+    for together in range(1, best[0] + 1):
+        more = max(0, min((most - together * pairs) // (pairs // 3), tiles - together))
+        if _time(tiles, together, more) < _time(tiles, *best):
+            best = together, more
+    return best
+
+
+def _time(tiles: int, together: int, more: int) -> float:
+    return max(-(-tiles // together), 1.3 * -(-tiles // (together + more)))
