@@ -20,12 +20,13 @@ from m3asr.kernels.clusters.products import Products, ProductSizes
 @dataclass(frozen=True)
 class Limits:
     """The most tokens for which blocks, and experts, run so; 0: never. The fewest for which products do; inf: never.
-    timed: see `clusters.Sizes`.
+    With 8192 a forward of the seed's model takes 0.92 of what it takes without, with 4096 the same (H100). timed: see
+    `clusters.Sizes`.
     """
 
     block: int = MOST_TOKENS
     experts: int = MOST_TOKENS
-    products: float = 1024
+    products: float = 4096
     timed: bool = False
 
 
@@ -34,7 +35,7 @@ class ClusteredStack:
 
     def __init__(self, stack: Stack, experts: int, dtype: torch.dtype, experts_dtype: torch.dtype, load=None):
         """experts: of the main stack, so that both are run by the same kernels."""
-        config, block, self.blocks = stack.config, stack.blocks[0], len(stack.blocks)
+        config, block = stack.config, stack.blocks[0]
         self._device, self._load, self.made = stack.after_norm[0].device, load, {}
         self._sizes = Sizes(
             width=config.attention_dim, hidden=config.linear_units, heads=config.attention_heads,

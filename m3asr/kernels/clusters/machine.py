@@ -156,23 +156,10 @@ class Kernels:
         room = (ctypes.c_char * (128 + 64))()
         described = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
         (count, inner), size = tensor.shape, tensor.element_size()
-        sizes, tile = (ctypes.c_ulonglong * 2)(inner, count), (ctypes.c_uint * 2)(128 // size, rows)
-        self._check(
-            self._driver.cuTensorMapEncodeTiled(
-                described,
-                TENSOR_TYPES[tensor.dtype],
-                2,
-                ctypes.c_void_p(tensor.data_ptr()),
-                sizes,
-                (ctypes.c_ulonglong * 1)(size * inner),
-                tile,
-                (ctypes.c_uint * 2)(1, 1),
-                0,
-                SWIZZLED_128,
-                PROMOTED_256,
-                0,
-            )  # fmt: skip
-        )
+        sizes, row_bytes = (ctypes.c_ulonglong * 2)(inner, count), (ctypes.c_ulonglong * 1)(size * inner)
+        tile, steps, at = (ctypes.c_uint * 2)(128 // size, rows), (ctypes.c_uint * 2)(1, 1), tensor.data_ptr()
+        values = TENSOR_TYPES[tensor.dtype], 2, ctypes.c_void_p(at), sizes, row_bytes, tile, steps
+        self._check(self._driver.cuTensorMapEncodeTiled(described, *values, 0, SWIZZLED_128, PROMOTED_256, 0))
         return described
 
     def numbers(self, name: str, count: int) -> list[int]:

@@ -11,9 +11,9 @@ import torch
 from m3asr.kernels.clusters import FOLDER
 from m3asr.kernels.clusters.machine import Kernels
 
-FILES = ("activation.cu", "products.cu")
+FILES = ("activation.cu", "results.cu", "products.cu")
 PROGRAMS, ROWS = 2, 64
-GROUPS = 3  # of four warps that multiply; two warps ask for copies
+GROUPS = 3  # of four warps that multiply; two more warps ask for copies
 THREADS = 128 * GROUPS + 64
 COLUMNS, ADDED_COLUMNS = 128, 64  # of a program: of a product by itself, and of one that is added to x
 SHARED_BYTES = 227 << 10
@@ -51,15 +51,8 @@ class ProductSizes:
     def source(self) -> tuple[str, str]:
         """Definitions, and CUDA C++ that needs them, machine.cu and warpgroups.cu before it."""
         names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
-        names |= {
-            "THREADS": THREADS,
-            "PROGRAMS": PROGRAMS,
-            "GROUPS": GROUPS,
-            "RESIDENT": 1,
-            "TIMED": 0,
-            "SHARED_BYTES": SHARED_BYTES,
-        }
-        names |= {"COLUMNS": COLUMNS, "ADDED_COLUMNS": ADDED_COLUMNS}
+        names |= {"THREADS": THREADS, "PROGRAMS": PROGRAMS, "RESIDENT": 1, "TIMED": 0, "GROUPS": GROUPS}
+        names |= {"COLUMNS": COLUMNS, "ADDED_COLUMNS": ADDED_COLUMNS, "SHARED_BYTES": SHARED_BYTES}
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
         return defined, "".join((FOLDER / f).read_text() for f in FILES)
 
@@ -164,8 +157,8 @@ class Products:
 
 
 def with_keys(most: int, pairs: int, tiles: int) -> tuple[int, int]:
-    """Of `most` clusters how many share each pair's tiles of rows, and how many more those of keys: a third of the pairs,
-    whose tiles take 1.3 times as long.
+    """Of `most` clusters how many share each pair's tiles of rows, and how many more those of keys, which are a third
+    of the pairs and take 1.3 times as long.
     """
     best = (max(1, min(most // pairs, tiles)), 0)
     for together in range(1, best[0] + 1):

@@ -1,0 +1,243 @@
+// What is made of a product's sums, tile by tile, and how it leaves: see products.cu.
+typedef unsigned short Number;  // bfloat16 or float16
+// A stage holds 128 columns of 64 rows: two tiles, one of each program.
+constexpr int ROWS = 64, STAGE = PROGRAMS * ROWS * 128, WARPS = 4 * GROUPS, MOST_PARTS = 8;
+#if HALF
+constexpr float RAW = 0.0625f;  // so that float16 holds a stream of up to a million
+#else
+constexpr float RAW = 1.0f;
+#endif
+
+struct Layer {
+    const float *bias, *sums;  // (columns,)
+    const float2* parts;       // of the rows of `a`, (count, tokens); none: `a` is multiplied as it stands
+    const Number* table;       // (>= frames, columns / 3), added to the middle third, or none
+    const int* lengths;        // (utterances,), or none: all rows count
+    const float *prior_w, *prior_b;  // (columns,): x counts as its layer norm with these, or none
+    const float2* prior_rows;  // (tokens,): then of each row mean and 1 / deviation
+    float2* x_parts;           // where those of x go, when its rows are wanted in `raw`
+    int tokens, frames, columns, count, more;
+    float each, eps, scale;    // each: columns of a part
+};
+
+// What follows the product: activation; GLU of neighbours, zero past the length; the table; the sum with `x`.
+enum Kind { ACTIVATED, GATED, KEYED, ADDED };
+
+// This thread's two rows, eight apart.
+struct Rows {
+    int row[2], position[2], length[2];
+    bool here[2];
+
+    DEVICE Rows(const Layer& layer, int first) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            here[half] = first + 8 * half < layer.tokens;
+            row[half] = min(first + 8 * half, layer.tokens - 1);  // what is past the end is never stored
+            position[half] = row[half] % layer.frames;
+            length[half] = layer.lengths ? written(layer.lengths + row[half] / layer.frames) : layer.frames;
+        }
+    }
+    DEVICE bool valid(int half) const { return position[half] < length[half]; }
+    DEVICE static int local(int half) { return thread() % 128 / 32 * 16 + thread() % 32 / 4 + 8 * half; }
+};
+
+// What a row's norm takes, for the four threads that have the row: asked for as the product begins, joined behind it, when
+// norm(x) = factor * raw + off.
+struct RowNorm {
+    float2 part[MOST_PARTS / 4];
+    float off, factor;
+
+    DEVICE void ask(const Layer& layer, int row) {
+        const int t = thread() % 4;
+#pragma unroll
+        for (int i = 0; i < MOST_PARTS / 4; i++) {
+            part[i] = make_float2(0.0f, 0.0f);
+            if (4 * i + t < layer.count) part[i] = written_now(layer.parts + (4 * i + t) * layer.tokens + row);
+        }
+    }
+    DEVICE void join(const Layer& layer) {
+        off = 0.0f, factor = 1.0f;
+        if (!layer.count) return;
+        const int t = thread() % 4;
+        float mean = 0.0f, squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < MOST_PARTS / 4; i++) mean += part[i].x;
+        for (int mask = 2; mask; mask /= 2) mean += shuffle(mean, mask);
+        mean *= layer.each / WIDTH;
+#pragma unroll
+        for (int i = 0; i < MOST_PARTS / 4; i++) {
+            const float away = part[i].x - mean;
+            if (4 * i + t < layer.count) squares += part[i].y + layer.each * away * away;
+        }
+        for (int mask = 2; mask; mask /= 2) squares += shuffle(squares, mask);
+        // A row of equal numbers has no deviation, and what rounding makes of one is nothing to be divided by.
+        const float variance = squares / WIDTH;
+        const float scale = variance > 1e-7f * mean * mean ? root_below(variance + layer.eps) : 0.0f;
+        off = -mean * scale;
+        factor = scale / RAW;
+    }
+};
+
+// Where a number is in tiles of 64 rows and 128 bytes, which have the copy engine's order.
+template <class T> DEVICE T* in_tiles(char* tiles, int row, int column) {
+    constexpr int WIDE = 128 / sizeof(T), EACH = 16 / sizeof(T);
+    char* at = tiles + column / WIDE * (ROWS * 128) + row * 128;
+    return (T*)(at + ((column % WIDE / EACH ^ row % 8) * 16 + column % EACH * (int)sizeof(T)));
+}
+
+// What is made of a product in `out`. `ask` stands at the product's first step, so that `finish` waits for nothing. 32
+// columns at a time: what is read of shared memory waits for what was written before, since both might be the same.
+template <int N, Kind KIND> struct Result {
+    static constexpr int WIDE = KIND == GATED ? 128 : 64;  // columns that make 64 results
+    RowNorm norm[2];
+    uint4 keys[KIND == KEYED ? 4 : 1];  // of the table: 16 bytes of every 16th row of the group's 64
+    const Number* table;                // none: these columns are no keys
+
+    DEVICE void ask(const Layer& layer, const Rows& rows, int first, int column) {
+        norm[0].ask(layer, rows.row[0]), norm[1].ask(layer, rows.row[1]);
+        const int third = layer.columns / 3, key = column - third;  // a program's columns are keys or not
+        table = KIND == KEYED && layer.table && key >= 0 && key < third ? layer.table + key : nullptr;
+        if (table) ask_keys(layer, first, 0);
+    }
+    DEVICE void ask_keys(const Layer& layer, int row, int column) {
+        const int part = thread() % 8 * 8;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int position = (row + i * 16 + thread() % 128 / 8) % layer.frames;
+            keys[KIND == KEYED ? i : 0] = weights16(table + (long long)position * (layer.columns / 3) + column + part);
+        }
+    }
+    // To where the results will be, which are added to them.
+    DEVICE void put_keys(char* out) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            *(uint4*)in_tiles<Number>(out, i * 16 + thread() % 128 / 8, thread() % 8 * 8) = keys[KIND == KEYED ? i : 0];
+    }
+
+    // Of WIDE columns from `first` on; `out`: a tile in shared memory.
+    template <bool ADDS> DEVICE void finish(
+        const Rows& rows, const float* bias, const float* sums, const float (&c)[N / 2], int first, char* out
+    ) const {
+        const int t = thread() % 4;
+        const u32 counts[2] = {rows.valid(0) ? 0xffffu : 0, rows.valid(1) ? 0xffffu : 0};
+#pragma unroll
+        for (int many = 0; many < WIDE / 8; many += 4) {
+            float2 add[4], sum[4], key[4][2];
+            u32 made[4][2];
+            if (ADDS)
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++)
+                        key[n][half] = floats(*(u32*)in_tiles<Number>(out, rows.local(half), (many + n) * 8 + 2 * t));
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                add[n] = *(const float2*)(bias + first + (many + n) * 8 + 2 * t);
+                sum[n] = *(const float2*)(sums + first + (many + n) * 8 + 2 * t);
+            }
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int at = (first / 8 + many + n) * 4 + half * 2;
+                    float v = norm[half].factor * c[at] + (norm[half].off * sum[n].x + add[n].x);
+                    float w = norm[half].factor * c[at + 1] + (norm[half].off * sum[n].y + add[n].y);
+                    if (KIND == ACTIVATED) v = activate(v), w = activate(w);
+                    if (KIND == GATED) v = v * sigmoid(w), w = 0.0f;
+                    if (ADDS) v += key[n][half].x, w += key[n][half].y;
+                    made[n][half] = pair(v, w);
+                }
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    if (KIND == GATED)
+                        *in_tiles<Number>(out, rows.local(half), (many + n) * 4 + t) = made[n][half] & counts[half];
+                    else
+                        *(u32*)in_tiles<Number>(out, rows.local(half), (many + n) * 8 + 2 * t) = made[n][half];
+        }
+    }
+};
+
+// x += scale * the product, in the tile `x` in shared memory, and in c. `prior`: mean and 1 / deviation of the rows.
+template <int N, class Place> DEVICE void add_to_x(
+    const Layer& layer, const Rows& rows, const Place& place, const float2 (&prior)[2], float (&c)[N / 2], char* x
+) {
+    const int t = thread() % 4;
+    const float scale[2] = {rows.valid(0) ? layer.scale : 0.0f, rows.valid(1) ? layer.scale : 0.0f};
+#pragma unroll
+    for (int first = 0; first < N / 8; first += 4) {
+        float2 add[4], factor[4], summand[4], before[4][2];
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int at = (first + n) * 8 + 2 * t;
+            add[n] = *(const float2*)(place.bias + at);
+            factor[n] = *(const float2*)(place.sums + at), summand[n] = *(const float2*)(place.sums + N + at);
+#pragma unroll
+            for (int half = 0; half < 2; half++) before[n][half] = *(float2*)in_tiles<float>(x, rows.local(half), at);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float &v = c[(first + n) * 4 + half * 2], &w = c[(first + n) * 4 + half * 2 + 1];
+                float2 old = before[n][half];
+                old.x = (old.x - prior[half].x) * prior[half].y * factor[n].x + summand[n].x;
+                old.y = (old.y - prior[half].x) * prior[half].y * factor[n].y + summand[n].y;
+                v = old.x + scale[half] * (v + add[n].x), w = old.y + scale[half] * (w + add[n].y);
+                *(float2*)in_tiles<float>(x, rows.local(half), (first + n) * 8 + 2 * t) = make_float2(v, w);
+            }
+    }
+}
+
+// Mean and squares of these columns of the thread's rows.
+template <int N> DEVICE void leave_parts(const Layer& layer, const Rows& rows, int column, const float (&c)[N / 2]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float mean = 0.0f, squares = 0.0f;
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) mean += c[n * 4 + half * 2] + c[n * 4 + half * 2 + 1];
+        for (int mask = 2; mask; mask /= 2) mean += shuffle(mean, mask);
+        mean *= 1.0f / N;
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float away = c[n * 4 + half * 2 + j] - mean;
+                squares += away * away;
+            }
+        for (int mask = 2; mask; mask /= 2) squares += shuffle(squares, mask);
+        if (thread() % 4 == 0 && rows.here[half])
+            layer.x_parts[column / N * layer.tokens + rows.row[half]] = make_float2(mean, squares);
+    }
+}
+
+// Tiles of a group's 64 rows go to a matrix; its four warps have written them.
+template <int TILES, int WIDE> DEVICE void give(const Matrix& matrix, int column, int row, const char* tiles) {
+    seen_by_copies();
+    sync_four(uniform(thread() / 128));
+    if (thread() % 128 == 0)
+        for (int i = 0; i < TILES; i++) tile_stored(matrix, column + i * WIDE, row, tiles + i * (ROWS * 128));
+}
+
+// A tile of x, which is in shared memory and in c, goes to x; its rows in the compute type to `raw`, by way of the same
+// place, and what their norm takes. The group's first thread returns when the place is free.
+template <int N> DEVICE void give_x(
+    const Layer& layer, const Rows& rows, int column, int row, const Matrix& x, const Matrix& raw,
+    const float (&c)[N / 2], char* tiles
+) {
+    give<N / 32, 32>(x, column, row, tiles);
+    if (layer.x_parts) {
+        leave_parts<N>(layer, rows, column, c);
+        if (thread() % 128 == 0) stores_read();
+        sync_four(uniform(thread() / 128));
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                *(u32*)in_tiles<Number>(tiles, rows.local(half), n * 8 + thread() % 4 * 2) =
+                    pair(RAW * c[n * 4 + half * 2], RAW * c[n * 4 + half * 2 + 1]);
+        give<N / 64, 64>(raw, column, row, tiles);
+    }
+    if (thread() % 128 == 0) stores_read();
+}
