@@ -5,6 +5,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from interpreter_tiles import few_programs  # noqa: E402, F401
+from kernels.emulated import emulator  # noqa: E402
+
 from m3asr.config import EncoderConfig, ModelConfig, MoEConfig  # noqa: E402
 from m3asr.engines.cuda import CudaEngine  # noqa: E402
 from m3asr.engines.cuda.clustered import ClusteredStack, Limits  # noqa: E402
@@ -12,10 +15,10 @@ from m3asr.engines.cuda.packing import pack  # noqa: E402
 from m3asr.model import Model  # noqa: E402
 
 
-def config(**changes) -> ModelConfig:
+def config(blocks=(3, 2), experts=32, **changes) -> ModelConfig:
     shape = {"input_dim": 20, "attention_dim": 256, "attention_heads": 4, "linear_units": 512, **changes}
-    embed = EncoderConfig(**shape, num_blocks=2)
-    encoder = EncoderConfig(**shape, num_blocks=3, moe=MoEConfig(32, 512), embed=embed)
+    embed = EncoderConfig(**shape, num_blocks=blocks[1])
+    encoder = EncoderConfig(**shape, num_blocks=blocks[0], moe=MoEConfig(experts, 512), embed=embed)
     return ModelConfig(family="3m", vocab_size=37, encoder=encoder)
 
 
@@ -58,6 +61,24 @@ def test_what_clusters_run(changes, tokens, frames, blocks, experts):
     assert (stack.for_experts(limits, tokens) is not None) == (experts and config_.encoder.moe.hidden_units == 512)
     assert stack.for_blocks(limits, tokens, frames, (4, 2)) is None
     assert stack.for_blocks(Limits(0, 0), tokens, frames, None) is None
+
+
+def test_blocks_in_pairs(tmp_path, few_programs):  # noqa: F811
+    """A whole forward whose products are made by pairs of programs, on an emulated card: the same but for rounding."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    engine = CudaEngine(model(config(blocks=(1, 1), experts=4, linear_units=256)), "fp16", "cpu")
+    forward, results = engine.forward, []
+    features, lengths = torch.randn(2, 31, 20), torch.tensor([31, 19], dtype=torch.int32)
+    load = emulator(tmp_path, "emulated_warpgroups.h")
+    stacks = forward.weights.main, forward.weights.embed
+    forward.clustered = [ClusteredStack(stack, 4, torch.float16, torch.float16, load=load) for stack in stacks]
+    for products in (float("inf"), 1):
+        forward.limits = Limits(0, 0, products=products)
+        results.append(forward(features, lengths)[1])
+    assert not torch.equal(*results), "the products were not used"
+    valid = torch.arange(results[0].shape[1]) < torch.tensor([[7], [4]])
+    assert relative(results[1][valid], results[0][valid]) < 3e-3
 
 
 @pytest.fixture(scope="module")
