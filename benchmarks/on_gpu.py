@@ -62,11 +62,17 @@ STAGES = {
         "--out {out}/few",
         100,
     ),
-    # Blocks and experts of few tokens by clusters of programs.
+    # Blocks and experts of few tokens by clusters of programs, products of many by pairs of them.
     "tests-clusters": Stage(
-        "{python} -m pytest tests/kernels/test_clusters.py tests/test_clustered.py -q -n 8 --dist load "
-        "-p no:cacheprovider",
-        90,
+        "{python} -m pytest tests/kernels/test_clusters.py tests/kernels/test_products.py tests/test_clustered.py "
+        "-q -n 8 --dist load -p no:cacheprovider",
+        120,
+    ),
+    "pairs": Stage(
+        "{python} -m benchmarks.kernels --out {out}/pairs --shapes 16x1024 64x1024 --cases up qkv gated out down "
+        "--used --jobs 0 && {python} -m benchmarks.encoder --inputs 16x1024 64x1024 --precisions bf16 fp16 --variants pairs "
+        "--no-baselines {tiles} --out {out}/pairs",
+        150,
     ),
     "clusters": Stage(
         "{python} -m benchmarks.encoder --inputs 1x206 1x1024 1x2048 --precisions bf16 fp16 --variants cluster "
