@@ -70,8 +70,8 @@ STAGES = {
     ),
     "pairs": Stage(
         "{python} -m benchmarks.kernels --out {out}/pairs --shapes 16x1024 64x1024 --cases up qkv gated out down "
-        "--used --jobs 0 && {python} -m benchmarks.encoder --inputs 16x1024 64x1024 --precisions bf16 fp16 --variants pairs "
-        "--no-baselines {tiles} --out {out}/pairs",
+        "--used --jobs 0 && {python} -m benchmarks.encoder --inputs 16x1024 64x1024 --precisions bf16 fp16 "
+        "--variants pairs --no-baselines {tiles} --out {out}/pairs",
         150,
     ),
     "clusters": Stage(

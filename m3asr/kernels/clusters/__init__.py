@@ -4,7 +4,8 @@ With few tokens a launch of one step spends most of its time on beginning, on re
 and on waiting for its last program. Here the steps of a launch are for 16 rows, and the programs that share them are a
 cluster: they exchange results through each other's shared memory, 0.3 us a barrier in place of 0.6 to 1 us a launch.
 Triton has no barrier of a cluster that a kernel could use, and keeps no weights in registers across steps, hence CUDA
-C++: BLOCK and EXPERTS name the files, steps.cu is what they share, machine.cu what they need of the card.
+C++: BLOCK and EXPERTS name the files, steps.cu is what they share, machine.cu what they need of the card. What
+pairs of programs do for many tokens is in products.py.
 """
 
 from __future__ import annotations
