@@ -5,7 +5,10 @@
 DEVICE int uniform(int v) { return v; }
 struct Matrix { char* first; long long inner, count; int rows, size; };
 
-struct Phased { int arrivals = 0, left = 0, bytes = 0; bool turned = false; int phase = 0; std::vector<std::function<void()>> copies; };
+struct Phased {
+    int arrivals = 0, left = 0, bytes = 0, phase = 0;
+    std::vector<std::function<void()>> copies;
+};
 static std::map<Flag*, Phased> of_phased;
 static void turn(Phased& flag) {
     if (flag.left || flag.bytes) return;
@@ -54,7 +57,8 @@ DEVICE void tile_copied(void* to, const Matrix& matrix, int column, int row, Fla
     bring(to, matrix, column, row, flag);
 }
 DEVICE void tile_shared(void* to, const Matrix& matrix, int column, int row, Flag* flag) {
-    for (int program = 0; program < PROGRAMS; program++) bring(of((char*)to, program), matrix, column, row, of(flag, program));
+    for (int program = 0; program < PROGRAMS; program++)
+        bring(of((char*)to, program), matrix, column, row, of(flag, program));
 }
 
 DEVICE void seen_by_copies() {}

@@ -105,7 +105,7 @@ def test_qkv(products, layer, check, poisoned, device, dtype, frames, batch, tab
 
 @kinds
 @counts
-@pytest.mark.parametrize("inner, hidden", [(256, 512), (512, 512), (1024, 1024)])
+@pytest.mark.parametrize("inner, hidden", [(256, 512), (512, 512), (768, 768), (1024, 1024)])
 @pytest.mark.parametrize("masked, prior", [(False, False), (True, False), (False, True)])
 def test_add(products, layer, check, device, dtype, tokens, inner, hidden, masked, prior):
     x, a = torch.randn(tokens, WIDTH, device=device), torch.randn(tokens, inner, device=device).to(dtype)

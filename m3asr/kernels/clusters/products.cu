@@ -1,19 +1,21 @@
-// Products of many tokens, a w^T with what follows them, weight-stationary: a program keeps the weights of its N columns
-// in shared memory and takes one tile of 64 rows after the other. A cluster of two shares the tiles' copies, each of
-// which brings half. One warp asks for copies; three times four warps multiply in turn, so that the matrix unit works on
-// one tile while the results of the others are finished, and leave by the copy engine.
+// Products of many tokens, a w^T with what follows them, weight-stationary: a program keeps the weights of its N
+// columns in shared memory and takes one tile of 64 rows after the other. A cluster of two shares the tiles' copies,
+// each of which brings half. One warp asks for copies; three times four warps multiply in turn, so that the matrix unit
+// works on one tile while the results of the others are finished, and leave by the copy engine.
 //
 // A norm in front costs no launch: whoever writes the residual stream leaves its rows in the compute type as they are
 // (`raw`), and of each row its columns' mean and squares (`parts`, joined as Chan et al., 1979, have it). Then
-// norm(x) w^T = (raw w^T - mean * sums of w's rows) / deviation. The residual stream itself comes and goes in tiles, too.
+// norm(x) w^T = (raw w^T - mean * sums of w's rows) / deviation. The residual stream itself comes and goes in tiles.
+
 // What a program has in shared memory, one behind the other.
 template <int K, int N, Kind KIND> struct Place {
     static constexpr int STEPS = K / 64 / PROGRAMS, WEIGHTS = K * N * 2, X_TILE = ROWS * N * 4;
-    static constexpr int STAGES = STEPS < 4 ? STEPS : 4;  // divides STEPS: each step has its place
+    // Divides STEPS, so that each step has its place.
+    static constexpr int STAGES = STEPS % 4 == 0 ? 4 : STEPS % 3 == 0 ? 3 : STEPS % 2 == 0 ? 2 : 1;
     static constexpr int SLOTS = KIND != ADDED ? 0 : WEIGHTS > 65536 ? 2 : 4;  // tiles of x at once
     static constexpr int OUT_TILE = ROWS * 128, OUT = KIND != ADDED ? GROUPS * OUT_TILE : 0;
     static constexpr int TILES = WEIGHTS + STAGES * STAGE + SLOTS * X_TILE + OUT;
-    static_assert(STEPS % STAGES == 0 && TILES + 3 * N * 4 + 512 <= SHARED_BYTES, "");
+    static_assert(TILES + 3 * N * 4 + 512 <= SHARED_BYTES, "");
 
     char *a, *x, *out;
     Flag *full, *empty, *loaded, *turn, *x_full, *x_empty;
@@ -33,8 +35,8 @@ template <int K, int N, Kind KIND> struct Place {
     }
 };
 
-// Which pair of programs' columns a cluster makes, and which tiles of rows. Keys, to which a table is added, take longer
-// than the rest, so `more` clusters share each pair's tiles there.
+// Which pair of programs' columns a cluster makes, and which tiles of rows. Keys, to which a table is added, take
+// longer than the rest, so `more` clusters share each pair's tiles there.
 struct Share {
     int pair, first, stride;
 

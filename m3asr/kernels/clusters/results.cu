@@ -41,8 +41,8 @@ struct Rows {
     DEVICE static int local(int half) { return thread() % 128 / 32 * 16 + thread() % 32 / 4 + 8 * half; }
 };
 
-// What a row's norm takes, for the four threads that have the row: asked for as the product begins, joined behind it, when
-// norm(x) = factor * raw + off.
+// What a row's norm takes, for the four threads that have the row: asked for as the product begins, joined behind it,
+// when norm(x) = factor * raw + off.
 struct RowNorm {
     float2 part[MOST_PARTS / 4];
     float off, factor;

@@ -26,7 +26,8 @@ DEVICE void arrive_at(Flag* flag, int program) {
 
 // A tile of a matrix, 128 bytes wide, to shared memory in the matrix unit's order; what lies outside comes as zeros.
 DEVICE void tile_copied(void* to, const Matrix& matrix, int column, int row, Flag* flag) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];"
                  :: "r"(shared_address(to)), "l"(&matrix), "r"(column), "r"(row), "r"(shared_address(flag)) : "memory");
 }
 // The same to all programs of the cluster, each of which has its flag at the same place.
@@ -38,7 +39,8 @@ DEVICE void tile_shared(void* to, const Matrix& matrix, int column, int row, Fla
                  : "memory");
 }
 
-// A tile back to its matrix; what lies outside is left out. `seen_by_copies` by all who wrote it, and a meeting, before.
+// A tile back to its matrix; what lies outside is left out. Before it, `seen_by_copies` by all who wrote it, and a
+// meeting.
 DEVICE void seen_by_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void tile_stored(const Matrix& matrix, int column, int row, const void* from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
