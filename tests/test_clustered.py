@@ -11,7 +11,7 @@ from kernels.emulated import emulator  # noqa: E402
 from m3asr.config import EncoderConfig, ModelConfig, MoEConfig  # noqa: E402
 from m3asr.engines.cuda import CudaEngine  # noqa: E402
 from m3asr.engines.cuda.clustered import ClusteredStack, Limits  # noqa: E402
-from m3asr.engines.cuda.packing import pack  # noqa: E402
+from m3asr.engines.cuda.packing import EXPERTS_TYPES, TYPES, pack  # noqa: E402
 from m3asr.model import Model  # noqa: E402
 
 
@@ -61,6 +61,26 @@ def test_what_clusters_run(changes, tokens, frames, blocks, experts):
     assert (stack.for_experts(limits, tokens) is not None) == (experts and config_.encoder.moe.hidden_units == 512)
     assert stack.for_blocks(limits, tokens, frames, (4, 2)) is None
     assert stack.for_blocks(Limits(0, 0), tokens, frames, None) is None
+
+
+@pytest.mark.parametrize(
+    "changes, precision, there",
+    [
+        ({}, "fp8", True),
+        ({"causal": True}, "bf16", True),
+        ({}, "fp32", False),
+        ({"macaron_style": False}, "bf16", False),
+        ({"activation_type": "gelu"}, "bf16", False),
+        ({"attention_dim": 320, "attention_heads": 5}, "bf16", False),
+    ],
+)
+def test_what_pairs_run(changes, precision, there):
+    config_ = config(blocks=(1, 1), **changes)
+    packed = pack(config_, model(config_).state_dict(), precision, "cpu")
+    stack = ClusteredStack(packed.weights.main, 32, TYPES[precision], EXPERTS_TYPES[precision], load=lambda *_: None)
+    assert (stack.for_products(Limits(), 4096) is not None) == there
+    assert stack.for_products(Limits(), 4095) is None
+    assert stack.for_products(Limits(products=float("inf")), 10**6) is None
 
 
 def test_blocks_in_pairs(tmp_path, few_programs):  # noqa: F811
