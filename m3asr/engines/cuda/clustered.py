@@ -76,7 +76,7 @@ class ClusteredStack:
     def compile(self) -> None:
         """Compile what will be used, which then lies beside what Triton keeps."""
         if self._products:
-            self.products.loaded()
+            _ = self.products.kernels
         for used, files in ((self._blocks, BLOCK), (self._experts, EXPERTS)):
             if used:
                 self.kernels().loaded(files)

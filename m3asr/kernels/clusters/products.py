@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import astuple, dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 
@@ -83,7 +83,9 @@ class Products:
         self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._matrices: dict[int, tuple[torch.Tensor, object]] = {}
 
-    def loaded(self) -> Kernels:
+    @cached_property
+    def kernels(self) -> Kernels:
+        """Compiled, or found where they are kept, when they are first asked for."""
         return self._load(*self.sizes.source(), self._device)
 
     def up(self, a, layer, out, *, activation=None, glu=None, table=None, eps=0.0, pdl=False) -> None:
@@ -121,7 +123,7 @@ class Products:
         return stream
 
     def _launch(self, name: str, a, layer, pdl: bool, *, out, x=None, frames=1, eps=0.0, scale=1.0, **tensors) -> None:
-        kernels, count = self.loaded(), 0
+        kernels, count = self.kernels, 0
         if isinstance(a, Stream):
             tensors |= {"parts": a.parts, "sums": self.sums(layer.weight)}
             a, count = a.raw, a.parts.shape[0]
@@ -146,7 +148,7 @@ class Products:
 
     def _weight(self, weight: torch.Tensor, rows: int):
         if id(weight) not in self._matrices:  # the weight is kept, so that its id is no other's
-            self._matrices[id(weight)] = weight, self.loaded().matrix(weight, rows)
+            self._matrices[id(weight)] = weight, self.kernels.matrix(weight, rows)
         return self._matrices[id(weight)][1]
 
     def sums(self, weight: torch.Tensor) -> torch.Tensor:
