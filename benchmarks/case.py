@@ -8,6 +8,7 @@ from itertools import product
 
 import torch
 
+from m3asr.engines.cuda.clustered import Limits
 from m3asr.kernels.linear import LIBRARY
 from m3asr.kernels.pieces import Tile
 
@@ -25,6 +26,7 @@ WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
 DTYPE = torch.bfloat16
 # In place of a tile: by pairs of programs (`kernels.clusters.products`).
 PAIRS = Tile(0, 64)
+ONE = Tile(1, 1)
 
 
 @dataclass
@@ -41,6 +43,11 @@ class Case:
     prepare: Callable = lambda: None
     copies: int = 1
     poison: torch.Tensor | None = None  # an output that is only written
+
+
+def streams(tokens: int) -> bool:
+    """Whether the residual stream has 24 bits (`kernels.stream`), as it has where products are made by pairs."""
+    return tokens >= Limits().products
 
 
 def tensor(*shape, dtype=DTYPE, scale=1.0):

@@ -9,6 +9,7 @@ from benchmarks.case import (
     BINS,
     DTYPE,
     HEADS,
+    ONE,
     PAIRS,
     SHAPES,
     TAPS,
@@ -19,6 +20,7 @@ from benchmarks.case import (
     few_rows,
     grid,
     products,
+    streams,
     tensor,
 )
 from benchmarks.cases_experts import make_experts_few, make_experts_many, make_router, make_sort
@@ -33,6 +35,7 @@ from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
 from m3asr.kernels.norm_linear import norm_linear
 from m3asr.kernels.pieces import Tile
+from m3asr.kernels.stream import from_stream, norm_stream, to_stream
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
 
@@ -65,7 +68,7 @@ def make_up(batch, frames, valid, hidden, kind, few):
     a = y
     if kind != "up" and not few:
         nothing = Linear(torch.zeros(WIDTH, WIDTH, device="cuda", dtype=DTYPE), torch.zeros(WIDTH, device="cuda"))
-        a = pairs.add(y, nothing, x, scale=1.0, streams=True)
+        a = pairs.add(y, nothing, to_stream(x, DTYPE, tile=ONE), scale=1.0)
         for layer in layers:
             pairs.sums(layer.weight)  # made once, and not inside a graph
 
@@ -103,24 +106,36 @@ def make_residual(batch, frames, valid, width, few):
     a, x = tensor(tokens, width), tensor(tokens, WIDTH, dtype=torch.float32)
     out = x.clone()
     pairs, layers = in_pairs(max(width, 1024), weights, bias)
+    stream, one, used = to_stream(x, DTYPE, tile=ONE), torch.empty_like(x), []
 
     def launch(i, tile):
+        used[:] = [tile]
         if tile == PAIRS:  # which prepares the norm behind it
-            pairs.add(a, layers[i], out, scale=0.5, streams=True, pdl=True)
+            pairs.add(a, layers[i], stream, scale=0.5, pdl=True)
         else:
             linear(a, weights[i], bias, out, tile=tile, residual_scale=0.5, pdl=True)
 
+    def prepare():
+        out.copy_(x)
+        fresh = to_stream(x, DTYPE, tile=ONE)
+        stream.raw.copy_(fresh.raw), stream.low.copy_(fresh.low)
+
+    def result():
+        if used == [PAIRS]:
+            from_stream(stream, one, tile=ONE)
+        return one if used == [PAIRS] else out
+
     return Case(
         launch=launch,
-        result=lambda: out,
+        result=result,
         reference=lambda: x + 0.5 * (a.float() @ weights[0].float().t() + bias),
         tiles=[
             *(grid(few_rows(tokens), (16, 32), (4, 8), k=(width,), parts=(1, 4, 8)) if few else []),
             *(grid(few_rows(tokens), (16, 32, 64), (4,), k=(128, 256), stages=(3,)) if few else products(tokens)),
         ],
-        bytes=WIDTH * width * 2 + tokens * (width * 2 + WIDTH * 8),
+        bytes=WIDTH * width * 2 + tokens * (width * 2 + WIDTH * (6 if streams(tokens) else 8)),
         flops=2 * tokens * width * WIDTH,
-        prepare=lambda: out.copy_(x),
+        prepare=prepare,
         copies=copies,
     )
 
@@ -175,9 +190,32 @@ def make_depthwise(batch, frames, valid, few):
 def make_norm(batch, frames, valid, few):
     tokens = batch * frames
     x, out = tensor(tokens, WIDTH, dtype=torch.float32), tensor(tokens, WIDTH)
+    tiles = grid((1, 2, 4, 8), (1,), (1, 2, 4, 8))
+    if streams(tokens):  # the norm between two blocks, the second product of the experts before it
+        stream, more = (
+            to_stream(x, DTYPE, tile=ONE),
+            (tensor(tokens, WIDTH), torch.randperm(tokens, device="cuda").int()),
+        )
+        one, zero = torch.ones(WIDTH, device="cuda"), torch.zeros(WIDTH, device="cuda")
+        total = x + more[0][more[1].long()]
+
+        fresh, found = to_stream(x, DTYPE, tile=ONE), torch.empty_like(x)
+
+        def prepare():
+            stream.raw.copy_(fresh.raw), stream.low.copy_(fresh.low)
+
+        def result():
+            from_stream(stream, found, tile=ONE)
+            return found
+
+        return Case(
+            lambda i, tile: norm_stream(stream, one, zero, eps=1e-12, more=more, tile=tile, pdl=True),
+            result, lambda: F.layer_norm(total, (WIDTH,)), tiles, tokens * WIDTH * 8, 0,
+            prepare=prepare,
+        )  # fmt: skip
     return Case(
         lambda i, tile: norm(x, out, eps=1e-12, tile=tile, pdl=True),
-        lambda: out, lambda: F.layer_norm(x, (WIDTH,)), grid((1, 2, 4, 8), (1,), (1, 2, 4, 8)), tokens * WIDTH * 6, 0,
+        lambda: out, lambda: F.layer_norm(x, (WIDTH,)), tiles, tokens * WIDTH * 6, 0,
         poison=out,
     )  # fmt: skip
 

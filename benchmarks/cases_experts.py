@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from benchmarks.case import (
     DTYPE,
     EXPERTS,
+    ONE,
     WIDTH,
     Case,
     grid,
     persistent,
+    streams,
     tensor,
 )
 from m3asr.engines.cuda.tiles import tiles_for
@@ -21,6 +23,7 @@ from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
 from m3asr.kernels.pieces import Tile
 from m3asr.kernels.router import route
+from m3asr.kernels.stream import to_stream
 
 
 def routed(batch, frames, valid) -> torch.Tensor:
@@ -37,7 +40,11 @@ def make_router(batch, frames, valid, few):
     bias, heard = tensor(EXPERTS, dtype=torch.float32), tensor(tokens, 18 * EXPERTS, dtype=torch.float32)[:, :EXPERTS]
     lengths = torch.full((batch,), frames, dtype=torch.int32, device="cuda")
     y, gate = tensor(tokens, WIDTH), tensor(tokens, dtype=torch.float32)
-    idx = torch.empty(tokens, device="cuda", dtype=torch.int32)
+    idx, residual = torch.empty(tokens, device="cuda", dtype=torch.int32), x
+    if streams(tokens):
+        columns = x.unflatten(1, (-1, 64))
+        parts = torch.stack((columns.mean(-1), columns.var(-1, correction=0) * 64), -1).transpose(0, 1).contiguous()
+        residual = replace(to_stream(x, DTYPE, tile=ONE), parts=parts)
 
     def reference():
         z = F.layer_norm(x, (WIDTH,))
@@ -45,7 +52,7 @@ def make_router(batch, frames, valid, few):
 
     return Case(
         lambda i, tile: route(
-            x, weight, bias, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, tile=tile, pdl=True
+            residual, weight, bias, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, tile=tile, pdl=True
         ),
         lambda: torch.cat((gate.unsqueeze(1), y), 1),
         reference,
@@ -57,7 +64,7 @@ def make_router(batch, frames, valid, few):
             *grid((16, 32), (1,), (4, 8), k=(512,), stages=(1,)),
             Tile(1, 1, warps=4, stages=1),
         ],
-        tokens * WIDTH * 6 + WIDTH * EXPERTS * 4,
+        tokens * WIDTH * (5 if streams(tokens) else 6) + WIDTH * EXPERTS * 4,
         2 * tokens * WIDTH * EXPERTS,
         poison=gate,
     )
@@ -132,7 +139,8 @@ def make_experts_many(batch, frames, valid, hidden, down):
 
     def launch(i, tile):
         made["rows"] = tile.m
-        kwargs = {"residual_scale": 0.5, "gate": gate} if down else {"activation": "swish"}
+        by_slot = {"residual_scale": 0.5, "gate": gate, "by_slot": streams(tokens)}
+        kwargs = by_slot if down else {"activation": "swish"}
         slot_token, tile_expert, sorted_a, out = sorts[tile.m]
         experts_many(
             sorted_a if down else a, weights[i], bias, slot_token, tile_expert, out, tile=tile, pdl=True, **kwargs
@@ -145,20 +153,21 @@ def make_experts_many(batch, frames, valid, hidden, down):
             sort_tokens(idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=Tile(1, 1024), pdl=False)
             sorted_a = a[slot_token.clamp(min=0).long()] if down else a
             size = (slot_token.numel(), columns)
-            out = x.clone() if down else torch.full(size, float("nan"), device="cuda", dtype=DTYPE)
+            adds = down and not streams(tokens)
+            out = x.clone() if adds else torch.full(size, float("nan"), device="cuda", dtype=DTYPE)
             sorts[rows] = (slot_token, tile_expert, sorted_a, out)
 
     prepare()
 
     def result():
         slot_token, tile_expert, _, out = sorts[made["rows"]]
-        if down:
+        if down and not streams(tokens):
             return out[here]
         taken = (slot_token.view(tile_expert.numel(), -1) >= 0) & (tile_expert >= 0).unsqueeze(1)
         taken = taken.flatten()
-        return torch.zeros(tokens, columns, device="cuda").index_copy_(0, slot_token[taken].long(), out[taken].float())[
-            here
-        ]
+        found = torch.zeros(tokens, columns, device="cuda")
+        found = found.index_copy_(0, slot_token[taken].long(), out[taken].float())
+        return (x + found if down else found)[here]
 
     def reference():
         z = torch.zeros(tokens, columns, device="cuda")

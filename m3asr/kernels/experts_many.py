@@ -25,13 +25,21 @@ from m3asr.kernels.pieces import (
 
 
 @triton.jit
-def _place(expert_ptr, slot_token_ptr, expert, begin, end, done, BLOCK_T: tl.constexpr):
+def _place(
+    expert_ptr, slot_token_ptr, token_slot_ptr, expert, begin, end, done, BLOCK_T: tl.constexpr, BACK: tl.constexpr
+):  # fmt: skip
     """The expert's tokens from `begin` to `end` into slots from `done` on -> the slot behind the last."""
     for start in range(begin, end, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        here = tl.load(expert_ptr + t, mask=t < end, other=-1) == expert
+        chosen = tl.load(expert_ptr + t, mask=t < end, other=-1)
+        here = chosen == expert
         rank = tl.cumsum(here.to(tl.int32), axis=0) - 1
         tl.store(slot_token_ptr + done + rank, t, mask=here)
+        if BACK:
+            # The first expert's programs say of whom nobody has.
+            tl.store(
+                token_slot_ptr + t, tl.where(here, done + rank, -1), mask=here | ((chosen + expert == -1) & (t < end))
+            )
         done += tl.sum(here.to(tl.int32), axis=0)
     return done
 
@@ -58,6 +66,7 @@ def _close(
 def _sort_kernel(
     expert_ptr,
     slot_token_ptr,
+    token_slot_ptr,
     tile_expert_ptr,
     tokens,
     tiles,
@@ -65,6 +74,7 @@ def _sort_kernel(
     BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BACK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
@@ -82,7 +92,7 @@ def _sort_kernel(
     count = tl.sum(tl.where(bins == expert, counts, 0), axis=0)
     mine = (count + BLOCK_M - 1) // BLOCK_M
     done = before * BLOCK_M
-    done = _place(expert_ptr, slot_token_ptr, expert, 0, tokens, done, BLOCK_T)
+    done = _place(expert_ptr, slot_token_ptr, token_slot_ptr, expert, 0, tokens, done, BLOCK_T, BACK)
     _close(slot_token_ptr, tile_expert_ptr, expert, done, before, mine, tiles, EXPERTS, BLOCK_M, BLOCK_T)
 
 
@@ -91,6 +101,7 @@ def _counted_sort_kernel(
     expert_ptr,
     counts_ptr,
     slot_token_ptr,
+    token_slot_ptr,
     tile_expert_ptr,
     tokens,
     tiles,
@@ -101,6 +112,7 @@ def _counted_sort_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BACK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`_sort_kernel` with a share of the tokens a program; counts (counted, EXPERTS), of count_rows tokens each."""
@@ -124,7 +136,7 @@ def _counted_sort_kernel(
     mine = (count + BLOCK_M - 1) // BLOCK_M
     done = before * BLOCK_M + tl.sum(tl.where(bins == expert, earlier, 0), axis=0)
     end = tl.minimum((first + share) * count_rows, tokens)
-    _place(expert_ptr, slot_token_ptr, expert, first * count_rows, end, done, BLOCK_T)
+    _place(expert_ptr, slot_token_ptr, token_slot_ptr, expert, first * count_rows, end, done, BLOCK_T, BACK)
     if part == 0:
         used = before * BLOCK_M + count
         _close(slot_token_ptr, tile_expert_ptr, expert, used, before, mine, tiles, EXPERTS, BLOCK_M, BLOCK_T)
@@ -135,11 +147,13 @@ def most_tiles(tokens: int, experts: int, rows: int) -> int:
     return min(tokens, triton.cdiv(tokens, rows) + experts)
 
 
-def sort_tokens(expert_idx, slot_token, tile_expert, *, experts, rows, tile: Tile, counts=None, pdl=False) -> None:
+def sort_tokens(
+    expert_idx, slot_token, tile_expert, *, experts, rows, tile: Tile, counts=None, token_slot=None, pdl=False
+) -> None:  # fmt: skip
     """expert_idx int32 (N,) -> slot_token int32 (tiles * rows,), tile_expert int32 (tiles,); -1 where there is none.
 
     Tokens of one expert keep their order. tiles = `most_tiles(N, experts, rows)`; slots of tiles without an expert
-    are not written.
+    are not written. token_slot int32 (N,), if given, gets each token's slot, -1 without an expert.
     counts = (what `router.route` counted, of so many tokens each): then tile.parts programs share an expert's work.
     """
     if counts is not None:
@@ -147,6 +161,7 @@ def sort_tokens(expert_idx, slot_token, tile_expert, *, experts, rows, tile: Til
             expert_idx,
             counts[0],
             slot_token,
+            expert_idx if token_slot is None else token_slot,
             tile_expert,
             expert_idx.numel(),
             tile_expert.numel(),
@@ -157,6 +172,7 @@ def sort_tokens(expert_idx, slot_token, tile_expert, *, experts, rows, tile: Til
             BLOCK_M=rows,
             BLOCK_T=tile.n,
             BLOCK_C=256,
+            BACK=token_slot is not None,
             PDL=pdl,
             **tile.options(pdl),
         )
@@ -164,6 +180,7 @@ def sort_tokens(expert_idx, slot_token, tile_expert, *, experts, rows, tile: Til
     _sort_kernel[(experts,)](
         expert_idx,
         slot_token,
+        expert_idx if token_slot is None else token_slot,
         tile_expert,
         expert_idx.numel(),
         tile_expert.numel(),
@@ -171,6 +188,7 @@ def sort_tokens(expert_idx, slot_token, tile_expert, *, experts, rows, tile: Til
         BINS=triton.next_power_of_2(experts + 1),
         BLOCK_M=rows,
         BLOCK_T=tile.n,
+        BACK=token_slot is not None,
         PDL=pdl,
         **tile.options(pdl),
     )
@@ -194,6 +212,7 @@ def _experts_many_kernel(
     BLOCK_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATHER: tl.constexpr,
+    ADD: tl.constexpr,
     GATE: tl.constexpr,
     SCALED: tl.constexpr,
     DOT: tl.constexpr,
@@ -222,14 +241,14 @@ def _experts_many_kernel(
             acc *= tl.load(s_ptr + expert * columns + cols, mask=cols < columns, other=0.0)[None, :]
         acc += tl.load(b_ptr + expert * columns + cols, mask=cols < columns, other=0.0)[None, :]
         acc = activate(acc, ACTIVATION)
+        if GATE:
+            acc *= tl.load(gate_ptr + token, mask=token >= 0, other=0.0)[:, None]
         out_mask = used & (cols < columns)[None, :]
-        if GATHER:
-            out_at = out_ptr + slots.to(tl.int64)[:, None] * columns + cols[None, :]
-        else:
-            out_at = out_ptr + token.to(tl.int64)[:, None] * columns + cols[None, :]
-            if GATE:
-                acc *= tl.load(gate_ptr + token, mask=token >= 0, other=0.0)[:, None]
-            acc = tl.load(out_at, mask=out_mask, other=0.0) + scale * acc
+        out_at = out_ptr + (token if ADD else slots).to(tl.int64)[:, None] * columns + cols[None, :]
+        if not GATHER:
+            acc *= scale
+        if ADD:
+            acc += tl.load(out_at, mask=out_mask, other=0.0)
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
@@ -255,6 +274,7 @@ def _experts_persistent_kernel(
     ACTIVATION: tl.constexpr,
     SLICES: tl.constexpr,
     GATHER: tl.constexpr,
+    ADD: tl.constexpr,
     GATE: tl.constexpr,
     DOT: tl.constexpr,
     PDL: tl.constexpr,
@@ -298,36 +318,37 @@ def _experts_persistent_kernel(
             cols = first + tl.arange(0, SLICE)
             part = parts[i] + tl.load(b_ptr + expert * columns + cols, mask=cols < columns, other=0.0)[None, :]
             part = activate(part, ACTIVATION)
+            if GATE:
+                part *= gate[:, None]
+            if not GATHER:
+                part *= scale
             mask = (token >= 0)[:, None] & (cols < columns)[None, :]
-            if GATHER and SLICES:
+            out_at = out_ptr + (token if ADD else slots).to(tl.int64)[:, None] * columns + cols[None, :]
+            if SLICES and not ADD:
                 out.store([row, first], part.to(out_ptr.dtype.element_ty))
-            elif GATHER:
-                out_at = out_ptr + slots.to(tl.int64)[:, None] * columns + cols[None, :]
-                tl.store(out_at, part.to(out_ptr.dtype.element_ty), mask=mask)
+            elif SLICES and out_ptr.dtype.element_ty == tl.float32:
+                # The cache adds: one summand an element, so in no order, and the program waits for nothing.
+                tl.atomic_add(out_at, part, mask=mask, sem="relaxed")
             else:
-                if GATE:
-                    part *= gate[:, None]
-                out_at = out_ptr + token.to(tl.int64)[:, None] * columns + cols[None, :]
-                if SLICES and out_ptr.dtype.element_ty == tl.float32:
-                    # The cache adds: one summand an element, so in no order, and the program waits for nothing.
-                    tl.atomic_add(out_at, scale * part, mask=mask, sem="relaxed")
-                else:
-                    part = tl.load(out_at, mask=mask, other=0.0) + scale * part
-                    tl.store(out_at, part.to(out_ptr.dtype.element_ty), mask=mask)
+                if ADD:
+                    part += tl.load(out_at, mask=mask, other=0.0)
+                tl.store(out_at, part.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def experts_many(
     a, weight, bias, slot_token, tile_expert, out, *, tile: Tile, activation="none", residual_scale=None, gate=None,
-    weight_scale=None, dot="ieee", pdl=False,
+    weight_scale=None, by_slot=False, dot="ieee", pdl=False,
 ) -> None:  # fmt: skip
     """First layer: a (N, K) -> out (slots, C), rows by slot. With `residual_scale`, the second: a (slots, K), and
-    out[token] += residual_scale * gate[token] * (weight[e] a[slot] + bias[e]), out float32 (N, C).
+    out[token] += residual_scale * gate[token] * (weight[e] a[slot] + bias[e]), out out float32 (N, C), or, with
+    `by_slot`, that summand alone, out (slots, C).
 
     weight (E, C, K) in the compute type, or float8 that counts times weight_scale float32 (E, C); bias float32 (E, C);
     slot_token, tile_expert from `sort_tokens` with rows = tile.m. Each token stands in one slot, so no two programs
     add to the same place.
     """
     experts, columns, width = weight.shape
+    adds = residual_scale is not None and not by_slot
     assert slot_token.numel() == tile_expert.numel() * tile.m, "the tokens were sorted for another tile height"
     flat = weight.view(experts * columns, width)
     if tile.copied and copyable(a) and copyable(flat) and storable(out):
@@ -353,6 +374,7 @@ def experts_many(
             ACTIVATION=activation,
             SLICES=tile.stored,
             GATHER=residual_scale is None,
+            ADD=adds,
             GATE=gate is not None,
             DOT=dot,
             PDL=pdl,
@@ -376,6 +398,7 @@ def experts_many(
         BLOCK_K=tile.k,
         ACTIVATION=activation,
         GATHER=residual_scale is None,
+        ADD=adds,
         GATE=gate is not None,
         SCALED=weight_scale is not None,
         DOT=dot,

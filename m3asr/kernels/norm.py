@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3asr.kernels.pieces import Tile, at_least_16, mean_of, normalise, release, wait
+from m3asr.kernels.pieces import Tile, at_least_16, normalise, release, wait
 
 
 @triton.jit
@@ -25,7 +25,6 @@ def _norm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRIOR: tl.constexpr,
-    ROWS: tl.constexpr,
     AFFINE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -38,17 +37,10 @@ def _norm_kernel(
     mask = (rows < tokens)[:, None] & d_in[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
     if PRIOR:
-        if ROWS:
-            mean = mean_of(tl.sum(x, axis=1), WIDTH)
-            away = tl.where(d_in[None, :], x - mean[:, None], 0.0)
-            scale = 1.0 / tl.sqrt(mean_of(tl.sum(away * away, axis=1), WIDTH) + prior_eps)
-            tl.store(prior_out_ptr + 2 * rows, mean, mask=rows < tokens)
-            tl.store(prior_out_ptr + 2 * rows + 1, scale, mask=rows < tokens)
         x = normalise(x, d_in[None, :], WIDTH, prior_eps)
         x = x * tl.load(prior_w_ptr + d, mask=d_in, other=0.0)[None, :]
         x += tl.load(prior_b_ptr + d, mask=d_in, other=0.0)[None, :]
-        if not ROWS:
-            tl.store(prior_out_ptr + at, x, mask=mask)
+        tl.store(prior_out_ptr + at, x, mask=mask)
     y = normalise(x, d_in[None, :], WIDTH, eps)
     if AFFINE:
         y = y * tl.load(w_ptr + d, mask=d_in, other=0.0)[None, :]
@@ -60,8 +52,7 @@ def _norm_kernel(
 def norm(x, out, *, eps, tile: Tile, prior=None, affine=None, pdl=False) -> None:
     """out = (x - mean) / sqrt(var + eps) over the last dimension; x float32 (N, D), out (N, D) of any type.
 
-    prior = (weight, bias, eps, x_out): x is first replaced by its layer norm, also stored in x_out (may be x). An x_out
-    of (N, 2) gets each row's mean and 1 / deviation instead, float32, from which whoever reads x makes the same.
+    prior = (weight, bias, eps, x_out): x is first replaced by its layer norm, also stored in x_out (may be x).
     affine = (weight, bias, float_out): out is multiplied and shifted, and written to float_out (N, D) float32 as well.
     """
     tokens, width = x.shape
@@ -83,7 +74,6 @@ def norm(x, out, *, eps, tile: Tile, prior=None, affine=None, pdl=False) -> None
         BLOCK_M=tile.m,
         BLOCK_D=at_least_16(width),
         PRIOR=prior is not None,
-        ROWS=prior is not None and prior_out.shape[1] != width,
         AFFINE=affine is not None,
         PDL=pdl,
         **tile.options(pdl),

@@ -79,13 +79,17 @@ DEVICE u32 shuffle(u32 v, int mask) {
     together();
     return other;
 }
-DEVICE float shuffle(float v, int mask) {
-    u32 bits;
-    memcpy(&bits, &v, 4);
-    bits = shuffle(bits, mask);
+DEVICE float float_of(u32 bits) {
+    float v;
     memcpy(&v, &bits, 4);
     return v;
 }
+DEVICE u32 bits_of(float v) {
+    u32 bits;
+    memcpy(&bits, &v, 4);
+    return bits;
+}
+DEVICE float shuffle(float v, int mask) { return float_of(shuffle(bits_of(v), mask)); }
 DEVICE u32 ballot(bool v) {
     here->given[0] = v;
     together();
@@ -137,10 +141,7 @@ static float from_number(uint16_t v, bool half) {
         memcpy(&f, &v, 2);
         return f;
     }
-    u32 bits = (u32)v << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
+    return float_of((u32)v << 16);
 }
 static u32 to_number(float f, bool half) {
     if (half) {
@@ -149,8 +150,7 @@ static u32 to_number(float f, bool half) {
         memcpy(&v, &h, 2);
         return v;
     }
-    u32 bits;
-    memcpy(&bits, &f, 4);
+    u32 bits = bits_of(f);
     if (f != f) return 0x7fff;
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }

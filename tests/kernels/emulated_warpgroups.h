@@ -35,18 +35,19 @@ DEVICE void arrive_at(Flag* flag, int program) {
 
 // visit(place in the tile, place in the matrix, if there is one)
 template <class Visit> static void each_of(const void* tile, const Matrix& matrix, int column, int row, Visit visit) {
-    const int each = 16 / matrix.size;
+    const int each = 16 / matrix.size, bytes = matrix.size == 1 ? 64 : 128;
     for (int r = 0; r < matrix.rows; r++)
-        for (int c = 0; c < 8 * each; c++) {
+        for (int c = 0; c < bytes / matrix.size; c++) {
             bool inside = row + r < matrix.count && column + c < matrix.inner;
-            visit((char*)tile + r * 128 + (c / each ^ r % 8) * 16 + c % each * matrix.size,
+            int swapped = bytes == 64 ? r / 2 % 4 : r % 8;
+            visit((char*)tile + r * bytes + (c / each ^ swapped) * 16 + c % each * matrix.size,
                   inside ? matrix.first + ((row + r) * matrix.inner + column + c) * matrix.size : nullptr);
         }
 }
 static void bring(void* to, const Matrix& matrix, int column, int row, Flag* flag) {
     if ((uintptr_t)to % 1024) abort();
     Phased& there = of_phased.at(flag);
-    there.bytes -= matrix.rows * 128;
+    there.bytes -= matrix.rows * (matrix.size == 1 ? 64 : 128);
     there.copies.push_back([=] { each_of(to, matrix, column, row, [&](char* here, char* there) {
         if (there) memcpy(here, there, matrix.size);
         else memset(here, 0, matrix.size);

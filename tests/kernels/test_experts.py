@@ -158,6 +158,27 @@ def test_the_second_product_knows_the_routing_of_its_own_layer(device, options, 
         assert torch.equal(captured, expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("copied, stored", [(0, 0), (1, 0), (1, 2)])
+def test_experts_whose_results_stay_sorted(device, options, check, poisoned, tile, kind, copied, stored):
+    tokens, dtype = 70, torch.float16
+    layer, both = Layer(kind, tokens, dtype, device), options(dtype)
+    slot_token, tile_expert = slots(tokens, EXPERTS, 64, device)
+    token_slot = poisoned(tokens, dtype=torch.int32)
+    sort_tokens(
+        layer.expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=64, tile=tile(n=32), token_slot=token_slot,
+        pdl=both["pdl"],
+    )  # fmt: skip
+    assert torch.equal(token_slot == -1, ~layer.valid)
+    h, out = (poisoned(slot_token.numel(), n, dtype=dtype) for n in (HIDDEN, WIDTH))
+    how, places = Tile(64, 32, 32, stages=2, copied=copied, stored=stored), (slot_token, tile_expert)
+    experts_many(layer.y, layer.w_1, layer.b_1, *places, h, tile=how, activation="swish", **both)
+    experts_many(h, layer.w_2, layer.b_2, *places, out, tile=how, by_slot=True, **layer.down, **both)
+    summand = torch.zeros(tokens, WIDTH, device=device)
+    summand[layer.valid] = out[token_slot[layer.valid].long()].float()
+    check(layer.x + summand, layer.reference, dtype)
+
+
 def test_sorting_many_tokens(device, options, tile):
     tokens = 1000
     expert_idx = routing("padding", tokens, device)
@@ -178,10 +199,14 @@ def test_sorting_by_counts_is_sorting(device, options, poisoned, tile, kind, tok
     results = []
     for counted in (None, (counts.int(), count_rows)):
         slot_token, tile_expert = (poisoned(len(t), dtype=torch.int32) for t in slots(tokens, EXPERTS, 16, device))
+        token_slot = poisoned(tokens, dtype=torch.int32)
         sort_tokens(
             expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=64, parts=parts), counts=counted,
-            pdl=options(torch.float32)["pdl"],
+            token_slot=token_slot, pdl=options(torch.float32)["pdl"],
         )  # fmt: skip
+        valid = expert_idx >= 0
+        assert torch.equal(slot_token[token_slot[valid].long()], valid.nonzero().flatten().int())
+        assert (token_slot[~valid] == -1).all()
         results.append((slot_token, tile_expert))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -30,6 +30,7 @@ from m3asr.kernels.norm import norm
 from m3asr.kernels.norm_linear import norm_linear
 from m3asr.kernels.pieces import copyable, shared_memory
 from m3asr.kernels.router import route
+from m3asr.kernels.stream import Stream, from_stream, norm_stream, to_stream
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
 
@@ -188,11 +189,14 @@ class Forward:
     def _stack(self, x: Tensor, shape: Shape, stack: Stack, heard: Callable | None) -> tuple[Tensor, Tensor]:
         """All blocks and the last norm: -> hidden in the compute type (N, D), hidden float32 (N, D)."""
         config, prior = stack.config, None
+        products = None if self._few(shape) else self._in_clusters(config).for_products(self.limits, shape.tokens)
+        if products is not None:
+            self._blocks_in_pairs(products, x, shape, stack, heard)
         for i, block in enumerate(stack.blocks):
-            x = self._block(x, shape, config, block, prior, partial(heard, i) if block.router else None)
+            if products is None:
+                x = self._block(x, shape, config, block, prior, partial(heard, i) if block.router else None)
+                self._traced(block, x)
             prior = (*block.final_norm, config.norm_eps)
-            if self.trace is not None:
-                self.trace("blocks", block, x)
         y, hidden = self._new(x.shape), self._new(x.shape, torch.float32)
         prior = None if prior is None else (*prior, x)
         norm(
@@ -200,6 +204,10 @@ class Forward:
             affine=(*stack.after_norm, hidden), pdl=self.pdl,
         )  # fmt: skip
         return y, hidden
+
+    def _traced(self, block: Block, x: Tensor) -> None:
+        if self.trace is not None:
+            self.trace("blocks", block, x)
 
     def _block(self, x, shape: Shape, config, block: Block, prior, heard) -> Tensor:
         """One block without its final norm, which the next reader applies as its `prior`; x is overwritten. heard() is
@@ -213,14 +221,11 @@ class Forward:
                 with torch.cuda.stream(self._fork(x.device)):
                     fetch(block.up.weight)
             glu = clustered.attention_part(kernels, x, shape, config, block, prior, self._new, self.pdl)
-            routed = self._routed(x, heard()) if block.router else None
+            routed = self._routed(shape, x.shape[1], heard()) if block.router else None
             clustered.convolution_part(kernels, x, glu, shape, config, block, routed, self.pdl)
             if routed is not None:
                 self._experts(x, shape, config, block, scale, *routed[1:])
             return x
-        products = self._in_clusters(config).for_products(self.limits, shape.tokens)
-        if products is not None:
-            return self._block_in_pairs(products, x, shape, config, block, prior, heard)
         if block.macaron_up:
             hidden = block.macaron_up.weight.shape[0]
             h = self._new((x.shape[0], hidden))
@@ -248,30 +253,43 @@ class Forward:
         self._linear(h, block.down, x, tile=tile, residual_scale=scale)
         return x
 
-    def _block_in_pairs(self, products: Products, x, shape: Shape, config, block: Block, prior, heard) -> Tensor:
-        """`_block` with its products by pairs of programs."""
-        eps, tile, scale = config.norm_eps, self._tiles(shape, x.shape[1], x.shape[1]), 0.5
-        lengths, both = (shape.lengths, shape.frames), {"eps": eps, "pdl": self.pdl}
-        y, glu, qkv = self._new(x.shape), self._new(x.shape), self._new((shape.tokens, 3 * x.shape[1]))
-        h, rows = self._new((shape.tokens, config.linear_units)), self._new((shape.tokens, 2), torch.float32)
-        norm(x, y, eps=eps, tile=tile.norm, prior=(*prior, rows) if prior else None, pdl=self.pdl)
-        products.up(y, block.macaron_up, h, activation=config.activation_type, **both)
-        prior = (*prior[:2], rows) if prior else None
-        stream = products.add(h, block.macaron_down, x, scale=scale, prior=prior, streams=True, pdl=self.pdl)
+    def _blocks_in_pairs(self, products: Products, x, shape: Shape, stack: Stack, heard: Callable | None) -> None:
+        """What `_block` does, for all blocks of the stack, with products by pairs of programs and, between the first
+        block and the last, a residual stream of 24 bits.
+        """
+        both = {"tile": self._tiles(shape, x.shape[1], x.shape[1]).norm, "pdl": self.pdl}
+        stream = to_stream(x, self.dtype, **both)
+        for i, block in enumerate(stack.blocks):
+            hear = partial(heard, i) if block.router else None
+            stream, more = self._block_in_pairs(products, stream, shape, stack.config, block, hear)
+            last = i + 1 == len(stack.blocks)
+            if last or self.trace is not None:
+                from_stream(stream, x, more=more, **both)
+            self._traced(block, x)
+            if not last:
+                stream = norm_stream(stream, *block.final_norm, eps=stack.config.norm_eps, more=more, **both)
+
+    def _block_in_pairs(self, products: Products, stream: Stream, shape: Shape, config, block: Block, heard):
+        """The stream behind the block, without its final norm, and what is to be added to it; see `norm_stream`."""
+        tokens, width = stream.raw.shape
+        tile, scale, both = self._tiles(shape, width, width), 0.5, {"eps": config.norm_eps, "pdl": self.pdl}
+        lengths, activation = (shape.lengths, shape.frames), config.activation_type
+        h, qkv = self._new((tokens, config.linear_units)), self._new((tokens, 3 * width))
+        glu = self._new((tokens, width))
+        products.up(stream, block.macaron_up, h, activation=activation, **both)
+        stream = products.add(h, block.macaron_down, stream, scale=scale, pdl=self.pdl)
         table = None if block.key_table is None else (block.key_table, shape.frames)
         products.up(stream, block.qkv, qkv, table=table, **both)
-        context = self._context(qkv.view(shape.batch, shape.frames, -1), shape, config, block, tile).view(x.shape)
-        stream = products.add(context, block.attention_out, x, scale=1.0, streams=True, pdl=self.pdl)
+        context = self._context(qkv.view(shape.batch, shape.frames, -1), shape, config, block, tile).view(tokens, width)
+        stream = products.add(context, block.attention_out, stream, scale=1.0, pdl=self.pdl)
         products.up(stream, block.pointwise_1, glu, glu=lengths, **both)
         conv = self._depthwise(glu, shape, config, block, tile)
-        streams = block.router is None  # which norms by itself
-        stream = products.add(conv, block.pointwise_2, x, scale=1.0, mask=lengths, streams=streams, pdl=self.pdl)
+        stream = products.add(conv, block.pointwise_2, stream, scale=1.0, mask=lengths, pdl=self.pdl)
         if block.router:
-            self._experts(x, shape, config, block, scale, *self._route(x, shape, config, block, heard()))
-        else:
-            products.up(stream, block.up, h, activation=config.activation_type, **both)
-            products.add(h, block.down, x, scale=scale, pdl=self.pdl)
-        return x
+            routed = self._route(stream, shape, config, block, heard())
+            return stream, self._experts(stream, shape, config, block, scale, *routed)
+        products.up(stream, block.up, h, activation=activation, **both)
+        return products.add(h, block.down, stream, scale=scale, normed=False, pdl=self.pdl), None
 
     def _context(self, qkv, shape: Shape, config, block: Block, tile: tiles.Tiles) -> Tensor:
         context = self._new((shape.batch, shape.frames, config.attention_dim))
@@ -313,16 +331,16 @@ class Forward:
     def _in_clusters(self, config) -> clustered.ClusteredStack:
         return self.clustered[0 if config is self.weights.main.config else 1]
 
-    def _routed(self, x, heard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _routed(self, shape: Shape, width: int, heard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the router hears, and places for what it finds."""
-        y, gate = self._new(x.shape, self.experts_dtype), self._new((x.shape[0],), torch.float32)
-        return heard, y, self._new((x.shape[0],), torch.int32), gate
+        y, gate = self._new((shape.tokens, width), self.experts_dtype), self._new((shape.tokens,), torch.float32)
+        return heard, y, self._new((shape.tokens,), torch.int32), gate
 
-    def _route(self, x, shape: Shape, config, block: Block, heard):
+    def _route(self, x: Tensor | Stream, shape: Shape, config, block: Block, heard):
         """The experts' input, each token's expert and gate, and, where the sort wants them, counts of experts."""
-        heard, y, expert_idx, gate = self._routed(x, heard)
-        experts, hidden, _ = block.up.weight.shape
-        tile, counts = self._tiles(shape, x.shape[1], hidden), None
+        heard, y, expert_idx, gate = self._routed(shape, config.attention_dim, heard)
+        experts, hidden, width = block.up.weight.shape
+        tile, counts = self._tiles(shape, width, hidden), None
         # Whoever watches may change the choices, and then the router's counts are no longer theirs.
         if tile.sort.parts > 1 and not self._few(shape) and self.trace is None:
             counts = self._new((-(-shape.tokens // tile.router.m), experts), torch.int32)
@@ -332,18 +350,19 @@ class Forward:
         )  # fmt: skip
         return y, expert_idx, gate, counts
 
-    def _experts(self, x, shape: Shape, config, block: Block, scale: float, y, expert_idx, gate, counts=None) -> None:
-        """x += the experts' part."""
-        tokens, width = x.shape
-        experts, hidden, _ = block.up.weight.shape
+    def _experts(self, x: Tensor | Stream, shape: Shape, config, block: Block, scale, y, expert_idx, gate, counts=None):
+        """x += the experts' part; of a `Stream` it is returned, by slot, and each token's slot: see `norm_stream`."""
+        tokens = shape.tokens
+        experts, hidden, width = block.up.weight.shape
         tile = self._tiles(shape, width, hidden)
         if self.trace is not None:
             self.trace("routes", block, expert_idx)
         gate = None if config.moe.keep_expert_output else gate
-        kernels = self._in_clusters(config).for_experts(self.limits, tokens)
+        streams = isinstance(x, Stream)
+        kernels = None if streams else self._in_clusters(config).for_experts(self.limits, tokens)
         if kernels is not None:
             kernels.experts(y, expert_idx, gate, block.up, block.down, x, scale=scale, pdl=self.pdl)
-            return
+            return None
         up = {"activation": config.activation_type, "tile": tile.expert_up, "weight_scale": block.up.scale}
         down = {"residual_scale": scale, "gate": gate, "tile": tile.expert_down, "weight_scale": block.down.scale}
         both = {"dot": self.dot, "pdl": self.pdl}
@@ -351,13 +370,16 @@ class Forward:
             h = self._new((tokens, hidden), self.experts_dtype)
             experts_few(y, block.up.weight, block.up.bias, expert_idx, h, **up, **both)
             experts_few(h, block.down.weight, block.down.bias, expert_idx, x, known=True, **down, **both)
-            return
+            return None
         rows = tile.expert_up.m
-        slot_token, tile_expert = slots(tokens, experts, rows, x.device)
+        slot_token, tile_expert = slots(tokens, experts, rows, y.device)
+        more = (self._new((slot_token.numel(), width)), torch.empty_like(expert_idx)) if streams else None
         sort_tokens(
             expert_idx, slot_token, tile_expert, experts=experts, rows=rows, tile=tile.sort, pdl=self.pdl,
-            counts=None if counts is None else (counts, tile.router.m),
+            counts=None if counts is None else (counts, tile.router.m), token_slot=more[1] if more else None,
         )  # fmt: skip
         h = self._new((slot_token.numel(), hidden), self.experts_dtype)
         experts_many(y, block.up.weight, block.up.bias, slot_token, tile_expert, h, **up, **both)
-        experts_many(h, block.down.weight, block.down.bias, slot_token, tile_expert, x, **down, **both)
+        to, places = more[0] if more else x, (slot_token, tile_expert)
+        experts_many(h, block.down.weight, block.down.bias, *places, to, by_slot=streams, **down, **both)
+        return more

@@ -28,6 +28,8 @@ DEVICE float shuffle(float v, int mask) { return __shfl_xor_sync(0xffffffff, v, 
 DEVICE u32 shuffle(u32 v, int mask) { return __shfl_xor_sync(0xffffffff, v, mask); }
 DEVICE u32 ballot(bool v) { return __ballot_sync(0xffffffff, v); }
 DEVICE int ones(u32 v) { return __popc(v); }
+DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
+DEVICE u32 bits_of(float v) { return __float_as_uint(v); }
 
 // The same place in the shared memory of another program of the cluster.
 template <class T> DEVICE T* of(T* place, int program) {

@@ -3,27 +3,30 @@
 // each of which brings half. One warp asks for copies; three times four warps multiply in turn, so that the matrix unit
 // works on one tile while the results of the others are finished, and leave by the copy engine.
 //
-// A norm in front costs no launch: whoever writes the residual stream leaves its rows in the compute type as they are
-// (`raw`), and of each row its columns' mean and squares (`parts`, joined as Chan et al., 1979, have it). Then
-// norm(x) w^T = (raw w^T - mean * sums of w's rows) / deviation. The residual stream itself comes and goes in tiles.
+// The residual stream is 24 bits a number, `raw` in the compute type and `low`, which come and go in tiles. A norm costs
+// no launch: of each row whoever writes the stream leaves its columns' mean and squares (`parts`, joined as Chan et al.,
+// 1979, have it), and the next product multiplies `raw` as it is:
+// norm(x) w^T = (raw w^T - mean * sums of w's rows) / deviation.
 
 // What a program has in shared memory, one behind the other.
 template <int K, int N, Kind KIND> struct Place {
-    static constexpr int STEPS = K / 64 / PROGRAMS, WEIGHTS = K * N * 2, X_TILE = ROWS * N * 4;
+    static constexpr int STEPS = K / 64 / PROGRAMS, WEIGHTS = K * N * 2;
     // Divides STEPS, so that each step has its place.
     static constexpr int STAGES = STEPS % 4 == 0 ? 4 : STEPS % 3 == 0 ? 3 : STEPS % 2 == 0 ? 2 : 1;
-    static constexpr int SLOTS = KIND != ADDED ? 0 : WEIGHTS > 65536 ? 2 : 4;  // tiles of x at once
-    static constexpr int OUT_TILE = ROWS * 128, OUT = KIND != ADDED ? GROUPS * OUT_TILE : 0;
-    static constexpr int TILES = WEIGHTS + STAGES * STAGE + SLOTS * X_TILE + OUT;
-    static_assert(TILES + 3 * N * 4 + 512 <= SHARED_BYTES, "");
+    static constexpr int OUT_TILE = ROWS * 128, X_TILE = OUT_TILE + ROWS * 64;  // of x: `raw`, `low`
+    // Tiles of results, one a group, or of x.
+    static constexpr int SLOTS = KIND != ADDED ? GROUPS : WEIGHTS > 65536 ? 2 : 4;
+    static constexpr int SLOT = KIND != ADDED ? OUT_TILE : X_TILE;
+    static constexpr int TILES = WEIGHTS + STAGES * STAGE + SLOTS * SLOT;
+    static_assert(TILES + 2 * N * 4 + 512 <= SHARED_BYTES && (KIND != ADDED || N == 64), "");
 
-    char *a, *x, *out;
+    char *a, *slots;
     Flag *full, *empty, *loaded, *turn, *x_full, *x_empty;
-    float *bias, *sums;  // of what is added: in place of sums weight and bias of the norm in front of x
+    float *bias, *sums;
 
     DEVICE Place(char* memory) {
-        a = memory + WEIGHTS, x = a + STAGES * STAGE, out = x + SLOTS * X_TILE;
-        full = (Flag*)(out + OUT), empty = full + STAGES, loaded = empty + STAGES, turn = loaded + STEPS;
+        a = memory + WEIGHTS, slots = a + STAGES * STAGE;
+        full = (Flag*)(slots + SLOTS * SLOT), empty = full + STAGES, loaded = empty + STAGES, turn = loaded + STEPS;
         x_full = turn + GROUPS, x_empty = x_full + SLOTS;
         bias = (float*)(x_empty + SLOTS), sums = bias + N;
     }
@@ -49,7 +52,7 @@ struct Share {
 };
 
 template <int K, int N, Kind KIND> DEVICE void product(
-    char* memory, const Matrix& a_rows, const Matrix& weights, const Matrix& out, const Matrix& x, const Layer& layer
+    char* memory, const Matrix& a_rows, const Matrix& weights, const Matrix& out, const Matrix& low, const Layer& layer
 ) {
     typedef Place<K, N, KIND> Here;
     constexpr int STEPS = Here::STEPS, STAGES = Here::STAGES, SLOTS = Here::SLOTS;
@@ -62,12 +65,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
     if (thread() == 0) place.open();
     for (int i = thread(); i < N; i += THREADS) {
         place.bias[i] = weights4(layer.bias + column + i);
-        if (KIND == ADDED) {
-            place.sums[i] = layer.prior_rows ? weights4(layer.prior_w + column + i) : 1.0f;
-            place.sums[N + i] = layer.prior_rows ? weights4(layer.prior_b + column + i) : 0.0f;
-        } else {
-            place.sums[i] = layer.parts ? weights4(layer.sums + column + i) : 0.0f;
-        }
+        place.sums[i] = layer.parts ? weights4(layer.sums + column + i) : 0.0f;
     }
     arrive();
     all_here();
@@ -91,13 +89,12 @@ template <int K, int N, Kind KIND> DEVICE void product(
     } else if (KIND == ADDED && warp == WARPS + 1 && lane == 0) {  // brings tiles of x
         wait();
         for (int i = 0, tile = first; tile < tiles; i++, tile += stride) {
-            const int slot = SLOTS ? i % SLOTS : 0;
-            arrived(place.x_empty + slot, i / (SLOTS + !SLOTS) % 2 ^ 1);
+            const int slot = i % SLOTS;
+            char* raw = place.slots + slot * Here::X_TILE;
+            arrived(place.x_empty + slot, i / SLOTS % 2 ^ 1);
             expected(place.x_full + slot, Here::X_TILE);
-            for (int part = 0; part < N / 32; part++)
-                tile_copied(
-                    place.x + slot * Here::X_TILE + part * (ROWS * 128), x, column + part * 32, tile * ROWS,
-                    place.x_full + slot);
+            tile_copied(raw, out, column, tile * ROWS, place.x_full + slot);
+            tile_copied(raw + Here::OUT_TILE, low, column, tile * ROWS, place.x_full + slot);
         }
     } else if (warp < WARPS) {
         wait();
@@ -106,9 +103,6 @@ template <int K, int N, Kind KIND> DEVICE void product(
         for (int i = mine, tile = first + mine * stride; tile < tiles; i += GROUPS, tile += GROUPS * stride) {
             const Rows rows(layer, tile * ROWS + warp % 4 * 16 + lane / 4);
             Result<N, KIND> result;
-            float2 prior[2] = {make_float2(0.0f, 1.0f), make_float2(0.0f, 1.0f)};
-            if (KIND == ADDED && layer.prior_rows)
-                for (int half = 0; half < 2; half++) prior[half] = written_now(layer.prior_rows + rows.row[half]);
             if (i) arrived(place.turn + mine, (i - 1) / GROUPS % 2);
             float c[N / 2];
 #pragma unroll
@@ -135,7 +129,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
             if (lane < 2) arrive_at(place.empty + STAGES - 1, lane);
             if (KIND != ADDED) {
                 constexpr int WIDE = Result<N, KIND>::WIDE;
-                char* made = place.out + mine * Here::OUT_TILE;
+                char* made = place.slots + mine * Here::OUT_TILE;
                 result.norm[0].join(layer), result.norm[1].join(layer);
 #pragma unroll
                 for (int at = 0; at < N; at += WIDE) {
@@ -149,16 +143,18 @@ template <int K, int N, Kind KIND> DEVICE void product(
                     } else {
                         result.template finish<false>(rows, place.bias, place.sums, c, at, made);
                     }
-                    give<1, 64>(out, KIND == GATED ? column / 2 : column + at, tile * ROWS, made);
+                    give(out, KIND == GATED ? column / 2 : column + at, tile * ROWS, made);
                 }
                 continue;
             }
-            const int slot = SLOTS ? i % SLOTS : 0;
-            char* tile_of_x = place.x + slot * Here::X_TILE;
-            arrived(place.x_full + slot, i / (SLOTS + !SLOTS) % 2);
-            add_to_x<N>(layer, rows, place, prior, c, tile_of_x);
-            give_x<N>(layer, rows, column, tile * ROWS, x, out, c, tile_of_x);
-            if (thread() % 128 == 0) arrive_at(place.x_empty + slot, me);
+            const int slot = i % SLOTS;
+            char *raw = place.slots + slot * Here::X_TILE, *rest = raw + Here::OUT_TILE;
+            arrived(place.x_full + slot, i / SLOTS % 2);
+            add_to_stream<N>(layer, rows, place.bias, c, raw, rest);
+            give(out, column, tile * ROWS, raw);
+            if (thread() % 128 == 0) tile_stored(low, column, tile * ROWS, rest);
+            if (layer.x_parts) leave_parts<N>(layer, rows, column, c);
+            if (thread() % 128 == 0) stores_read(), arrive_at(place.x_empty + slot, me);
         }
         if (thread() % 128 == 0) stores_read();
     }
@@ -186,14 +182,14 @@ KERNEL product_keyed(
     product<WIDTH, COLUMNS, KEYED>(memory, a_rows, weights, out, out, layer);
 }
 KERNEL product_added(
-    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Matrix x, CONSTANT Layer layer
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix raw, CONSTANT Matrix low, CONSTANT Layer layer
 ) {
     SHARED(memory);
-    product<WIDTH, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, out, x, layer);
+    product<WIDTH, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, raw, low, layer);
 }
 KERNEL product_added_from_hidden(
-    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix out, CONSTANT Matrix x, CONSTANT Layer layer
+    CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix raw, CONSTANT Matrix low, CONSTANT Layer layer
 ) {
     SHARED(memory);
-    product<HIDDEN, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, out, x, layer);
+    product<HIDDEN, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, raw, low, layer);
 }

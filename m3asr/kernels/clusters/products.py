@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cache, cached_property
 
 import torch
 
 from m3asr.kernels.clusters import FOLDER
 from m3asr.kernels.clusters.machine import Kernels
+from m3asr.kernels.stream import Stream
 
 FILES = ("activation.cu", "results.cu", "products.cu")
 PROGRAMS, ROWS = 2, 64
@@ -24,7 +25,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         (name, kind)
         for kind, names in (
-            (ctypes.c_void_p, "bias sums parts table lengths prior_w prior_b prior_rows x_parts"),
+            (ctypes.c_void_p, "bias sums parts table lengths x_parts"),
             (ctypes.c_int, "tokens frames columns count more"),
             (ctypes.c_float, "each eps scale"),
         )
@@ -63,16 +64,6 @@ def on_card(defined: str, source: str, device: torch.device) -> Kernels:
         return Kernels(defined + "".join((FOLDER / f).read_text() for f in ("machine.cu", "warpgroups.cu")) + source)
 
 
-@dataclass
-class Stream:
-    """A residual stream's rows in the compute type (N, D), as they are, and what their norm takes: of each part of a
-    row's columns mean and sum of squares, float32 (parts, N, 2).
-    """
-
-    raw: torch.Tensor
-    parts: torch.Tensor
-
-
 class Products:
     """The launchers for one stack's sizes. All tensors contiguous, weights and biases as `engines.cuda.packing` has
     them; `a` is (N, K) in the compute type, or a `Stream`, whose norm is then multiplied.
@@ -103,44 +94,42 @@ class Products:
             table, frames = table or (None, 1)
             self._launch("product_keyed", a, layer, pdl, out=out, table=table, frames=frames, eps=eps)
 
-    def add(self, a, layer, x, *, scale, mask=None, prior=None, streams=False, pdl=False) -> Stream | None:
-        """x (N, D) float32 += scale * layer(a), nothing past the lengths of mask = (lengths, frames).
+    def add(self, a, layer, stream: Stream, *, scale, mask=None, normed=True, pdl=False) -> Stream:
+        """The stream (N, D) += scale * layer(a), in its place; nothing past the lengths of mask = (lengths, frames).
 
-        prior = (weight, bias, rows): x counts as its layer norm, rows float32 (N, 2) as `norm` leaves them. streams:
-        returns x as a `Stream`, too.
+        normed: with the `parts` that its norm takes.
         """
         from_hidden = layer.weight.shape[1] == self.sizes.hidden
-        stream, (lengths, frames), (w, b, rows) = None, mask or (None, 1), prior or (None, None, None)
-        if streams:
-            parts = x.shape[1] // ADDED_COLUMNS
-            raw = torch.empty(x.shape, dtype=layer.weight.dtype, device=x.device)
-            stream = Stream(raw, torch.empty(parts, x.shape[0], 2, device=x.device))
+        (tokens, width), (lengths, frames) = stream.raw.shape, mask or (None, 1)
+        parts = torch.empty(width // ADDED_COLUMNS, tokens, 2, device=stream.raw.device) if normed else None
         self._launch(
-            "product_added_from_hidden" if from_hidden else "product_added", a, layer, pdl, x=x, lengths=lengths,
-            frames=frames, scale=scale, out=stream and stream.raw, x_parts=stream and stream.parts, prior_w=w,
-            prior_b=b, prior_rows=rows,
+            "product_added_from_hidden" if from_hidden else "product_added", a, layer, pdl, out=stream.raw,
+            low=stream.low, lengths=lengths, frames=frames, scale=scale, x_parts=parts,
         )  # fmt: skip
-        return stream
+        return replace(stream, parts=parts)
 
-    def _launch(self, name: str, a, layer, pdl: bool, *, out, x=None, frames=1, eps=0.0, scale=1.0, **tensors) -> None:
+    def _launch(
+        self, name: str, a, layer, pdl: bool, *, out, low=None, frames=1, eps=0.0, scale=1.0, **tensors
+    ) -> None:
         kernels, count = self.kernels, 0
         if isinstance(a, Stream):
             tensors |= {"parts": a.parts, "sums": self.sums(layer.weight)}
             a, count = a.raw, a.parts.shape[0]
         tensors["bias"] = layer.bias
         tokens, columns = a.shape[0], layer.weight.shape[0]
-        pairs = columns // (PROGRAMS * (COLUMNS if x is None else ADDED_COLUMNS))
+        pairs = columns // (PROGRAMS * (COLUMNS if low is None else ADDED_COLUMNS))
         most = kernels.most_clusters(name, THREADS, SHARED_BYTES, PROGRAMS)
         tiles = -(-tokens // ROWS)
         together, more = max(1, min(most // pairs, tiles)), 0
         if tensors.get("table") is not None:
             together, more = with_keys(most, pairs, tiles)
         task = _Layer(
-            tokens=tokens, frames=frames, columns=columns, count=count, more=more, each=ADDED_COLUMNS, eps=eps,
-            scale=scale, **{key: None if t is None else t.data_ptr() for key, t in tensors.items()},
+            tokens=tokens, frames=frames, columns=columns, count=count, more=more,
+            each=self.sizes.width / max(1, count), eps=eps, scale=scale,
+            **{key: None if t is None else t.data_ptr() for key, t in tensors.items()},
         )  # fmt: skip
-        weight = self._weight(layer.weight, COLUMNS if x is None else ADDED_COLUMNS)
-        made = (out,) if x is None else (x if out is None else out, x)
+        weight = self._weight(layer.weight, COLUMNS if low is None else ADDED_COLUMNS)
+        made = (out,) if low is None else (out, low)
         kernels.launch(
             name, PROGRAMS * (pairs * together + pairs // 3 * more), THREADS, kernels.matrix(a, ROWS), weight,
             *(kernels.matrix(t, ROWS) for t in made), task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,

@@ -13,9 +13,7 @@ struct Layer {
     const float2* parts;       // of the rows of `a`, (count, tokens); none: `a` is multiplied as it stands
     const Number* table;       // (>= frames, columns / 3), added to the middle third, or none
     const int* lengths;        // (utterances,), or none: all rows count
-    const float *prior_w, *prior_b;  // (columns,): x counts as its layer norm with these, or none
-    const float2* prior_rows;  // (tokens,): then of each row mean and 1 / deviation
-    float2* x_parts;           // where those of x go, when its rows are wanted in `raw`
+    float2* x_parts;           // where those of the stream go, if its norm is wanted
     int tokens, frames, columns, count, more;
     float each, eps, scale;    // each: columns of a part
 };
@@ -78,11 +76,12 @@ struct RowNorm {
     }
 };
 
-// Where a number is in tiles of 64 rows and 128 bytes, which have the copy engine's order.
+// Where a number is in tiles of 64 rows, which have the copy engine's order: 128 bytes wide, of single bytes 64.
 template <class T> DEVICE T* in_tiles(char* tiles, int row, int column) {
-    constexpr int WIDE = 128 / sizeof(T), EACH = 16 / sizeof(T);
-    char* at = tiles + column / WIDE * (ROWS * 128) + row * 128;
-    return (T*)(at + ((column % WIDE / EACH ^ row % 8) * 16 + column % EACH * (int)sizeof(T)));
+    constexpr int BYTES_WIDE = sizeof(T) == 1 ? 64 : 128, WIDE = BYTES_WIDE / sizeof(T), EACH = 16 / sizeof(T);
+    const int swapped = sizeof(T) == 1 ? row / 2 % 4 : row % 8;
+    char* at = tiles + column / WIDE * (ROWS * BYTES_WIDE) + row * BYTES_WIDE;
+    return (T*)(at + ((column % WIDE / EACH ^ swapped) * 16 + column % EACH * (int)sizeof(T)));
 }
 
 // What is made of a product in `out`. `ask` stands at the product's first step, so that `finish` waits for nothing. 32
@@ -159,33 +158,70 @@ template <int N, Kind KIND> struct Result {
     }
 };
 
-// x += scale * the product, in the tile `x` in shared memory, and in c. `prior`: mean and 1 / deviation of the rows.
-template <int N, class Place> DEVICE void add_to_x(
-    const Layer& layer, const Rows& rows, const Place& place, const float2 (&prior)[2], float (&c)[N / 2], char* x
+// Two neighbouring numbers of the stream: `raw`, in the compute type, and 8 bits more of each, what that rounds away.
+// In bfloat16 both are the upper 24 bits of a float32, to the nearest; in float16 `low` is the upper byte of another.
+#if HALF
+constexpr float BELOW = 2048.0f;  // makes what float16 rounds away of a number as large as the number, at most
+DEVICE float2 joined(u32 raw, u32 low) {
+    const float2 high = floats(raw), rest = floats((low & 0xff) << 8 | (low & 0xff00) << 16);
+    return make_float2(
+        (high.x + rest.x * (1.0f / BELOW)) * (1.0f / RAW), (high.y + rest.y * (1.0f / BELOW)) * (1.0f / RAW));
+}
+DEVICE void split(float v, float w, u32& raw, u32& low) {
+    raw = pair(RAW * v, RAW * w);
+    const float2 high = floats(raw);
+    const u32 rest = pair((RAW * v - high.x) * BELOW, (RAW * w - high.y) * BELOW) + 0x00800080;
+    low = (rest >> 8 & 0xff) | (rest >> 16 & 0xff00);
+}
+#else
+DEVICE float2 joined(u32 raw, u32 low) {
+    const u32 v = (raw << 16) + ((int)(low << 24) >> 16);
+    const u32 w = (raw & 0xffff0000) + ((int)(low << 16) >> 16 & 0xffffff00);
+    return make_float2(float_of(v), float_of(w));
+}
+DEVICE void split(float v, float w, u32& raw, u32& low) {
+    const u32 x = bits_of(v) + 0x80, y = bits_of(w) + 0x80;
+    raw = (x + 0x8000) >> 16 | ((y + 0x8000) & 0xffff0000);
+    low = (x >> 8 & 0xff) | (y & 0xff00);
+}
+#endif
+
+// The stream += scale * the product, in its tile in shared memory, `raw` and `low`, and in c.
+template <int N> DEVICE void add_to_stream(
+    const Layer& layer, const Rows& rows, const float* bias, float (&c)[N / 2], char* raw, char* low
 ) {
     const int t = thread() % 4;
     const float scale[2] = {rows.valid(0) ? layer.scale : 0.0f, rows.valid(1) ? layer.scale : 0.0f};
 #pragma unroll
     for (int first = 0; first < N / 8; first += 4) {
-        float2 add[4], factor[4], summand[4], before[4][2];
+        float2 add[4];
+        u32 high[4][2], rest[4][2];
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             const int at = (first + n) * 8 + 2 * t;
-            add[n] = *(const float2*)(place.bias + at);
-            factor[n] = *(const float2*)(place.sums + at), summand[n] = *(const float2*)(place.sums + N + at);
+            add[n] = *(const float2*)(bias + at);
 #pragma unroll
-            for (int half = 0; half < 2; half++) before[n][half] = *(float2*)in_tiles<float>(x, rows.local(half), at);
+            for (int half = 0; half < 2; half++) {
+                high[n][half] = *(u32*)in_tiles<Number>(raw, rows.local(half), at);
+                rest[n][half] = *(Number*)in_tiles<char>(low, rows.local(half), at);
+            }
         }
 #pragma unroll
         for (int n = 0; n < 4; n++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float &v = c[(first + n) * 4 + half * 2], &w = c[(first + n) * 4 + half * 2 + 1];
-                float2 old = before[n][half];
-                old.x = (old.x - prior[half].x) * prior[half].y * factor[n].x + summand[n].x;
-                old.y = (old.y - prior[half].x) * prior[half].y * factor[n].y + summand[n].y;
+                const float2 old = joined(high[n][half], rest[n][half]);
                 v = old.x + scale[half] * (v + add[n].x), w = old.y + scale[half] * (w + add[n].y);
-                *(float2*)in_tiles<float>(x, rows.local(half), (first + n) * 8 + 2 * t) = make_float2(v, w);
+                split(v, w, high[n][half], rest[n][half]);
+            }
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int at = (first + n) * 8 + 2 * t;
+                *(u32*)in_tiles<Number>(raw, rows.local(half), at) = high[n][half];
+                *(Number*)in_tiles<char>(low, rows.local(half), at) = (Number)rest[n][half];
             }
     }
 }
@@ -212,32 +248,9 @@ template <int N> DEVICE void leave_parts(const Layer& layer, const Rows& rows, i
     }
 }
 
-// Tiles of a group's 64 rows go to a matrix; its four warps have written them.
-template <int TILES, int WIDE> DEVICE void give(const Matrix& matrix, int column, int row, const char* tiles) {
+// What this thread's group has written in shared memory goes to tiles of a matrix; to be followed by `stores_read`.
+DEVICE void give(const Matrix& matrix, int column, int row, const char* tile) {
     seen_by_copies();
     sync_four(uniform(thread() / 128));
-    if (thread() % 128 == 0)
-        for (int i = 0; i < TILES; i++) tile_stored(matrix, column + i * WIDE, row, tiles + i * (ROWS * 128));
-}
-
-// A tile of x, which is in shared memory and in c, goes to x; its rows in the compute type to `raw`, by way of the same
-// place, and what their norm takes. The group's first thread returns when the place is free.
-template <int N> DEVICE void give_x(
-    const Layer& layer, const Rows& rows, int column, int row, const Matrix& x, const Matrix& raw,
-    const float (&c)[N / 2], char* tiles
-) {
-    give<N / 32, 32>(x, column, row, tiles);
-    if (layer.x_parts) {
-        leave_parts<N>(layer, rows, column, c);
-        if (thread() % 128 == 0) stores_read();
-        sync_four(uniform(thread() / 128));
-#pragma unroll
-        for (int n = 0; n < N / 8; n++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                *(u32*)in_tiles<Number>(tiles, rows.local(half), n * 8 + thread() % 4 * 2) =
-                    pair(RAW * c[n * 4 + half * 2], RAW * c[n * 4 + half * 2 + 1]);
-        give<N / 64, 64>(raw, column, row, tiles);
-    }
-    if (thread() % 128 == 0) stores_read();
+    if (thread() % 128 == 0) tile_stored(matrix, column, row, tile);
 }
