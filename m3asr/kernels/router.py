@@ -83,12 +83,11 @@ def _router_kernel(
     else:
         k = tl.arange(0, BLOCK_K)
         if PARTS:
-            part = tl.arange(0, PARTS)[None, :]
-            parts_at, parts_in = parts_ptr + 2 * (part * tokens + rows[:, None]), row_in & (part < PARTS)
-            means = tl.load(parts_at, mask=parts_in, other=0.0)
+            parts_at = parts_ptr + 2 * (tl.arange(0, PARTS)[None, :] * tokens + rows[:, None])
+            means = tl.load(parts_at, mask=row_in, other=0.0)
             mean = mean_of(tl.sum(means, axis=1), PARTS)
             away = means - mean[:, None]
-            squares = tl.sum(tl.load(parts_at + 1, mask=parts_in, other=0.0) + WIDTH // PARTS * (away * away), axis=1)
+            squares = tl.sum(tl.load(parts_at + 1, mask=row_in, other=0.0) + WIDTH // PARTS * (away * away), axis=1)
         else:
             mean, squares = _mean_and_squares(x_ptr + at, row_in, k, WIDTH, BLOCK_M, BLOCK_K)
         rstd = 1.0 / tl.sqrt(squares / WIDTH + eps)
