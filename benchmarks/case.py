@@ -9,6 +9,8 @@ from itertools import product
 import torch
 
 from m3asr.engines.cuda.clustered import Limits
+from m3asr.engines.cuda.packing import Linear
+from m3asr.kernels.clusters.products import Products, ProductSizes
 from m3asr.kernels.linear import LIBRARY
 from m3asr.kernels.pieces import Tile
 
@@ -52,6 +54,13 @@ def streams(tokens: int) -> bool:
 
 def tensor(*shape, dtype=DTYPE, scale=1.0):
     return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def in_pairs(hidden: int, weights, bias) -> tuple[Products, list[Linear]]:
+    """What launches PAIRS, and the layers as it takes them."""
+    half = DTYPE == torch.float16
+    sizes = ProductSizes(WIDTH, hidden, experts=EXPERTS, half=half, experts_half=half, swish=True)
+    return Products(sizes, torch.device("cuda", 0)), [Linear(weight, bias) for weight in weights]
 
 
 def copies_for(size: int) -> int:

@@ -19,6 +19,7 @@ from benchmarks.case import (
     copies_for,
     few_rows,
     grid,
+    in_pairs,
     products,
     streams,
     tensor,
@@ -28,7 +29,6 @@ from m3asr import ops
 from m3asr.engines.cuda.packing import Linear
 from m3asr.kernels.attention import attention
 from m3asr.kernels.best import best_path
-from m3asr.kernels.clusters.products import Products, ProductSizes
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
@@ -37,12 +37,6 @@ from m3asr.kernels.norm_linear import norm_linear
 from m3asr.kernels.pieces import Tile
 from m3asr.kernels.stream import from_stream, norm_stream, to_stream
 from m3asr.kernels.subsampling import first_convolution, next_convolution
-
-
-def in_pairs(hidden, weights, bias) -> tuple[Products, list[Linear]]:
-    """What launches PAIRS, and the layers as it takes them."""
-    sizes = ProductSizes(WIDTH, hidden, half=DTYPE == torch.float16, swish=True)
-    return Products(sizes, torch.device("cuda", 0)), [Linear(weight, bias) for weight in weights]
 
 
 def make_up(batch, frames, valid, hidden, kind, few):

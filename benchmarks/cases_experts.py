@@ -11,9 +11,11 @@ from benchmarks.case import (
     DTYPE,
     EXPERTS,
     ONE,
+    PAIRS,
     WIDTH,
     Case,
     grid,
+    in_pairs,
     persistent,
     streams,
     tensor,
@@ -40,25 +42,32 @@ def make_router(batch, frames, valid, few):
     bias, heard = tensor(EXPERTS, dtype=torch.float32), tensor(tokens, 18 * EXPERTS, dtype=torch.float32)[:, :EXPERTS]
     lengths = torch.full((batch,), frames, dtype=torch.int32, device="cuda")
     y, gate = tensor(tokens, WIDTH), tensor(tokens, dtype=torch.float32)
-    idx, residual = torch.empty(tokens, device="cuda", dtype=torch.int32), x
+    idx = torch.empty(tokens, device="cuda", dtype=torch.int32)
+    pairs, (layer,) = in_pairs(1024, [weight], bias)
+    columns = x.unflatten(1, (-1, 64))
+    parts = torch.stack((columns.mean(-1), columns.var(-1, correction=0) * 64), -1).transpose(0, 1).contiguous()
+    stream = replace(to_stream(x, DTYPE, tile=ONE), parts=parts)
     if streams(tokens):
-        columns = x.unflatten(1, (-1, 64))
-        parts = torch.stack((columns.mean(-1), columns.var(-1, correction=0) * 64), -1).transpose(0, 1).contiguous()
-        residual = replace(to_stream(x, DTYPE, tile=ONE), parts=parts)
+        pairs.route(stream, layer, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, scale=1.0)
+
+    def launch(i, tile):
+        if tile == PAIRS:
+            pairs.route(stream, layer, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, scale=1.0, pdl=True)
+        else:
+            route(x, weight, bias, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, tile=tile, pdl=True)
 
     def reference():
         z = F.layer_norm(x, (WIDTH,))
         return torch.cat((torch.softmax(z @ weight + bias + heard, -1).amax(-1, keepdim=True), z), 1)
 
     return Case(
-        lambda i, tile: route(
-            residual, weight, bias, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, tile=tile, pdl=True
-        ),
+        launch,
         lambda: torch.cat((gate.unsqueeze(1), y), 1),
         reference,
         [*grid((1,), (1,), (4, 8, 16)), *grid((16,), (1,), (4,), k=(64, 128), stages=(2,))]
         if few
         else [
+            *([PAIRS] if streams(tokens) else []),
             *grid((16, 32, 64), (1,), (4, 8), k=(64, 128), stages=(2, 3)),
             *grid((16,), (1,), (4, 8), k=(256,), stages=(2,)),
             *grid((16, 32), (1,), (4, 8), k=(512,), stages=(1,)),

@@ -10,33 +10,11 @@ import triton
 import triton.language as tl
 
 from m3asr.kernels.pieces import Tile, at_least_16, mean_of, normalise, release, wait
-from m3asr.kernels.stream import Stream, joined
-
-
-@triton.jit
-def _mean_and_squares(x_at, row_in, k, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Each row's mean and squares around it. Few registers are worth more than one reading less: the rows are in the
-    cache the second time.
-    """
-    mean, squares = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, WIDTH, BLOCK_K):
-        k_in = k + start < WIDTH
-        part = tl.load(x_at + start + k[None, :], mask=row_in & k_in[None, :], other=0.0)
-        count = tl.minimum(WIDTH - start, BLOCK_K).to(tl.float32)
-        part_mean = mean_of(tl.sum(part, axis=1), count)
-        part = tl.where(k_in[None, :], part - part_mean[:, None], 0.0)
-        # Means and squares of two sets joined (Chan et al. 1979): exact where x - mean(x) is.
-        step = tl.where(start > 0, part_mean - mean, 0.0)
-        mean = tl.where(start > 0, mean + step * (count / (start + count)), part_mean)
-        squares += tl.sum(part * part, axis=1) + step * step * (start * count / (start + count))
-    return mean, squares
 
 
 @triton.jit
 def _router_kernel(
     x_ptr,
-    low_ptr,
-    parts_ptr,
     w_ptr,
     b_ptr,
     heard_ptr,
@@ -57,7 +35,6 @@ def _router_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     COUNTS: tl.constexpr,
-    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
@@ -75,28 +52,28 @@ def _router_kernel(
     wait(PDL)
     if BLOCK_M == 1:
         x = tl.load(x_ptr + at + d[None, :], mask=row_in & d_in[None, :], other=0.0)
-        if PARTS:
-            x = joined(x, tl.load(low_ptr + at + d[None, :], mask=row_in & d_in[None, :], other=0))
         y = normalise(x, d_in[None, :], WIDTH, eps)  # (1, BLOCK_D)
         tl.store(y_ptr + at + d[None, :], y.to(y_ptr.dtype.element_ty), mask=row_in & d_in[None, :])
         logits = tl.sum(tl.trans(y) * w, axis=0)[None, :]
     else:
+        # Few registers are worth more than one reading less: the rows are in the cache the second time.
+        mean, squares = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
         k = tl.arange(0, BLOCK_K)
-        if PARTS:
-            parts_at = parts_ptr + 2 * (tl.arange(0, PARTS)[None, :] * tokens + rows[:, None])
-            means = tl.load(parts_at, mask=row_in, other=0.0)
-            mean = mean_of(tl.sum(means, axis=1), PARTS)
-            away = means - mean[:, None]
-            squares = tl.sum(tl.load(parts_at + 1, mask=row_in, other=0.0) + WIDTH // PARTS * (away * away), axis=1)
-        else:
-            mean, squares = _mean_and_squares(x_ptr + at, row_in, k, WIDTH, BLOCK_M, BLOCK_K)
+        for start in range(0, WIDTH, BLOCK_K):
+            k_in = k + start < WIDTH
+            part = tl.load(x_ptr + at + start + k[None, :], mask=row_in & k_in[None, :], other=0.0)
+            count = tl.minimum(WIDTH - start, BLOCK_K).to(tl.float32)
+            part_mean = mean_of(tl.sum(part, axis=1), count)
+            part = tl.where(k_in[None, :], part - part_mean[:, None], 0.0)
+            # Means and squares of two sets joined (Chan et al. 1979): exact where x - mean(x) is.
+            step = tl.where(start > 0, part_mean - mean, 0.0)
+            mean = tl.where(start > 0, mean + step * (count / (start + count)), part_mean)
+            squares += tl.sum(part * part, axis=1) + step * step * (start * count / (start + count))
         rstd = 1.0 / tl.sqrt(squares / WIDTH + eps)
         logits = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         for start in range(0, WIDTH, BLOCK_K):
             k_in = k + start < WIDTH
             part = tl.load(x_ptr + at + start + k[None, :], mask=row_in & k_in[None, :], other=0.0)
-            if PARTS:
-                part = joined(part, tl.load(low_ptr + at + start + k[None, :], mask=row_in & k_in[None, :], other=0))
             y = tl.where(k_in[None, :], (part - mean[:, None]) * rstd[:, None], 0.0)
             tl.store(y_ptr + at + start + k[None, :], y.to(y_ptr.dtype.element_ty), mask=row_in & k_in[None, :])
             w_at = w_ptr + (start + k)[:, None] * EXPERTS + e[None, :]
@@ -126,20 +103,15 @@ def route(
 ) -> None:  # fmt: skip
     """y = normalise(x); the best expert of each token by scale * y weight + bias + heard, and its softmax probability.
 
-    x float32 (N, D), or a `Stream` with parts; weight float32 (D, E), bias float32 (E,): with the norm's own folded in,
-    the largest weight near 1, so that the halves of all that matter are normal float16 numbers; heard float32 (N, E),
+    x float32 (N, D); weight float32 (D, E), bias float32 (E,): with the norm's own folded in, the largest weight near
+    1, so that the halves of all that matter are normal float16 numbers; heard float32 (N, E),
     rows any distance apart: what the embedding network adds; lengths int32 (B,), N = B * frames.
     Writes y (N, D) in the compute type, expert_idx int32 (N,), -1 past the length, gate float32 (N,), 0 there, and, if
     given, counts int32 (N / tile.m rounded up, E): how many of so many tokens go to each expert.
     """
-    low, parts, count = x, x, 0
-    if isinstance(x, Stream):
-        x, low, parts, count = x.raw, x.low, x.parts, x.parts.shape[0]
     tokens, width = x.shape
     _router_kernel[(triton.cdiv(tokens, tile.m),)](
         x,
-        low,
-        parts,
         weight,
         bias,
         heard,
@@ -160,7 +132,6 @@ def route(
         BLOCK_D=at_least_16(width),
         BLOCK_K=tile.k,
         COUNTS=counts is not None,
-        PARTS=count,
         PDL=pdl,
         **tile.options(pdl),
     )

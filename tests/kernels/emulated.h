@@ -158,6 +158,9 @@ DEVICE u32 pair(float a, float b) { return to_number(a, HALF) | to_number(b, HAL
 DEVICE u32 pair_half(float a, float b) { return to_number(a, true) | to_number(b, true) << 16; }
 DEVICE float2 floats(u32 v) { return {from_number(v & 0xffff, HALF), from_number(v >> 16, HALF)}; }
 
+DEVICE float2 floats_half(u32 v) { return {from_number(v & 0xffff, true), from_number(v >> 16, true)}; }
+
+template <bool OF_HALF = HALF>
 DEVICE void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     u32 mine[6] = {a0, a1, a2, a3, b0, b1};
     memcpy(here->given, mine, sizeof mine);
@@ -169,11 +172,12 @@ DEVICE void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, 
             int lane = k % 8 / 2, later = k / 8, odd = k % 2 * 16;
             u32 a = mate(g * 4 + lane).given[later * 2 + upper] >> odd & 0xffff;
             u32 b = mate(column * 4 + lane).given[4 + later] >> odd & 0xffff;
-            c[i] += from_number(a, HALF) * from_number(b, HALF);
+            c[i] += from_number(a, OF_HALF) * from_number(b, OF_HALF);
         }
     }
     together();
 }
+#define multiply_add_half multiply_add<true>
 
 static void start() {
     body();

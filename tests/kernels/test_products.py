@@ -32,8 +32,9 @@ def load(tmp_path_factory):
 
 @pytest.fixture
 def products(load, device):
-    def of(dtype, hidden=1024):
-        sizes = ProductSizes(WIDTH, hidden, dtype == torch.float16, True)
+    def of(dtype, hidden=1024, experts=0, experts_dtype=None):
+        half = dtype == torch.float16
+        sizes = ProductSizes(WIDTH, hidden, experts, half, (experts_dtype or dtype) == torch.float16, True)
         assert sizes.fit()
         return Products(sizes, device, load)
 
@@ -129,6 +130,50 @@ def test_add(products, layer, check, device, dtype, tokens, inner, masked):
     assert torch.equal(copies[1].raw, stream.raw) and torch.equal(copies[1].low, stream.low)
 
 
+ROUTED = [(5, torch.bfloat16, torch.bfloat16), (32, torch.bfloat16, torch.float16)]
+if GPU:
+    ROUTED += list(product([1, 4, 32, 64], TYPES, TYPES))
+
+
+@pytest.mark.parametrize("experts, dtype, experts_dtype", ROUTED)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_route(products, check, poisoned, device, experts, dtype, experts_dtype, parts):
+    lengths = torch.tensor([45, 0, 17], device=device).int()
+    frames, tokens = 50, 150
+    x = torch.randn(tokens, WIDTH, device=device) + 2
+    x = floats(stream_of(x, dtype))
+    x[3] = 7.0  # no variance
+    weight, bias = torch.randn(WIDTH, experts, device=device), torch.randn(experts, device=device)
+    heard = torch.randn(tokens, 3 * experts, device=device)[:, experts : 2 * experts]
+    y, gate = poisoned(tokens, WIDTH, dtype=experts_dtype), poisoned(tokens)
+    expert_idx, counts = poisoned(tokens, dtype=torch.int32), poisoned(3, experts, dtype=torch.int32)
+    products(dtype, 1024, experts, experts_dtype).route(
+        stream_of(x, dtype, WIDTH // parts), SimpleNamespace(weight=weight / 4, bias=bias), heard, lengths, y,
+        expert_idx, gate, frames=frames, eps=EPS, scale=4.0, counts=counts, pdl=GPU,
+    )  # fmt: skip
+    chances = (norm(x) @ weight.double() + bias + heard).softmax(-1)
+    valid = ops.frame_mask(lengths, frames).flatten()
+    check(y, norm(x), experts_dtype)
+    best, expected = chances.max(-1)
+    assert torch.equal(expert_idx[valid].long(), expected[valid])
+    assert (expert_idx[~valid] == -1).all() and not gate[~valid].any()
+    check(gate[valid], best[valid], factor=2.0)
+    for i, chosen in enumerate(expert_idx.split(64)):
+        assert counts[i].tolist() == [int((chosen == e).sum()) for e in range(experts)]
+
+
+def test_the_first_expert_wins_a_tie(products, poisoned, device):
+    x, dtype = torch.randn(9, WIDTH, device=device), TYPES[0]
+    layer = SimpleNamespace(weight=torch.randn(WIDTH, 1, device=device).expand(-1, 32).contiguous())
+    layer.bias = torch.tensor([0.0, 1, 2, -1] * 8, device=device)
+    y, gate, expert_idx = poisoned(9, WIDTH, dtype=dtype), poisoned(9), poisoned(9, dtype=torch.int32)
+    products(dtype, 1024, 32, torch.float16).route(
+        stream_of(x, dtype), layer, torch.zeros(9, 32, device=device), torch.tensor([9], device=device).int(), y.half(),
+        expert_idx, gate, frames=9, eps=EPS, scale=1.0, pdl=GPU,
+    )  # fmt: skip
+    assert expert_idx.tolist() == [2] * 9
+
+
 def test_orders(products, layer, device):
     """Whatever runs first, every bit is the same; and a row's do not depend on where it stands."""
     dtype, found = TYPES[0], []
@@ -143,9 +188,9 @@ def test_orders(products, layer, device):
 
 
 def test_fit():
-    assert ProductSizes(512, 1024, False, True).fit()
-    for width, hidden in ((320, 1280), (384, 1536), (512, 2048), (1024, 1024)):
-        assert not ProductSizes(width, hidden, False, True).fit()
+    assert ProductSizes(512, 1024, 32, False, False, True).fit()
+    for width, hidden, experts in ((320, 1280, 4), (384, 1536, 4), (512, 2048, 4), (1024, 1024, 4), (512, 1024, 65)):
+        assert not ProductSizes(width, hidden, experts, False, False, True).fit()
 
 
 def test_keys_get_more_clusters():

@@ -19,7 +19,7 @@ from m3asr.engines.cuda import clustered, tiles
 from m3asr.engines.cuda.packing import EXPERTS_TYPES, TYPES, Block, Stack, Subsampling, Weights
 from m3asr.kernels.attention import attention
 from m3asr.kernels.best import best_path
-from m3asr.kernels.clusters.products import Products
+from m3asr.kernels.clusters.products import ROWS, Products
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
@@ -286,7 +286,7 @@ class Forward:
         conv = self._depthwise(glu, shape, config, block, tile)
         stream = products.add(conv, block.pointwise_2, stream, scale=1.0, mask=lengths, pdl=self.pdl)
         if block.router:
-            routed = self._route(stream, shape, config, block, heard())
+            routed = self._route(stream, shape, config, block, heard(), products)
             return stream, self._experts(stream, shape, config, block, scale, *routed)
         products.up(stream, block.up, h, activation=activation, **both)
         return products.add(h, block.down, stream, scale=scale, normed=False, pdl=self.pdl), None
@@ -336,19 +336,24 @@ class Forward:
         y, gate = self._new((shape.tokens, width), self.experts_dtype), self._new((shape.tokens,), torch.float32)
         return heard, y, self._new((shape.tokens,), torch.int32), gate
 
-    def _route(self, x: Tensor | Stream, shape: Shape, config, block: Block, heard):
-        """The experts' input, each token's expert and gate, and, where the sort wants them, counts of experts."""
-        heard, y, expert_idx, gate = self._routed(shape, config.attention_dim, heard)
+    def _route(self, x: Tensor | Stream, shape: Shape, config, block: Block, heard, products: Products | None = None):
+        """The experts' input, each token's expert and gate, and, where the sort wants them, counts of experts and of
+        how many tokens each; of a `Stream` by `products`.
+        """
         experts, hidden, width = block.up.weight.shape
         tile, counts = self._tiles(shape, width, hidden), None
+        counted = ROWS if products else tile.router.m
         # Whoever watches may change the choices, and then the router's counts are no longer theirs.
         if tile.sort.parts > 1 and not self._few(shape) and self.trace is None:
-            counts = self._new((-(-shape.tokens // tile.router.m), experts), torch.int32)
-        route(
-            x, block.router.weight, block.router.bias, heard, shape.lengths, y, expert_idx, gate, frames=shape.frames,
-            eps=config.norm_eps, tile=tile.router, scale=block.router_scale, counts=counts, pdl=self.pdl,
-        )  # fmt: skip
-        return y, expert_idx, gate, counts
+            counts = self._new((-(-shape.tokens // counted), experts), torch.int32)
+        options = {"frames": shape.frames, "eps": config.norm_eps, "scale": block.router_scale, "counts": counts}
+        heard, *found = self._routed(shape, width, heard)
+        if products:
+            products.route(x, block.router, heard, shape.lengths, *found, pdl=self.pdl, **options)
+        else:
+            weights = block.router.weight, block.router.bias
+            route(x, *weights, heard, shape.lengths, *found, tile=tile.router, pdl=self.pdl, **options)
+        return *found, None if counts is None else (counts, counted)
 
     def _experts(self, x: Tensor | Stream, shape: Shape, config, block: Block, scale, y, expert_idx, gate, counts=None):
         """x += the experts' part; of a `Stream` it is returned, by slot, and each token's slot: see `norm_stream`."""
@@ -376,7 +381,7 @@ class Forward:
         more = (self._new((slot_token.numel(), width)), torch.empty_like(expert_idx)) if streams else None
         sort_tokens(
             expert_idx, slot_token, tile_expert, experts=experts, rows=rows, tile=tile.sort, pdl=self.pdl,
-            counts=None if counts is None else (counts, tile.router.m), token_slot=more[1] if more else None,
+            counts=counts, token_slot=more[1] if more else None,
         )  # fmt: skip
         h = self._new((slot_token.numel(), hidden), self.experts_dtype)
         experts_many(y, block.up.weight, block.up.bias, slot_token, tile_expert, h, **up, **both)

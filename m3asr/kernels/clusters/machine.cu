@@ -110,12 +110,15 @@ DEVICE u32 pair_half(float a, float b) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
     return v;
 }
-DEVICE float2 floats(u32 v) {
-#if HALF
+DEVICE float2 floats_half(u32 v) {
     float2 f;
     asm("{.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;}"
         : "=f"(f.x), "=f"(f.y) : "r"(v));
     return f;
+}
+DEVICE float2 floats(u32 v) {
+#if HALF
+    return floats_half(v);
 #else
     return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000));
 #endif
@@ -127,9 +130,12 @@ DEVICE float2 floats(u32 v) {
 #else
 #define OPERANDS "bf16.bf16"
 #endif
-DEVICE void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." OPERANDS ".f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#define MULTIPLY_ADD(operands)                                                                          \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." operands ".f32 "                               \
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                 \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                        \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+DEVICE void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { MULTIPLY_ADD(OPERANDS); }
+DEVICE void multiply_add_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    MULTIPLY_ADD("f16.f16");
 }

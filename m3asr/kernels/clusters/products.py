@@ -12,50 +12,64 @@ from m3asr.kernels.clusters import FOLDER
 from m3asr.kernels.clusters.machine import Kernels
 from m3asr.kernels.stream import Stream
 
-FILES = ("activation.cu", "results.cu", "products.cu")
+FILES, ROUTER_FILES = ("activation.cu", "stream.cu", "results.cu", "products.cu"), ("stream.cu", "route.cu")
 PROGRAMS, ROWS = 2, 64
 GROUPS = 3  # of four warps that multiply; two more warps ask for copies
 THREADS = 128 * GROUPS + 64
 COLUMNS, ADDED_COLUMNS = 128, 64  # of a program: of a product by itself, and of one that is added to x
 SHARED_BYTES = 227 << 10
 MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again are for tiles
+ROUTER_THREADS, MOST_EXPERTS = 128, 64
+
+
+def _fields(*kinds) -> list:
+    return [(name, kind) for kind, names in kinds for name in names.split()]
+
+
+def _addresses(tensors: dict) -> dict:
+    return {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [
-        (name, kind)
-        for kind, names in (
-            (ctypes.c_void_p, "bias sums parts table lengths x_parts"),
-            (ctypes.c_int, "tokens frames columns count more"),
-            (ctypes.c_float, "each eps scale"),
-        )
-        for name in names.split()
-    ]  # fmt: skip
+    _fields_ = _fields(
+        (ctypes.c_void_p, "bias sums parts table lengths x_parts"),
+        (ctypes.c_int, "tokens frames columns count more"),
+        (ctypes.c_float, "each eps scale"),
+    )
+
+
+class _Router(ctypes.Structure):
+    _fields_ = _fields((ctypes.c_void_p, "raw low heard y chosen gate counts"), (ctypes.c_int, "stride"))
 
 
 @dataclass(frozen=True)
 class ProductSizes:
-    """What the kernels are compiled for: widths of the residual stream and of the feed-forward, and types."""
+    """What the kernels are compiled for: widths of the residual stream and of the feed-forward, experts, and types."""
 
     width: int
     hidden: int
+    experts: int  # 0: no router
     half: bool  # float16, else bfloat16
+    experts_half: bool
     swish: bool
 
     def fit(self) -> bool:
         return (
             self.width in (256, 512)
             and self.hidden % (2 * COLUMNS) == 0
+            and self.experts <= MOST_EXPERTS
             and 2 * ADDED_COLUMNS * self.hidden <= MOST_WEIGHTS
         )
 
-    def source(self) -> tuple[str, str]:
+    def source(self, files=FILES) -> tuple[str, str]:
         """Definitions, and CUDA C++ that needs them, machine.cu and warpgroups.cu before it."""
         names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
         names |= {"THREADS": THREADS, "PROGRAMS": PROGRAMS, "RESIDENT": 1, "TIMED": 0, "GROUPS": GROUPS}
         names |= {"COLUMNS": COLUMNS, "ADDED_COLUMNS": ADDED_COLUMNS, "SHARED_BYTES": SHARED_BYTES}
+        if files == ROUTER_FILES:
+            names |= {"THREADS": ROUTER_THREADS, "PROGRAMS": 1, "RESIDENT": 2}
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
-        return defined, "".join((FOLDER / f).read_text() for f in FILES)
+        return defined, "".join((FOLDER / f).read_text() for f in files)
 
 
 @cache
@@ -73,11 +87,17 @@ class Products:
         self.sizes, self._device, self._load = sizes, device, load
         self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._matrices: dict[int, tuple[torch.Tensor, object]] = {}
+        self._halves: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     @cached_property
     def kernels(self) -> Kernels:
         """Compiled, or found where they are kept, when they are first asked for."""
         return self._load(*self.sizes.source(), self._device)
+
+    @cached_property
+    def router(self) -> Kernels:
+        """The same of the router."""
+        return self._load(*self.sizes.source(ROUTER_FILES), self._device)
 
     def up(self, a, layer, out, *, activation=None, glu=None, table=None, eps=0.0, pdl=False) -> None:
         """out (N, C) = layer(a), and then one of three.
@@ -108,6 +128,33 @@ class Products:
         )  # fmt: skip
         return replace(stream, parts=parts)
 
+    def route(
+        self, stream, layer, heard, lengths, y, expert_idx, gate, *, frames, eps, scale, counts=None, pdl=False
+    ) -> None:  # fmt: skip
+        """What `kernels.router.route` does, of a stream; y of the experts' type, counts of ROWS tokens each."""
+        _, high, rest = self._router_halves(layer.weight)
+        (tokens, width), (choices, _) = stream.raw.shape, high.shape
+        tensors = {"bias": layer.bias, "parts": stream.parts, "lengths": lengths}
+        task = _Layer(
+            tokens=tokens, frames=frames, count=stream.parts.shape[0], each=width / stream.parts.shape[0], eps=eps,
+            scale=scale, **_addresses(tensors),
+        )  # fmt: skip
+        tensors = {"raw": stream.raw, "low": stream.low, "heard": heard, "y": y, "chosen": expert_idx, "gate": gate}
+        self.router.launch(
+            "route", -(-tokens // ROWS), ROUTER_THREADS, self.router.matrix(high, choices),
+            self.router.matrix(rest, choices), task,
+            _Router(stride=heard.stride(0), **_addresses({"counts": counts, **tensors})),
+            shared=4 * choices * width + 8 + 4 * ROWS, pdl=pdl,
+        )  # fmt: skip
+
+    def _router_halves(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The router's weight (D, E), and its transpose as a sum of two float16, rows to whole eights; made once."""
+        if id(weight) not in self._halves:
+            padded = torch.nn.functional.pad(weight.t(), (0, 0, 0, -weight.shape[1] % 8))
+            high = padded.half().contiguous()
+            self._halves[id(weight)] = weight, high, (padded - high.float()).half().contiguous()
+        return self._halves[id(weight)]
+
     def _launch(
         self, name: str, a, layer, pdl: bool, *, out, low=None, frames=1, eps=0.0, scale=1.0, **tensors
     ) -> None:
@@ -126,7 +173,7 @@ class Products:
         task = _Layer(
             tokens=tokens, frames=frames, columns=columns, count=count, more=more,
             each=self.sizes.width / max(1, count), eps=eps, scale=scale,
-            **{key: None if t is None else t.data_ptr() for key, t in tensors.items()},
+            **_addresses(tensors),
         )  # fmt: skip
         weight = self._weight(layer.weight, COLUMNS if low is None else ADDED_COLUMNS)
         made = (out,) if low is None else (out, low)

@@ -1,0 +1,167 @@
+// The router of many tokens, whose stream has 24 bits: what it computes is in kernels/router.py. A warp takes 16 rows
+// and makes their norm as they come; products are three of float16 halves. Which of an inner dimension's numbers stands
+// where is for both operands alike: a thread has 16 neighbouring columns of 64, as they lie in memory.
+struct Router {
+    const Number* raw;    // (tokens, WIDTH)
+    const char* low;
+    const float* heard;   // (tokens, EXPERTS), rows `stride` apart
+    void* y;              // (tokens, WIDTH), of the experts' type
+    int* chosen;          // (tokens,)
+    float* gate;
+    int* counts;          // (tokens / ROWS, EXPERTS), or none
+    int stride;
+};
+
+constexpr int CHOICES = (EXPERTS + 7) / 8 * 8, PARTS_OF_ROW = WIDTH / 64, WEIGHTS_TILE = CHOICES * 128;
+
+// 16 columns of two rows.
+struct Columns {
+    uint4 raw[2][2], low[2];
+
+    DEVICE void ask(const Router& router, const Rows& rows, int part) {
+        const int column = part * 64 + thread() % 4 * 16;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const long long at = (long long)rows.row[half] * WIDTH + column;
+            low[half] = written((const uint4*)(router.low + at));
+#pragma unroll
+            for (int i = 0; i < 2; i++) raw[half][i] = written((const uint4*)(router.raw + at) + i);
+        }
+    }
+};
+
+// The i-th u32 of 16 bytes.
+DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Eight columns of a row, normalised: of the experts' type to y, and as float16 halves.
+DEVICE void normalised(
+    const RowNorm& norm, const uint4& raw, u32 low0, u32 low1, uint4* y, u32 (&high)[4], u32 (&rest)[4]
+) {
+    u32 made[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const u32 low = i < 2 ? low0 : low1;
+        const float2 x = joined(word(raw, i), i % 2 ? low >> 16 : low & 0xffff);
+        const float v = (x.x - norm.mean) * norm.scale, w = (x.y - norm.mean) * norm.scale;
+        high[i] = pair_half(v, w);
+        const float2 rounded = floats_half(high[i]);
+        rest[i] = pair_half(v - rounded.x, w - rounded.y);
+#if EXPERTS_HALF
+        made[i] = high[i];
+#else
+        made[i] = pair(v, w);
+#endif
+    }
+    if (y) *y = make_uint4(made[0], made[1], made[2], made[3]);
+}
+
+KERNEL route(
+    CONSTANT Matrix weights, CONSTANT Matrix weights_rest, CONSTANT Layer layer, CONSTANT Router router
+) {
+    SHARED(memory);
+    Flag* loaded = (Flag*)(memory + 2 * PARTS_OF_ROW * WEIGHTS_TILE);
+    int* chosen = (int*)(loaded + 1);
+    release();
+    const int warp = uniform(thread() / 32), t = thread() % 4;
+    if (thread() == 0) {
+        opened(loaded, 1);
+        expected(loaded, 2 * PARTS_OF_ROW * WEIGHTS_TILE);
+        for (int i = 0; i < PARTS_OF_ROW; i++) {
+            tile_copied(memory + i * WEIGHTS_TILE, weights, i * 64, 0, loaded);
+            tile_copied(memory + (PARTS_OF_ROW + i) * WEIGHTS_TILE, weights_rest, i * 64, 0, loaded);
+        }
+    }
+    float bias[CHOICES / 4];
+#pragma unroll
+    for (int i = 0; i < CHOICES / 4; i++) {
+        const int e = i / 2 * 8 + 2 * t + i % 2;
+        bias[i] = e < EXPERTS ? weights4(layer.bias + e) : 0.0f;
+    }
+    sync();
+    wait();
+    const Rows rows(layer, group() * ROWS + warp * 16 + thread() % 32 / 4);
+    RowNorm norm[2];
+    norm[0].ask(layer, rows.row[0]), norm[1].ask(layer, rows.row[1]);
+    Columns now, next;
+    now.ask(router, rows, 0);
+    float c[CHOICES / 8][4], heard[2][CHOICES / 4];
+#pragma unroll
+    for (int i = 0; i < CHOICES / 4; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int e = i / 2 * 8 + 2 * t + i % 2;
+            c[i / 2][half * 2 + i % 2] = 0.0f;
+            heard[half][i] = 0.0f;
+            if (e < EXPERTS) heard[half][i] = written(router.heard + (long long)rows.row[half] * router.stride + e);
+        }
+    norm[0].join(layer), norm[1].join(layer);
+    arrived(loaded, 0);
+    for (int part = 0; part < PARTS_OF_ROW; part++) {
+        if (part + 1 < PARTS_OF_ROW) next.ask(router, rows, part + 1);
+        char* tile = memory + part * WEIGHTS_TILE;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            u32 high[2][4], rest[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const long long at = (long long)rows.row[half] * WIDTH + part * 64 + t * 16 + i * 8;
+                normalised(
+                    norm[half], now.raw[half][i], word(now.low[half], 2 * i), word(now.low[half], 2 * i + 1),
+                    rows.here[half] ? (uint4*)((Number*)router.y + at) : nullptr, high[half], rest[half]);
+            }
+#pragma unroll
+            for (int n = 0; n < CHOICES / 8; n++) {
+                const int e = n * 8 + thread() % 32 / 4;
+                const uint4 w = *(const uint4*)in_tiles<Number>(tile, e, t * 16 + i * 8);
+                const uint4 w_rest = *(const uint4*)in_tiles<Number>(
+                    tile + PARTS_OF_ROW * WEIGHTS_TILE, e, t * 16 + i * 8);
+#pragma unroll
+                for (int k = 0; k < 4; k += 2) {
+                    multiply_add_half(
+                        c[n], rest[0][k], rest[1][k], rest[0][k + 1], rest[1][k + 1], word(w, k), word(w, k + 1));
+                    multiply_add_half(
+                        c[n], high[0][k], high[1][k], high[0][k + 1], high[1][k + 1], word(w_rest, k),
+                        word(w_rest, k + 1));
+                    multiply_add_half(
+                        c[n], high[0][k], high[1][k], high[0][k + 1], high[1][k + 1], word(w, k), word(w, k + 1));
+                }
+            }
+        }
+        now = next;
+    }
+    const float none = float_of(0xff800000);  // - infinity
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float best = none, sum = 0.0f;
+        u32 expert = 0;
+#pragma unroll
+        for (int i = 0; i < CHOICES / 4; i++) {
+            const int e = i / 2 * 8 + 2 * t + i % 2;
+            float& logit = c[i / 2][half * 2 + i % 2];
+            logit = e < EXPERTS ? logit * layer.scale + bias[i] + heard[half][i] : none;
+            if (logit > best) best = logit, expert = e;
+        }
+        for (int mask = 2; mask; mask /= 2) {
+            const float other = shuffle(best, mask);
+            const u32 its = shuffle(expert, mask);
+            if (other > best || (other == best && its < expert)) best = other, expert = its;
+        }
+#pragma unroll
+        for (int i = 0; i < CHOICES / 4; i++)
+            sum += power_of_two((c[i / 2][half * 2 + i % 2] - best) * 1.4426950408889634f);
+        for (int mask = 2; mask; mask /= 2) sum += shuffle(sum, mask);
+        const bool valid = rows.here[half] && rows.valid(half);
+        if (t == 0) {
+            chosen[Rows::local(half)] = valid ? (int)expert : -1;
+            if (rows.here[half]) {
+                router.chosen[rows.row[half]] = valid ? (int)expert : -1;
+                router.gate[rows.row[half]] = valid ? 1.0f / sum : 0.0f;
+            }
+        }
+    }
+    sync();
+    if (!router.counts || thread() >= EXPERTS) return;
+    int hits = 0;
+    for (int row = 0; row < ROWS; row++) hits += chosen[row] == thread();
+    router.counts[group() * EXPERTS + thread()] = hits;
+}
