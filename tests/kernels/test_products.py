@@ -132,7 +132,8 @@ def test_add(products, layer, check, device, dtype, tokens, inner, masked):
 
 ROUTED = [(5, torch.bfloat16, torch.bfloat16), (32, torch.bfloat16, torch.float16)]
 if GPU:
-    ROUTED += list(product([1, 4, 32, 64], TYPES, TYPES))
+    ROUTED += product([1, 4, 32, 64], TYPES[:1], TYPES)
+    ROUTED += product([1, 4, 32, 64], TYPES[1:], TYPES[1:])
 
 
 @pytest.mark.parametrize("experts, dtype, experts_dtype", ROUTED)

@@ -58,6 +58,7 @@ class ProductSizes:
             self.width in (256, 512)
             and self.hidden % (2 * COLUMNS) == 0
             and self.experts <= MOST_EXPERTS
+            and self.experts_half >= self.half
             and 2 * ADDED_COLUMNS * self.hidden <= MOST_WEIGHTS
         )
 
