@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from m3asr.kernels.pieces import (
     Tile,
     activate,
+    ask,
     copied_product,
     copyable,
     dot,
@@ -103,6 +104,7 @@ def _linear_kernel(
 def _persistent_kernel(
     a,
     w,
+    w_ptr,
     b_ptr,
     table_ptr,
     lengths_ptr,
@@ -120,10 +122,12 @@ def _persistent_kernel(
     TABLE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     MASK: tl.constexpr,
+    ASK: tl.constexpr,
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
+    ask(w_ptr, columns * WIDTH * 2, ASK)
     wait(PDL)
     tiles_n = tl.cdiv(columns, BLOCK_N)
     tiles = tl.cdiv(tokens, BLOCK_M) * tiles_n
@@ -143,6 +147,7 @@ def _persistent_kernel(
 def _stored_kernel(
     a,
     w,
+    w_ptr,
     out,
     table,
     b_ptr,
@@ -164,11 +169,13 @@ def _stored_kernel(
     RESIDUAL: tl.constexpr,
     MASK: tl.constexpr,
     ADDS: tl.constexpr,
+    ASK: tl.constexpr,
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`_persistent_kernel` with `finished` a slice of columns at a time, each stored, or added, by the copy engine."""
     release(PDL)
+    ask(w_ptr, columns * WIDTH * 2, ASK)
     wait(PDL)
     tiles_n = tl.cdiv(columns, BLOCK_N)
     tiles = tl.cdiv(tokens, BLOCK_M) * tiles_n
@@ -253,6 +260,7 @@ def linear(
     residual_scale=None,
     mask=None,
     dot="ieee",
+    ahead=0,
     pdl=False,
 ) -> None:
     """out = epilogue(a weight^T + bias), or, with `residual_scale`, out += residual_scale * epilogue(...).
@@ -260,6 +268,7 @@ def linear(
     a (N, K) and weight (C, K) in the compute type, bias float32 (C,), out (N, C) of any type; with a leading group
     dimension on all four, one independent product a group. activation, table, glu: as in `norm_linear`.
     mask = (lengths int32 (B,), S): the result counts as zero past the length.
+    ahead: where programs stay, the weights are asked for, so many bytes at a time (0: not), before the wait for `a`.
     tile = LIBRARY rounds the product to the compute type once more, and ignores `dot`. A persistent tile is one
     only for operands that the copy engine takes (`pieces.copyable`).
     """
@@ -309,6 +318,7 @@ def linear(
     if tile.copied and copyable(a) and copyable(weight):
         programs = (min(grid[0] * grid[1], tile.copied * multiprocessors(a.device)),)
         options["a"] = TensorDescriptor.from_tensor(a, [tile.m, tile.k])
+        options["w_ptr"], options["ASK"] = weight, ahead
         options["w"] = TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
         sliced = tile.n // max(tile.stored, 1)
         positions = table[0][:frames] if table else weight

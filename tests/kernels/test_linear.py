@@ -99,7 +99,8 @@ def test_linear(device, options, check, poisoned, tile, dtype, k, parts, kind):
         # Programs that stay, more tiles than programs; float32, which they do not cover, goes the usual way.
         for staying in (Tile(64, 16, 32, stages=2, copied=1), Tile(16, 64, 32, stages=2, copied=1)):
             out = poisoned(*reference.shape, dtype=dtype)
-            linear(a, weight, bias, out, tile=staying, **arguments, **options(dtype))
+            ahead = 32 if options(dtype)["pdl"] else 0
+            linear(a, weight, bias, out, tile=staying, ahead=ahead, **arguments, **options(dtype))
             check(out, reference, dtype)
 
 
@@ -120,6 +121,6 @@ def test_results_stored_by_copies(device, options, check, poisoned, kind, rows, 
     out = poisoned(*reference.shape, dtype=dtype)
     if "residual" in kind:
         out, reference = added_to(reference, kind, lengths, frames, arguments)
-    tile = Tile(rows, 32 * stored, 32, stages=2, copied=1, stored=stored)
-    linear(a, weight, bias, out, tile=tile, **arguments, **options(dtype))
+    tile, ahead = Tile(rows, 32 * stored, 32, stages=2, copied=1, stored=stored), 16 if options(dtype)["pdl"] else 0
+    linear(a, weight, bias, out, tile=tile, ahead=ahead, **arguments, **options(dtype))
     check(out, reference, dtype)

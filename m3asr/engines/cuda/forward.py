@@ -33,6 +33,8 @@ from m3asr.kernels.router import route
 from m3asr.kernels.stream import Stream, from_stream, norm_stream, to_stream
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
+MOST_ASKED = 1024  # tokens, up to which products ask for their weights before they may begin
+
 
 @dataclass
 class Shape:
@@ -136,7 +138,9 @@ class Forward:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.weights.head.weight.device)
 
     def _linear(self, a, layer, out, **options) -> None:
-        linear(a, layer.weight, layer.bias, out, **{"dot": self.dot, "pdl": self.pdl, **options})
+        # Of some hundred tokens a product is shorter than the way of its weights from the memory.
+        ahead = 256 if self.pdl and a.shape[-2] <= MOST_ASKED else 0
+        linear(a, layer.weight, layer.bias, out, **{"dot": self.dot, "ahead": ahead, "pdl": self.pdl, **options})
 
     def _subsample(self, features, lengths, shape: Shape, front: Subsampling) -> list[Tensor]:
         """The residual stream float32 (N, D) of each stack."""

@@ -14,10 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from m3asr.config import FbankConfig
+from m3asr.config import LEVEL, FbankConfig
 from m3asr.engines.cuda.engine import Captured, CudaEngine
-from m3asr.engines.torch_fbank import compressed_fbank, frame_count, frame_shift, frame_size, mel_filters, window
+from m3asr.engines.torch_fbank import FLOOR, fft_size, frame_count, frame_shift, frame_size, mel_filters, window
 from m3asr.errors import ModelError
+from m3asr.kernels.fbank import log_mel, windowed_frames
+from m3asr.kernels.pieces import Tile
+
+FRAMES, MEL = Tile(4, 1, warps=4), Tile(32, 1, k=64, warps=4, stages=2)
 
 
 class BestPath(NamedTuple):
@@ -37,8 +41,8 @@ class WaveformRecogniser:
                 f"the filterbank has {config.num_mel_bins} bins, the model reads {engine.config.encoder.input_dim}"
             )
         self.engine, self.config = engine, config
-        window(config)  # an unknown window is refused here
         self._device = engine.place
+        self._window = window(config).to(self._device)
         self._filters = mel_filters(config).to(self._device)
         self._cmvn = None
         if cmvn is not None:
@@ -52,10 +56,15 @@ class WaveformRecogniser:
         (B, T, F), lengths int32 (B,): as `ModelFolder.features` has them, to 1e-3. What stands past an
         utterance's samples does not matter up to its length.
         """
-        features = compressed_fbank(waveforms * 32768.0, self._filters, self.config)
-        if self._cmvn is not None:
-            features = (features - self._cmvn[0]) * self._cmvn[1]
-        return features, frame_count(samples, self.config).int()
+        config = self.config
+        frames = windowed_frames(
+            waveforms, self._window, shift=frame_shift(config), fft=fft_size(config), tile=FRAMES
+        )  # fmt: skip
+        features = log_mel(
+            torch.fft.rfft(frames), self._filters, floor=FLOOR, share=config.level_compression, level=LEVEL,
+            cmvn=self._cmvn, tile=MEL,
+        )  # fmt: skip
+        return features, frame_count(samples, config).int()
 
     def best_paths(self, batches: Iterable[Sequence[np.ndarray]]) -> Iterator[BestPath]:
         """Each batch's result in turn, float32 waveforms (samples,) at the filterbank's rate.
@@ -125,7 +134,7 @@ class WaveformGraph(Captured):
         def run():
             waveforms, counts = given[: batch * samples].view(batch, samples), given[batch * samples :]
             features, lengths = recogniser.features(waveforms, counts.view(torch.int32))
-            _, _, out_lengths, best, peaks = engine.forward(features.contiguous(), lengths, chunk, best_alone=True)
+            _, _, out_lengths, best, peaks = engine.forward(features, lengths, chunk, best_alone=True)
             return (torch.cat((best.flatten(), peaks.flatten().view(torch.int32), out_lengths)),)
 
         super().__init__(run, device, pool)
