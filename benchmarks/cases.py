@@ -148,6 +148,7 @@ def make_attention(batch, frames, valid, few):
         candidates = grid((16, 32, 64), (32, 64, 128), (4, 8), stages=(2, 3))
     else:
         copied = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2)]
+        copied += [(64, 256, 4, 1), (64, 256, 8, 1), (128, 256, 8, 1), (64, 128, 4, 1), (64, 128, 8, 1)]
         candidates = [Tile(*mn, warps=w, stages=s, copied=1) for *mn, w, s in copied]
         candidates += grid((64,), (64, 128), (4,), stages=(2, 3)) + grid((128,), (64,), (8,), stages=(2,))
         if batch * frames <= 1024:
