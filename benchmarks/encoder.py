@@ -73,11 +73,11 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
     usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime", "beside", "fetches", "limits")}
     cases = {"as it is": {}, "no dependent launch": {"pdl": False}}
     limits = forward.limits
+    cases["no weights fetched ahead"] = {"fetches": False}
     cases["no products by pairs of programs"] = {"limits": replace(limits, products=math.inf)}
     if name.startswith("1x"):
         cases["products by pairs of programs"] = {"limits": replace(limits, products=1)}
         cases["the embedding network before the main stack, no branch of its own"] = {"beside": False}
-        cases["experts' weights not fetched ahead"] = {"fetches": False}
         cases["no clusters"] = {"limits": replace(limits, block=0, experts=0)}
         cases["clusters for experts alone"] = {"limits": replace(limits, block=0)}
         cases["clusters for blocks alone"] = {"limits": replace(limits, experts=0)}

@@ -57,8 +57,8 @@ class Forward:
     `beside`: the embedding network is a branch of its own, beside the main stack's first sub-layers, up to the router.
     `regime` "few" or "many" fixes the kind of kernels; "auto" chooses by the number of tokens. `trace`, if set, is
     called with ("blocks", block, x), x the block's output before its final norm, and ("routes", block, expert_idx).
-    `limits`: for how many tokens programs work in clusters; there `fetches`: the experts' first weights are asked for
-    while a block's other steps run, those of experts without tokens too.
+    `limits`: for how many tokens programs work in clusters. `fetches`: weights are asked for before they can be used,
+    where that helps; by clusters the experts' first weights, those of experts without tokens too.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, precision: str, pdl: bool, regime: str = "auto"):
@@ -139,7 +139,7 @@ class Forward:
 
     def _linear(self, a, layer, out, **options) -> None:
         # Of some hundred tokens a product is shorter than the way of its weights from the memory.
-        ahead = 256 if self.pdl and a.shape[-2] <= MOST_ASKED else 0
+        ahead = 256 if self.fetches and self.pdl and a.shape[-2] <= MOST_ASKED else 0
         linear(a, layer.weight, layer.bias, out, **{"dot": self.dot, "ahead": ahead, "pdl": self.pdl, **options})
 
     def _subsample(self, features, lengths, shape: Shape, front: Subsampling) -> list[Tensor]:
@@ -277,22 +277,30 @@ class Forward:
         """The stream behind the block, without its final norm, and what is to be added to it; see `norm_stream`."""
         tokens, width = stream.raw.shape
         tile, scale, both = self._tiles(shape, width, width), 0.5, {"eps": config.norm_eps, "pdl": self.pdl}
-        lengths, activation = (shape.lengths, shape.frames), config.activation_type
+        lengths = shape.lengths, shape.frames
         h, qkv = self._new((tokens, config.linear_units)), self._new((tokens, 3 * width))
         glu = self._new((tokens, width))
-        products.up(stream, block.macaron_up, h, activation=activation, **both)
-        stream = products.add(h, block.macaron_down, stream, scale=scale, pdl=self.pdl)
+
+        def ahead(layer):
+            return layer.weight if self.fetches else None
+
+        h_options = {"activation": config.activation_type, **both}
+        products.up(stream, block.macaron_up, h, ahead=ahead(block.macaron_down), **h_options)
+        stream = products.add(h, block.macaron_down, stream, scale=scale, ahead=ahead(block.qkv), pdl=self.pdl)
         table = None if block.key_table is None else (block.key_table, shape.frames)
-        products.up(stream, block.qkv, qkv, table=table, **both)
+        products.up(stream, block.qkv, qkv, table=table, ahead=ahead(block.attention_out), **both)
         context = self._context(qkv.view(shape.batch, shape.frames, -1), shape, config, block, tile).view(tokens, width)
-        stream = products.add(context, block.attention_out, stream, scale=1.0, pdl=self.pdl)
-        products.up(stream, block.pointwise_1, glu, glu=lengths, **both)
+        stream = products.add(
+            context, block.attention_out, stream, scale=1.0, ahead=ahead(block.pointwise_1), pdl=self.pdl
+        )
+        products.up(stream, block.pointwise_1, glu, glu=lengths, ahead=ahead(block.pointwise_2), **both)
         conv = self._depthwise(glu, shape, config, block, tile)
-        stream = products.add(conv, block.pointwise_2, stream, scale=1.0, mask=lengths, pdl=self.pdl)
+        up = None if block.router else ahead(block.up)
+        stream = products.add(conv, block.pointwise_2, stream, scale=1.0, mask=lengths, ahead=up, pdl=self.pdl)
         if block.router:
             routed = self._route(stream, shape, config, block, heard(), products)
             return stream, self._experts(stream, shape, config, block, scale, *routed)
-        products.up(stream, block.up, h, activation=activation, **both)
+        products.up(stream, block.up, h, ahead=ahead(block.down), **h_options)
         return products.add(h, block.down, stream, scale=scale, normed=False, pdl=self.pdl), None
 
     def _context(self, qkv, shape: Shape, config, block: Block, tile: tiles.Tiles) -> Tensor:

@@ -32,8 +32,8 @@ def _addresses(tensors: dict) -> dict:
 
 class _Layer(ctypes.Structure):
     _fields_ = _fields(
-        (ctypes.c_void_p, "bias sums parts table lengths x_parts"),
-        (ctypes.c_int, "tokens frames columns count more"),
+        (ctypes.c_void_p, "bias sums parts table lengths x_parts next"),
+        (ctypes.c_int, "tokens frames columns count more share"),
         (ctypes.c_float, "each eps scale"),
     )
 
@@ -100,32 +100,33 @@ class Products:
         """The same of the router."""
         return self._load(*self.sizes.source(ROUTER_FILES), self._device)
 
-    def up(self, a, layer, out, *, activation=None, glu=None, table=None, eps=0.0, pdl=False) -> None:
+    def up(self, a, layer, out, *, activation=None, glu=None, table=None, eps=0.0, ahead=None, pdl=False) -> None:
         """out (N, C) = layer(a), and then one of three.
 
         activation: that of the sizes. glu = (lengths int32 (B,), frames): out (N, C / 2) is the gated unit of
         neighbouring columns, zero past the lengths. table = (positions (>= frames, C / 3), frames): added to the middle
-        third of the columns.
+        third of the columns. ahead: the weight of the product behind this one, which is brought into the L2 cache.
         """
+        both = {"out": out, "eps": eps, "next": ahead}
         if activation is not None:
-            self._launch("product_activated", a, layer, pdl, out=out, eps=eps)
+            self._launch("product_activated", a, layer, pdl, **both)
         elif glu is not None:
-            self._launch("product_gated", a, layer, pdl, out=out, lengths=glu[0], frames=glu[1], eps=eps)
+            self._launch("product_gated", a, layer, pdl, lengths=glu[0], frames=glu[1], **both)
         else:
             table, frames = table or (None, 1)
-            self._launch("product_keyed", a, layer, pdl, out=out, table=table, frames=frames, eps=eps)
+            self._launch("product_keyed", a, layer, pdl, table=table, frames=frames, **both)
 
-    def add(self, a, layer, stream: Stream, *, scale, mask=None, normed=True, pdl=False) -> Stream:
+    def add(self, a, layer, stream: Stream, *, scale, mask=None, normed=True, ahead=None, pdl=False) -> Stream:
         """The stream (N, D) += scale * layer(a), in its place; nothing past the lengths of mask = (lengths, frames).
 
-        normed: with the `parts` that its norm takes.
+        normed: with the `parts` that its norm takes. ahead: as for `up`.
         """
         from_hidden = layer.weight.shape[1] == self.sizes.hidden
         (tokens, width), (lengths, frames) = stream.raw.shape, mask or (None, 1)
         parts = torch.empty(width // ADDED_COLUMNS, tokens, 2, device=stream.raw.device) if normed else None
         self._launch(
             "product_added_from_hidden" if from_hidden else "product_added", a, layer, pdl, out=stream.raw,
-            low=stream.low, lengths=lengths, frames=frames, scale=scale, x_parts=parts,
+            low=stream.low, lengths=lengths, frames=frames, scale=scale, x_parts=parts, next=ahead,
         )  # fmt: skip
         return replace(stream, parts=parts)
 
@@ -171,15 +172,18 @@ class Products:
         together, more = max(1, min(most // pairs, tiles)), 0
         if tensors.get("table") is not None:
             together, more = with_keys(most, pairs, tiles)
+        programs = PROGRAMS * (pairs * together + pairs // 3 * more)
+        # What does not divide is not brought: it comes when it is asked for.
+        share = 0 if tensors.get("next") is None else tensors["next"].nbytes // (16 * programs) * 16
         task = _Layer(
-            tokens=tokens, frames=frames, columns=columns, count=count, more=more,
+            tokens=tokens, frames=frames, columns=columns, count=count, more=more, share=share,
             each=self.sizes.width / max(1, count), eps=eps, scale=scale,
             **_addresses(tensors),
         )  # fmt: skip
         weight = self._weight(layer.weight, COLUMNS if low is None else ADDED_COLUMNS)
         made = (out,) if low is None else (out, low)
         kernels.launch(
-            name, PROGRAMS * (pairs * together + pairs // 3 * more), THREADS, kernels.matrix(a, ROWS), weight,
+            name, programs, THREADS, kernels.matrix(a, ROWS), weight,
             *(kernels.matrix(t, ROWS) for t in made), task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,
         )  # fmt: skip
 

@@ -13,7 +13,8 @@ struct Layer {
     const Number* table;       // (>= frames, columns / 3), added to the middle third, or none
     const int* lengths;        // (utterances,), or none: all rows count
     float2* x_parts;           // where those of the stream go, if its norm is wanted
-    int tokens, frames, columns, count, more;
+    const char* next;  // weights of the product behind this one, or none: each program brings `share` bytes nearer
+    int tokens, frames, columns, count, more, share;
     float each, eps, scale;    // each: columns of a part
 };
 
