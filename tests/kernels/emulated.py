@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from m3asr.kernels.clusters.machine import parameters
+from m3asr.kernels.clusters.machine import parameters, sources
 
 FOLDER = Path(__file__).parent
 
@@ -49,7 +49,8 @@ def emulator(folder: Path, *headers: str):
         pytest.skip("no g++ to emulate a card with")
 
     @cache
-    def load(defined: str, source: str, device) -> Emulated:
+    def load(defined: str, files: tuple[str, ...], device) -> Emulated:
+        source = sources(tuple(name for name in files if name not in ("machine.cu", "warpgroups.cu")))
         names = re.findall(r"^KERNEL (\w+)\(", source, re.MULTILINE)
         text = defined + included + source + "".join(f"LAUNCHED({name})\n" for name in names)
         path = folder / f"emulated{abs(hash(text))}.cpp"

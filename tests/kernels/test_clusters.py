@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from emulated import emulator
 
 from m3asr import ops
-from m3asr.kernels.clusters import BLOCK, Clusters, Sizes, on_card
+from m3asr.kernels.clusters import BLOCK, Clusters, Sizes
+from m3asr.kernels.clusters.machine import on_card
 
 WIDTH, HIDDEN, HEADS, TAPS, EXPERTS = 256, 512, 4, 15, 32
 EPS = 1e-12

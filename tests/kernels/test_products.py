@@ -11,7 +11,8 @@ from emulated import Emulated, emulator
 from streams import floats, stream_of
 
 from m3asr import ops
-from m3asr.kernels.clusters.products import Products, ProductSizes, on_card, with_keys
+from m3asr.kernels.clusters.machine import on_card
+from m3asr.kernels.clusters.products import Products, ProductSizes, with_keys
 
 WIDTH, EPS = 256, 1e-12
 GPU = torch.cuda.is_available()

@@ -58,7 +58,7 @@ class ClusteredStack:
             and self._sizes.experts_fit()
         )
         self._product_sizes = ProductSizes(
-            config.attention_dim, config.linear_units, experts if block.router else 0, self._sizes.half,
+            config.attention_dim, config.linear_units, experts, self._sizes.half,
             self._sizes.experts_half, self._sizes.swish,
         )  # fmt: skip
         self._products = usable and config.macaron_style and self._product_sizes.fit()
@@ -78,7 +78,7 @@ class ClusteredStack:
         """Compile what will be used, which then lies beside what Triton keeps."""
         if self._products:
             _ = self.products.kernels
-            _ = self.products.router if self._product_sizes.experts else None
+            _ = self.products.router if self._product_sizes.experts else None  # the same for both stacks
         for used, files in ((self._blocks, BLOCK), (self._experts, EXPERTS)):
             if used:
                 self.kernels().loaded(files)

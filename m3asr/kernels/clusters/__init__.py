@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass, fields
-from functools import cache
-from pathlib import Path
 
 import torch
 
-from m3asr.kernels.clusters.machine import Kernels
+from m3asr.kernels.clusters.machine import Kernels, on_card
 from m3asr.kernels.pieces import multiprocessors
 
-FOLDER = Path(__file__).parent
 BLOCK, EXPERTS = ("feed_forward.cu", "attention.cu", "convolution.cu"), ("experts.cu",)
 THREADS = 256
 BLOCK_COLUMNS = 32  # of the residual stream, for each program of a cluster
@@ -68,13 +65,13 @@ class Sizes:
             and 0 < self.experts <= 32
         )
 
-    def source(self, files: tuple[str, ...]) -> tuple[str, str]:
-        """Definitions, and CUDA C++ that needs them and machine.cu before it."""
+    def source(self, files: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+        """Definitions for BLOCK or EXPERTS, and all files of CUDA C++ that stand behind them."""
         names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
         together, resident = (self.block_programs, 1) if files == BLOCK else (1, 2)
         names |= {"THREADS": THREADS, "PROGRAMS": together, "RESIDENT": resident, "EXPERTS": max(self.experts, 16)}
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
-        return defined, "".join((FOLDER / f).read_text() for f in ("activation.cu", "steps.cu", *files))
+        return defined, ("machine.cu", "activation.cu", "steps.cu", *files)
 
     # Bytes of shared memory, as the kernels cut it.
     @property
@@ -104,12 +101,6 @@ class Sizes:
         """For the first product and the second."""
         lists, inner = 4 * (2 * MOST_TOKENS + 32 + 1), 16 * 2 * (self.hidden + 32)
         return self._line + 4 * 64 * (UP_COLUMNS + 8) + lists, inner + 4 * 128 * (DOWN_COLUMNS + 8) + lists
-
-
-@cache
-def on_card(defined: str, source: str, device: torch.device) -> Kernels:
-    with torch.cuda.device(device):
-        return Kernels(defined + (FOLDER / "machine.cu").read_text() + source)
 
 
 class Clusters:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import triton
 
+FOLDER = Path(__file__).parent
 NVRTC_NAMES, DRIVER_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"), ("libcuda.so.1",)
 CLUSTER, DEPENDENT = 4, 6  # CUlaunchAttributeID
 DYNAMIC_SHARED, ANY_CLUSTER = 8, 14  # CUfunction_attribute
@@ -171,3 +172,15 @@ class Kernels:
         )
         self._check(self._driver.cuMemcpyDtoH_v2(values, place, ctypes.c_size_t(8 * count)))
         return list(values)
+
+
+def sources(files: tuple[str, ...]) -> str:
+    """CUDA C++ of files of this folder, one behind the other."""
+    return "".join((FOLDER / name).read_text(encoding="utf-8") for name in files)
+
+
+@cache
+def on_card(defined: str, files: tuple[str, ...], device: torch.device) -> Kernels:
+    """The kernels of these files behind some definitions, on a device, for all that ask."""
+    with torch.cuda.device(device):
+        return Kernels(defined + sources(files))

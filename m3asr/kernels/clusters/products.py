@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import astuple, dataclass, fields, replace
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 
-from m3asr.kernels.clusters import FOLDER
-from m3asr.kernels.clusters.machine import Kernels
+from m3asr.kernels.clusters.machine import Kernels, on_card
 from m3asr.kernels.stream import Stream
 
 FILES, ROUTER_FILES = ("activation.cu", "stream.cu", "results.cu", "products.cu"), ("stream.cu", "route.cu")
@@ -62,21 +61,15 @@ class ProductSizes:
             and 2 * ADDED_COLUMNS * self.hidden <= MOST_WEIGHTS
         )
 
-    def source(self, files=FILES) -> tuple[str, str]:
-        """Definitions, and CUDA C++ that needs them, machine.cu and warpgroups.cu before it."""
+    def source(self, files=FILES) -> tuple[str, tuple[str, ...]]:
+        """Definitions for FILES or ROUTER_FILES, and all files of CUDA C++ that stand behind them."""
         names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
         names |= {"THREADS": THREADS, "PROGRAMS": PROGRAMS, "RESIDENT": 1, "TIMED": 0, "GROUPS": GROUPS}
         names |= {"COLUMNS": COLUMNS, "ADDED_COLUMNS": ADDED_COLUMNS, "SHARED_BYTES": SHARED_BYTES}
         if files == ROUTER_FILES:
             names |= {"THREADS": ROUTER_THREADS, "PROGRAMS": 1, "RESIDENT": 2}
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
-        return defined, "".join((FOLDER / f).read_text() for f in files)
-
-
-@cache
-def on_card(defined: str, source: str, device: torch.device) -> Kernels:
-    with torch.cuda.device(device):
-        return Kernels(defined + "".join((FOLDER / f).read_text() for f in ("machine.cu", "warpgroups.cu")) + source)
+        return defined, ("machine.cu", "warpgroups.cu", *files)
 
 
 class Products:
