@@ -62,9 +62,6 @@ DEVICE void tile_shared(void* to, const Matrix& matrix, int column, int row, Fla
         bring(of((char*)to, program), matrix, column, row, of(flag, program));
 }
 
-DEVICE void ahead(const void* p, int bytes) {
-    if ((uintptr_t)p % 16 || bytes % 16 || bytes <= 0) abort();
-}
 DEVICE void seen_by_copies() {}
 static std::map<Fibre*, std::vector<std::function<void()>>> of_stores;
 DEVICE void tile_stored(const Matrix& matrix, int column, int row, const void* from) {

@@ -280,27 +280,20 @@ class Forward:
         lengths = shape.lengths, shape.frames
         h, qkv = self._new((tokens, config.linear_units)), self._new((tokens, 3 * width))
         glu = self._new((tokens, width))
-
-        def ahead(layer):
-            return layer.weight if self.fetches else None
-
-        h_options = {"activation": config.activation_type, **both}
-        products.up(stream, block.macaron_up, h, ahead=ahead(block.macaron_down), **h_options)
-        stream = products.add(h, block.macaron_down, stream, scale=scale, ahead=ahead(block.qkv), pdl=self.pdl)
+        activated = {"activation": config.activation_type, **both}
+        products.up(stream, block.macaron_up, h, **activated)
+        stream = products.add(h, block.macaron_down, stream, scale=scale, pdl=self.pdl)
         table = None if block.key_table is None else (block.key_table, shape.frames)
-        products.up(stream, block.qkv, qkv, table=table, ahead=ahead(block.attention_out), **both)
+        products.up(stream, block.qkv, qkv, table=table, **both)
         context = self._context(qkv.view(shape.batch, shape.frames, -1), shape, config, block, tile).view(tokens, width)
-        stream = products.add(
-            context, block.attention_out, stream, scale=1.0, ahead=ahead(block.pointwise_1), pdl=self.pdl
-        )
-        products.up(stream, block.pointwise_1, glu, glu=lengths, ahead=ahead(block.pointwise_2), **both)
+        stream = products.add(context, block.attention_out, stream, scale=1.0, pdl=self.pdl)
+        products.up(stream, block.pointwise_1, glu, glu=lengths, **both)
         conv = self._depthwise(glu, shape, config, block, tile)
-        up = None if block.router else ahead(block.up)
-        stream = products.add(conv, block.pointwise_2, stream, scale=1.0, mask=lengths, ahead=up, pdl=self.pdl)
+        stream = products.add(conv, block.pointwise_2, stream, scale=1.0, mask=lengths, pdl=self.pdl)
         if block.router:
             routed = self._route(stream, shape, config, block, heard(), products)
             return stream, self._experts(stream, shape, config, block, scale, *routed)
-        products.up(stream, block.up, h, ahead=ahead(block.down), **h_options)
+        products.up(stream, block.up, h, **activated)
         return products.add(h, block.down, stream, scale=scale, normed=False, pdl=self.pdl), None
 
     def _context(self, qkv, shape: Shape, config, block: Block, tile: tiles.Tiles) -> Tensor:

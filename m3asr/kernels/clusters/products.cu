@@ -75,7 +75,6 @@ template <int K, int N, Kind KIND> DEVICE void product(
             for (int part = k * PROGRAMS; part < (k + 1) * PROGRAMS; part++)
                 tile_copied(memory + part * N * 128, weights, part * 64, column, place.loaded + k);
         }
-        if (layer.share) ahead(layer.next + (long long)(group() * PROGRAMS + me) * layer.share, layer.share);
         wait();
         int step = 0;
         for (int tile = first; tile < tiles; tile += stride)

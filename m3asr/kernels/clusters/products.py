@@ -31,8 +31,8 @@ def _addresses(tensors: dict) -> dict:
 
 class _Layer(ctypes.Structure):
     _fields_ = _fields(
-        (ctypes.c_void_p, "bias sums parts table lengths x_parts next"),
-        (ctypes.c_int, "tokens frames columns count more share"),
+        (ctypes.c_void_p, "bias sums parts table lengths x_parts"),
+        (ctypes.c_int, "tokens frames columns count more"),
         (ctypes.c_float, "each eps scale"),
     )
 
@@ -93,14 +93,14 @@ class Products:
         """The same of the router."""
         return self._load(*self.sizes.source(ROUTER_FILES), self._device)
 
-    def up(self, a, layer, out, *, activation=None, glu=None, table=None, eps=0.0, ahead=None, pdl=False) -> None:
+    def up(self, a, layer, out, *, activation=None, glu=None, table=None, eps=0.0, pdl=False) -> None:
         """out (N, C) = layer(a), and then one of three.
 
         activation: that of the sizes. glu = (lengths int32 (B,), frames): out (N, C / 2) is the gated unit of
         neighbouring columns, zero past the lengths. table = (positions (>= frames, C / 3), frames): added to the middle
-        third of the columns. ahead: the weight of the product behind this one, which is brought into the L2 cache.
+        third of the columns.
         """
-        both = {"out": out, "eps": eps, "next": ahead}
+        both = {"out": out, "eps": eps}
         if activation is not None:
             self._launch("product_activated", a, layer, pdl, **both)
         elif glu is not None:
@@ -109,17 +109,17 @@ class Products:
             table, frames = table or (None, 1)
             self._launch("product_keyed", a, layer, pdl, table=table, frames=frames, **both)
 
-    def add(self, a, layer, stream: Stream, *, scale, mask=None, normed=True, ahead=None, pdl=False) -> Stream:
+    def add(self, a, layer, stream: Stream, *, scale, mask=None, normed=True, pdl=False) -> Stream:
         """The stream (N, D) += scale * layer(a), in its place; nothing past the lengths of mask = (lengths, frames).
 
-        normed: with the `parts` that its norm takes. ahead: as for `up`.
+        normed: with the `parts` that its norm takes.
         """
         from_hidden = layer.weight.shape[1] == self.sizes.hidden
         (tokens, width), (lengths, frames) = stream.raw.shape, mask or (None, 1)
         parts = torch.empty(width // ADDED_COLUMNS, tokens, 2, device=stream.raw.device) if normed else None
         self._launch(
             "product_added_from_hidden" if from_hidden else "product_added", a, layer, pdl, out=stream.raw,
-            low=stream.low, lengths=lengths, frames=frames, scale=scale, x_parts=parts, next=ahead,
+            low=stream.low, lengths=lengths, frames=frames, scale=scale, x_parts=parts,
         )  # fmt: skip
         return replace(stream, parts=parts)
 
@@ -166,10 +166,8 @@ class Products:
         if tensors.get("table") is not None:
             together, more = with_keys(most, pairs, tiles)
         programs = PROGRAMS * (pairs * together + pairs // 3 * more)
-        # What does not divide is not brought: it comes when it is asked for.
-        share = 0 if tensors.get("next") is None else tensors["next"].nbytes // (16 * programs) * 16
         task = _Layer(
-            tokens=tokens, frames=frames, columns=columns, count=count, more=more, share=share,
+            tokens=tokens, frames=frames, columns=columns, count=count, more=more,
             each=self.sizes.width / max(1, count), eps=eps, scale=scale,
             **_addresses(tensors),
         )  # fmt: skip

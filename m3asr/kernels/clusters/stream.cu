@@ -13,8 +13,7 @@ struct Layer {
     const Number* table;       // (>= frames, columns / 3), added to the middle third, or none
     const int* lengths;        // (utterances,), or none: all rows count
     float2* x_parts;           // where those of the stream go, if its norm is wanted
-    const char* next;  // weights of the product behind this one, or none: each program brings `share` bytes nearer
-    int tokens, frames, columns, count, more, share;
+    int tokens, frames, columns, count, more;
     float each, eps, scale;    // each: columns of a part
 };
 

@@ -39,11 +39,6 @@ DEVICE void tile_shared(void* to, const Matrix& matrix, int column, int row, Fla
                  : "memory");
 }
 
-// Into the L2 cache; nothing waits for it.
-DEVICE void ahead(const void* p, int bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes));
-}
-
 // A tile back to its matrix; what lies outside is left out. Before it, `seen_by_copies` by all who wrote it, and a
 // meeting.
 DEVICE void seen_by_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
