@@ -28,7 +28,7 @@ WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
 DTYPE = torch.bfloat16
 # In place of a tile: by pairs of programs (`kernels.clusters.products`).
 PAIRS = Tile(0, 64)
-ONE = Tile(1, 1)
+ONE = Tile(1, 1)  # a row a program: for what is not timed
 
 
 @dataclass

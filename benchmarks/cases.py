@@ -187,14 +187,10 @@ def make_norm(batch, frames, valid, few):
     x, out = tensor(tokens, WIDTH, dtype=torch.float32), tensor(tokens, WIDTH)
     tiles = grid((1, 2, 4, 8), (1,), (1, 2, 4, 8))
     if streams(tokens):  # the norm between two blocks, the second product of the experts before it
-        stream, more = (
-            to_stream(x, DTYPE, tile=ONE),
-            (tensor(tokens, WIDTH), torch.randperm(tokens, device="cuda").int()),
-        )
+        stream, fresh, found = to_stream(x, DTYPE, tile=ONE), to_stream(x, DTYPE, tile=ONE), torch.empty_like(x)
+        more = tensor(tokens, WIDTH), torch.randperm(tokens, device="cuda").int()
         one, zero = torch.ones(WIDTH, device="cuda"), torch.zeros(WIDTH, device="cuda")
         total = x + more[0][more[1].long()]
-
-        fresh, found = to_stream(x, DTYPE, tile=ONE), torch.empty_like(x)
 
         def prepare():
             stream.raw.copy_(fresh.raw), stream.low.copy_(fresh.low)

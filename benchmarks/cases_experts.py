@@ -47,7 +47,7 @@ def make_router(batch, frames, valid, few):
     columns = x.unflatten(1, (-1, 64))
     parts = torch.stack((columns.mean(-1), columns.var(-1, correction=0) * 64), -1).transpose(0, 1).contiguous()
     stream = replace(to_stream(x, DTYPE, tile=ONE), parts=parts)
-    if streams(tokens):
+    if streams(tokens):  # the weight's halves are made once, and not inside a graph
         pairs.route(stream, layer, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, scale=1.0)
 
     def launch(i, tile):

@@ -1,4 +1,6 @@
-"""Products of many tokens by pairs of programs, each of which keeps its columns' weights: see products.cu."""
+"""Products of many tokens by pairs of programs, each of which keeps its columns' weights, and the router of what they
+make: see products.cu and route.cu.
+"""
 
 from __future__ import annotations
 
