@@ -84,21 +84,31 @@ def test_what_pairs_run(changes, precision, there):
 
 
 def test_blocks_in_pairs(tmp_path, few_programs):  # noqa: F811
-    """A whole forward whose products are made by pairs of programs, on an emulated card: the same but for rounding."""
+    """A whole forward whose products are made by pairs of programs, on an emulated card: the same but for rounding, and
+    each block; the same bits when nobody watches, and the router counts for the sort.
+    """
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
     engine = CudaEngine(model(config(blocks=(1, 1), experts=4, linear_units=256)), "fp16", "cpu")
-    forward, results = engine.forward, []
+    forward, results, traced = engine.forward, [], []
     features, lengths = torch.randn(2, 31, 20), torch.tensor([31, 19], dtype=torch.int32)
     load = emulator(tmp_path, "emulated_warpgroups.h")
     stacks = forward.weights.main, forward.weights.embed
     forward.clustered = [ClusteredStack(stack, 4, torch.float16, torch.float16, load=load) for stack in stacks]
     for products in (float("inf"), 1):
         forward.limits = Limits(0, 0, products=products)
+        forward.trace = lambda kind, block, value: traced.append((kind, value.clone()))
         results.append(forward(features, lengths)[1])
     assert not torch.equal(*results), "the products were not used"
     valid = torch.arange(results[0].shape[1]) < torch.tensor([[7], [4]])
     assert relative(results[1][valid], results[0][valid]) < 3e-3
+    first, second = traced[:3], traced[3:]  # of the embedding network a block, of the main stack a routing and a block
+    assert [kind for kind, _ in first] == [kind for kind, _ in second] == ["blocks", "routes", "blocks"]
+    for (kind, one), (_, two) in zip(first, second, strict=True):
+        one, two = one[valid.flatten()], two[valid.flatten()]
+        assert torch.equal(one, two) if kind == "routes" else relative(two, one) < 3e-3
+    forward.trace = None
+    assert torch.equal(forward(features, lengths)[1], results[1])
 
 
 @pytest.fixture(scope="module")
