@@ -165,14 +165,23 @@ def plot(results: dict, path: Path) -> None:
     if highest is None:
         print("nothing was timed: no plot")
         return
-    names = list(results["inputs"])
-    ways = list(dict.fromkeys(way for row in results["inputs"].values() for way in row["ms"]))
+    timed_inputs = {name: row for name, row in results["inputs"].items() if row["ms"]}
+    ways = list(dict.fromkeys(way for row in timed_inputs.values() for way in row["ms"]))
     figure, axes = plt.subplots(figsize=(10, 5))
     for j, way in enumerate(ways):
-        points = [(i, row["ms"][way]) for i, row in enumerate(results["inputs"].values()) if way in row["ms"]]
-        axes.bar([i + (j - len(ways) / 2) * 0.8 / len(ways) for i, _ in points], [y for _, y in points],
-                 width=0.8 / len(ways), label=way)  # fmt: skip
-    axes.set_xticks(range(len(names)), names)
+        points = [(i, row["ms"][way]) for i, row in enumerate(timed_inputs.values()) if way in row["ms"]]
+        bars = axes.bar([i + (j - (len(ways) - 1) / 2) * 0.8 / len(ways) for i, _ in points], [y for _, y in points],
+                        width=0.8 / len(ways), label=way)  # fmt: skip
+        axes.bar_label(bars, fmt="%.3g", fontsize=6, rotation=90, padding=2)
+    lines = {"floor bf16": [row["floor_ms"].get("bf16") for row in timed_inputs.values()]}
+    if results["preset"] == "seed":
+        lines["goal bf16"] = [GOALS.get(name) for name in timed_inputs]
+    for (label, values), style in zip(lines.items(), ("-", ":"), strict=False):
+        known = [(i, value) for i, value in enumerate(values) if value]
+        if known:
+            axes.hlines([y for _, y in known], [i - 0.42 for i, _ in known], [i + 0.42 for i, _ in known],
+                        colors="black", linestyles=style, label=label)  # fmt: skip
+    axes.set_xticks(range(len(timed_inputs)), list(timed_inputs))
     axes.set_yscale("log")
     axes.set_ylabel("ms per encoder forward")
     axes.set_title(f"{results['preset']} on {results['card']['name']}")
