@@ -100,17 +100,18 @@ def wait(PDL: tl.constexpr):
 @triton.jit
 def ask(ptr, size, BYTES: tl.constexpr):
     """Let this program's share of `size` bytes be brought into the L2 cache, BYTES at a time: what a wait is for is not
-    known yet, weights are. Nothing waits for it.
+    known yet, weights are. Nothing waits for it, and what is behind the last whole BYTES is not asked for.
     """
     if BYTES:
-        for start in range(tl.program_id(0) * 128, tl.cdiv(size, BYTES), tl.num_programs(0) * 128):
+        requests = size // BYTES
+        for start in range(tl.program_id(0) * 128, requests, tl.num_programs(0) * 128):
             i = start + tl.arange(0, 128)
             each: tl.constexpr = BYTES // (ptr.dtype.element_ty.primitive_bitwidth // 8)
             tl.inline_asm_elementwise(
                 "{.reg .pred p;\n setp.ne.s32 p, $2, 0;\n @p cp.async.bulk.prefetch.L2.global [$1], $3;\n"
                 " mov.u32 $0, 0;}",
                 "=r,l,r,r",
-                [ptr + i.to(tl.int64) * each, ((i + 1) * BYTES <= size).to(tl.int32), tl.full((), BYTES, tl.int32)],
+                [ptr + i.to(tl.int64) * each, (i < requests).to(tl.int32), tl.full((), BYTES, tl.int32)],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,

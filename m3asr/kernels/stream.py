@@ -2,7 +2,7 @@
 
 `raw` is in the compute type, so that a product multiplies it as it stands; `low` has 8 bits more. In bfloat16 both are
 the upper 24 bits of a float32, rounded to the nearest; in float16, which holds x / 16, `low` is the upper byte of
-another float16: 2048 times what the first rounds away. kernels/clusters/results.cu has the same.
+another float16: 2048 times what the first rounds away. kernels/clusters/stream.cu has the same.
 """
 
 from __future__ import annotations
