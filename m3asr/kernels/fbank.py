@@ -55,7 +55,6 @@ def _mel_kernel(
     BLOCK_K: tl.constexpr,
     SHARE: tl.constexpr,
     CMVN: tl.constexpr,
-    DOT: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     bins = tl.arange(0, BLOCK_N)
@@ -68,7 +67,7 @@ def _mel_kernel(
         real, imaginary = tl.split(tl.reshape(both * both, (BLOCK_M, BLOCK_K, 2)))
         k = start + tl.arange(0, BLOCK_K)
         filters = tl.load(filters_ptr + k[:, None] * BINS + bins[None, :], mask=bin_in, other=0.0)
-        mel = tl.dot(real + imaginary, filters, mel, input_precision=DOT)
+        mel = tl.dot(real + imaginary, filters, mel, input_precision="tf32x3")
     x = tl.log(tl.maximum(mel, floor))
     if SHARE:
         known = tl.where(bin_in, x, -float("inf"))
@@ -94,7 +93,7 @@ def windowed_frames(sound, window, *, shift, fft, tile: Tile) -> torch.Tensor:
     return out
 
 
-def log_mel(spectrum, filters, *, floor, share, level, cmvn, tile: Tile, dot="tf32x3") -> torch.Tensor:
+def log_mel(spectrum, filters, *, floor, share, level, cmvn, tile: Tile) -> torch.Tensor:
     """spectrum complex64 (B, T, fft / 2 + 1), contiguous; filters float32 (fft / 2, F) -> float32 (B, T, F):
     log(max(power filters, floor)), minus `share` of each frame's (logsumexp - level), and then, if cmvn = (mean, istd),
     (x - mean) * istd.
@@ -119,7 +118,6 @@ def log_mel(spectrum, filters, *, floor, share, level, cmvn, tile: Tile, dot="tf
         BLOCK_K=min(tile.k, half),
         SHARE=share != 0,
         CMVN=cmvn is not None,
-        DOT=dot,
         **tile.options(False),
     )
     return out

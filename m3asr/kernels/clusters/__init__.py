@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass, fields
 
 import torch
 
-from m3asr.kernels.clusters.machine import Kernels, on_card
+from m3asr.kernels.clusters.machine import Kernels, PerWeight, on_card, row_sums
 from m3asr.kernels.pieces import multiprocessors
 
 BLOCK, EXPERTS = ("feed_forward.cu", "attention.cu", "convolution.cu"), ("experts.cu",)
@@ -111,13 +111,7 @@ class Clusters:
 
     def __init__(self, sizes: Sizes, device: torch.device, load=on_card):
         self.sizes, self._device, self._load = sizes, device, load
-        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def sums(self, weight: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Float32 sums of a weight, made once: what its product takes of a row's mean."""
-        if id(weight) not in self._sums:
-            self._sums[id(weight)] = weight, weight.float().sum(dim)  # the weight, so that its id is no other's
-        return self._sums[id(weight)][1]
+        self.sums = PerWeight(row_sums)
 
     def loaded(self, files: tuple[str, ...]) -> Kernels:
         """The kernels of BLOCK or of EXPERTS."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -172,6 +173,24 @@ class Kernels:
         )
         self._check(self._driver.cuMemcpyDtoH_v2(values, place, ctypes.c_size_t(8 * count)))
         return list(values)
+
+
+class PerWeight:
+    """What is made of a weight, once: `make(weight, *args)`. The weight is kept, so that its id is no other's."""
+
+    def __init__(self, make: Callable):
+        self._make, self._made = make, {}
+
+    def __call__(self, weight: torch.Tensor, *args):
+        key = id(weight), *args
+        if key not in self._made:
+            self._made[key] = weight, self._make(weight, *args)
+        return self._made[key][1]
+
+
+def row_sums(weight: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Float32 sums over a weight's inner dimension: what its product takes of a row's mean."""
+    return weight.float().sum(dim)
 
 
 def sources(files: tuple[str, ...]) -> str:

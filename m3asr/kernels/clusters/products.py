@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from m3asr.kernels.clusters.machine import Kernels, on_card
+from m3asr.kernels.clusters.machine import Kernels, PerWeight, on_card, row_sums
 from m3asr.kernels.stream import Stream
 
 FILES, ROUTER_FILES = ("activation.cu", "stream.cu", "results.cu", "products.cu"), ("stream.cu", "route.cu")
@@ -81,9 +81,9 @@ class Products:
 
     def __init__(self, sizes: ProductSizes, device: torch.device, load=on_card):
         self.sizes, self._device, self._load = sizes, device, load
-        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._matrices: dict[int, tuple[torch.Tensor, object]] = {}
-        self._halves: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.sums, self._halves = PerWeight(row_sums), PerWeight(_halves)
+        # Not of self, which would then live until the garbage collector comes.
+        self._matrix = PerWeight(lambda weight, kernels, rows: kernels.matrix(weight, rows))
 
     @cached_property
     def kernels(self) -> Kernels:
@@ -129,7 +129,7 @@ class Products:
         self, stream, layer, heard, lengths, y, expert_idx, gate, *, frames, eps, scale, counts=None, pdl=False
     ) -> None:  # fmt: skip
         """What `kernels.router.route` does, of a stream; y of the experts' type, counts of ROWS tokens each."""
-        _, high, rest = self._router_halves(layer.weight)
+        high, rest = self._halves(layer.weight)
         (tokens, width), (choices, _) = stream.raw.shape, high.shape
         tensors = {"bias": layer.bias, "parts": stream.parts, "lengths": lengths}
         task = _Layer(
@@ -143,14 +143,6 @@ class Products:
             _Router(stride=heard.stride(0), **_addresses({"counts": counts, **tensors})),
             shared=4 * choices * width + 8 + 4 * ROWS, pdl=pdl,
         )  # fmt: skip
-
-    def _router_halves(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The router's weight (D, E), and its transpose as a sum of two float16, rows to whole eights; made once."""
-        if id(weight) not in self._halves:
-            padded = torch.nn.functional.pad(weight.t(), (0, 0, 0, -weight.shape[1] % 8))
-            high = padded.half().contiguous()
-            self._halves[id(weight)] = weight, high, (padded - high.float()).half().contiguous()
-        return self._halves[id(weight)]
 
     def _launch(
         self, name: str, a, layer, pdl: bool, *, out, low=None, frames=1, eps=0.0, scale=1.0, **tensors
@@ -173,23 +165,19 @@ class Products:
             each=self.sizes.width / max(1, count), eps=eps, scale=scale,
             **_addresses(tensors),
         )  # fmt: skip
-        weight = self._weight(layer.weight, COLUMNS if low is None else ADDED_COLUMNS)
+        weight = self._matrix(layer.weight, kernels, COLUMNS if low is None else ADDED_COLUMNS)
         made = (out,) if low is None else (out, low)
         kernels.launch(
             name, programs, THREADS, kernels.matrix(a, ROWS), weight,
             *(kernels.matrix(t, ROWS) for t in made), task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,
         )  # fmt: skip
 
-    def _weight(self, weight: torch.Tensor, rows: int):
-        if id(weight) not in self._matrices:  # the weight is kept, so that its id is no other's
-            self._matrices[id(weight)] = weight, self.kernels.matrix(weight, rows)
-        return self._matrices[id(weight)][1]
 
-    def sums(self, weight: torch.Tensor) -> torch.Tensor:
-        """Float32 sums of a weight's rows, made once."""
-        if id(weight) not in self._sums:
-            self._sums[id(weight)] = weight, weight.float().sum(1)
-        return self._sums[id(weight)][1]
+def _halves(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A router's weight (D, E), turned, as a sum of two float16 (E to whole eights, D)."""
+    padded = torch.nn.functional.pad(weight.t(), (0, 0, 0, -weight.shape[1] % 8))
+    high = padded.half().contiguous()
+    return high, (padded - high.float()).half().contiguous()
 
 
 def with_keys(most: int, pairs: int, tiles: int) -> tuple[int, int]:
