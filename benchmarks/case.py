@@ -13,6 +13,7 @@ from m3asr.engines.cuda.packing import Linear
 from m3asr.kernels.clusters.products import Products, ProductSizes
 from m3asr.kernels.linear import LIBRARY
 from m3asr.kernels.pieces import Tile
+from m3asr.kernels.stream import Stream, to_stream
 
 # input -> (utterances, subsampled frames of the bucket, valid frames)
 SHAPES = {
@@ -61,6 +62,12 @@ def in_pairs(hidden: int, weights, bias) -> tuple[Products, list[Linear]]:
     half = DTYPE == torch.float16
     sizes = ProductSizes(WIDTH, hidden, experts=EXPERTS, half=half, experts_half=half, swish=True)
     return Products(sizes, torch.device("cuda", 0)), [Linear(weight, bias) for weight in weights]
+
+
+def reset(stream: Stream, x: torch.Tensor) -> None:
+    """The stream's numbers made those of x float32 once more."""
+    fresh = to_stream(x, stream.raw.dtype, tile=ONE)
+    stream.raw.copy_(fresh.raw), stream.low.copy_(fresh.low)
 
 
 def copies_for(size: int) -> int:

@@ -21,6 +21,7 @@ from benchmarks.case import (
     grid,
     in_pairs,
     products,
+    reset,
     streams,
     tensor,
 )
@@ -111,8 +112,7 @@ def make_residual(batch, frames, valid, width, few):
 
     def prepare():
         out.copy_(x)
-        fresh = to_stream(x, DTYPE, tile=ONE)
-        stream.raw.copy_(fresh.raw), stream.low.copy_(fresh.low)
+        reset(stream, x)
 
     def result():
         if used == [PAIRS]:
@@ -187,13 +187,10 @@ def make_norm(batch, frames, valid, few):
     x, out = tensor(tokens, WIDTH, dtype=torch.float32), tensor(tokens, WIDTH)
     tiles = grid((1, 2, 4, 8), (1,), (1, 2, 4, 8))
     if streams(tokens):  # the norm between two blocks, the second product of the experts before it
-        stream, fresh, found = to_stream(x, DTYPE, tile=ONE), to_stream(x, DTYPE, tile=ONE), torch.empty_like(x)
+        stream, found = to_stream(x, DTYPE, tile=ONE), torch.empty_like(x)
         more = tensor(tokens, WIDTH), torch.randperm(tokens, device="cuda").int()
         one, zero = torch.ones(WIDTH, device="cuda"), torch.zeros(WIDTH, device="cuda")
         total = x + more[0][more[1].long()]
-
-        def prepare():
-            stream.raw.copy_(fresh.raw), stream.low.copy_(fresh.low)
 
         def result():
             from_stream(stream, found, tile=ONE)
@@ -202,7 +199,7 @@ def make_norm(batch, frames, valid, few):
         return Case(
             lambda i, tile: norm_stream(stream, one, zero, eps=1e-12, more=more, tile=tile, pdl=True),
             result, lambda: F.layer_norm(total, (WIDTH,)), tiles, tokens * WIDTH * 8, 0,
-            prepare=prepare,
+            prepare=lambda: reset(stream, x),
         )  # fmt: skip
     return Case(
         lambda i, tile: norm(x, out, eps=1e-12, tile=tile, pdl=True),

@@ -43,11 +43,12 @@ def make_router(batch, frames, valid, few):
     lengths = torch.full((batch,), frames, dtype=torch.int32, device="cuda")
     y, gate = tensor(tokens, WIDTH), tensor(tokens, dtype=torch.float32)
     idx = torch.empty(tokens, device="cuda", dtype=torch.int32)
-    pairs, (layer,) = in_pairs(1024, [weight], bias)
-    columns = x.unflatten(1, (-1, 64))
-    parts = torch.stack((columns.mean(-1), columns.var(-1, correction=0) * 64), -1).transpose(0, 1).contiguous()
-    stream = replace(to_stream(x, DTYPE, tile=ONE), parts=parts)
-    if streams(tokens):  # the weight's halves are made once, and not inside a graph
+    if streams(tokens):
+        pairs, (layer,) = in_pairs(1024, [weight], bias)
+        columns = x.unflatten(1, (-1, 64))
+        parts = torch.stack((columns.mean(-1), columns.var(-1, correction=0) * 64), -1).transpose(0, 1).contiguous()
+        stream = replace(to_stream(x, DTYPE, tile=ONE), parts=parts)
+        # The weight's halves are made once, and not inside a graph.
         pairs.route(stream, layer, heard, lengths, y, idx, gate, frames=frames, eps=1e-12, scale=1.0)
 
     def launch(i, tile):

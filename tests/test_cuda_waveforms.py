@@ -61,7 +61,7 @@ def test_best_paths_are_those_of_the_cpu_features(engine, cmvn):
 
 
 @memory
-@pytest.mark.parametrize("extra", [0, 639, 640])
+@pytest.mark.parametrize("extra", [0, 160, 639, 640])
 def test_waveforms_at_the_edge_of_a_bucket(engine, extra):
     """From the least that gives 16 frames; an empty batch, an empty waveform; two recognisers on one engine."""
     least = 400 + 160 * (engine.config.encoder.min_frames + 15 * 4 - 1)

@@ -196,16 +196,15 @@ class Forward:
         products = None if self._few(shape) else self._in_clusters(config).for_products(self.limits, shape.tokens)
         if products is not None:
             self._blocks_in_pairs(products, x, shape, stack, heard)
-        for i, block in enumerate(stack.blocks):
-            if products is None:
+        else:
+            for i, block in enumerate(stack.blocks):
                 x = self._block(x, shape, config, block, prior, partial(heard, i) if block.router else None)
                 self._traced(block, x)
-            prior = (*block.final_norm, config.norm_eps)
+                prior = (*block.final_norm, config.norm_eps)
         y, hidden = self._new(x.shape), self._new(x.shape, torch.float32)
-        prior = None if prior is None else (*prior, x)
         norm(
-            x, y, eps=config.norm_eps, tile=self._tiles(shape, x.shape[1], x.shape[1]).norm, prior=prior,
-            affine=(*stack.after_norm, hidden), pdl=self.pdl,
+            x, y, eps=config.norm_eps, tile=self._tiles(shape, x.shape[1], x.shape[1]).norm,
+            prior=(*stack.blocks[-1].final_norm, config.norm_eps, x), affine=(*stack.after_norm, hidden), pdl=self.pdl,
         )  # fmt: skip
         return y, hidden
 
@@ -225,7 +224,7 @@ class Forward:
                 with torch.cuda.stream(self._fork(x.device)):
                     fetch(block.up.weight)
             glu = clustered.attention_part(kernels, x, shape, config, block, prior, self._new, self.pdl)
-            routed = self._routed(shape, x.shape[1], heard()) if block.router else None
+            routed = self._routed(shape, width, heard()) if block.router else None
             clustered.convolution_part(kernels, x, glu, shape, config, block, routed, self.pdl)
             if routed is not None:
                 self._experts(x, shape, config, block, scale, *routed[1:])
