@@ -134,6 +134,13 @@ DEVICE float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
 DEVICE float root_below(float v) { return 1.0f / sqrtf(v); }
 DEVICE float power_of_two(float v) { return exp2f(v); }
 template <class T> DEVICE T written(const T* p) { return aligned<T>(p); }
+DEVICE int counted(int* p) { return (*p)++; }
+DEVICE int counted_by_all(int* p) { return (*p)++; }
+DEVICE void told(int* p) { ++*p; }
+DEVICE int heard_of(const int* p) {
+    yield();
+    return *p;
+}
 
 static float from_number(uint16_t v, bool half) {
     if (half) {
@@ -159,6 +166,14 @@ DEVICE u32 pair_half(float a, float b) { return to_number(a, true) | to_number(b
 DEVICE float2 floats(u32 v) { return {from_number(v & 0xffff, HALF), from_number(v >> 16, HALF)}; }
 
 DEVICE float2 floats_half(u32 v) { return {from_number(v & 0xffff, true), from_number(v >> 16, true)}; }
+
+DEVICE uint2 halves(u32 v) {  // of e4m3, whose numbers are float16's with the exponent's bias 7 in place of 15
+    auto half = [&](int i) -> u32 {
+        u32 bits = v >> 8 * i & 0xff;
+        return bits >> 7 << 15 | to_number(from_number((bits & 0x7f) << 7, true) * 256.0f, true);
+    };
+    return {half(0) | half(1) << 16, half(2) | half(3) << 16};
+}
 
 template <bool OF_HALF = HALF>
 DEVICE void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

@@ -2,7 +2,13 @@
 #include <deque>
 
 #define CONSTANT const
-DEVICE int uniform(int v) { return v; }
+DEVICE int uniform(int v) {
+    here->given[0] = v;
+    together();
+    v = mate(0).given[0];
+    together();
+    return v;
+}
 struct Matrix { char* first; long long inner, count; int rows, size; };
 
 struct Phased {
@@ -24,6 +30,14 @@ DEVICE void expected_here(Flag* flag, int bytes) {
     turn(of_phased[flag]);
 }
 #define expected expected_here
+DEVICE void copied_here(void* to, const void* from, int bytes, Flag* flag) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) abort();
+    Phased& there = of_phased.at(flag);
+    there.bytes -= bytes;
+    there.copies.push_back([=] { memcpy(to, from, bytes); });
+    turn(there);
+}
+#define copied copied_here
 DEVICE void arrived(Flag* flag, int parity) {  // of the phases only the last one that ended can be told from this one
     while (of_phased.at(flag).phase % 2 == parity) yield();
 }

@@ -8,20 +8,30 @@ import torch.nn.functional as F
 from emulated import emulator
 
 from m3asr import ops
-from m3asr.kernels.clusters import BLOCK, Clusters, Sizes
+from m3asr.kernels.clusters import Clusters, Sizes
+from m3asr.kernels.clusters.experts import Experts, ExpertSizes
 from m3asr.kernels.clusters.machine import on_card
 
 WIDTH, HIDDEN, HEADS, TAPS, EXPERTS = 256, 512, 4, 15, 32
 EPS = 1e-12
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
+def loader(folder, *headers):
     if torch.cuda.is_available():
         if torch.cuda.get_device_properties(0).major < 9:
             pytest.skip("no clusters before compute capability 9.0")
         return on_card
-    return emulator(tmp_path_factory.mktemp("emulated"))
+    return emulator(folder, *headers)
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    return loader(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="module")
+def load_experts(tmp_path_factory):
+    return loader(tmp_path_factory.mktemp("emulated"), "emulated_warpgroups.h")
 
 
 @pytest.fixture
@@ -29,7 +39,7 @@ def clusters(load, device):
     def of(dtype):
         # The experts' input is float16, as for experts of 8 bits.
         sizes = Sizes(WIDTH, HIDDEN, HEADS, TAPS, EXPERTS, dtype == torch.float16, True, True)
-        assert sizes.block_fits() and sizes.experts_fit()
+        assert sizes.fit()
         return Clusters(sizes, device, load)
 
     return of
@@ -177,27 +187,50 @@ def test_convolution(clusters, layer, check, poisoned, device, dtype, normed, fr
     check(gate, chosen * mask, dtype)
 
 
-@kinds
-@pytest.mark.parametrize("kind", ["spread", "one expert", "padding", "only padding", "many"])
-def test_experts(clusters, layer, check, device, dtype, kind):
-    tokens = 112 if kind == "many" else 48
-    y, gate = torch.randn(tokens, WIDTH, device=device).to(dtype), torch.rand(tokens, device=device)
-    idx = torch.randint(3 if kind == "many" else EXPERTS, (tokens,), device=device)
-    if kind == "one expert":
-        idx[:] = 31
-    if kind == "padding":
-        idx[1::3] = -1
-    if kind == "only padding":
-        idx[:] = -1
-    up, down = layer(HIDDEN, WIDTH, dtype, EXPERTS), layer(WIDTH, HIDDEN, dtype, EXPERTS)
-    x = torch.randn(tokens, WIDTH, device=device)
-    before, expected, valid = x.clone(), x.double(), idx >= 0
-    if valid.any():
-        weights = (t.double() for t in (up.weight, up.bias, down.weight, down.bias))
-        expected[valid] += 0.5 * gate[valid, None] * ops.moe(y[valid].double(), idx[valid], *weights, "swish")
-    clusters(dtype).experts(y, idx.int(), gate, up, down, x, scale=0.5, pdl=pdl(device))
-    check(x, expected, dtype)
-    assert torch.equal(x[~valid], before[~valid])
+EXPERT_TYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+ROUTINGS = ("spread", "one expert", "padding", "only padding", "few experts")
+
+
+# Of the widths the last two have slices of 16 columns, and warps without a part of the inner dimension.
+@pytest.mark.parametrize("dtype", EXPERT_TYPES)
+@pytest.mark.parametrize(
+    "width, hidden, tokens, kind",
+    [(WIDTH, HIDDEN, 48, kind) for kind in ROUTINGS]
+    + [(WIDTH, HIDDEN, 512, "few experts"), (64, 2048, 33, "spread"), (320, 192, 33, "few experts")],
+)
+def test_experts(load_experts, layer, check, device, width, hidden, tokens, kind, dtype):
+    inputs = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    sizes = ExpertSizes(width, hidden, EXPERTS, inputs == torch.float16, True, dtype.itemsize)
+    assert sizes.fit()
+    experts = Experts(sizes, device, load_experts)
+    up, down = layer(hidden, width, inputs, EXPERTS), layer(width, hidden, inputs, EXPERTS)
+    up.scale = down.scale = None
+    weights = [up.weight, down.weight]
+    if dtype == torch.float8_e4m3fn:
+        for i, part in enumerate((up, down)):
+            part.scale = part.weight.float().abs().amax(-1) / 448
+            part.weight = (part.weight.float() / part.scale[..., None]).to(dtype)
+            weights[i] = part.weight.double() * part.scale[..., None].double()
+    for repeat in range(2):  # what programs told each other is forgotten
+        y, gate = torch.randn(tokens, width, device=device).to(inputs), torch.rand(tokens, device=device)
+        idx = torch.randint(3 if kind == "few experts" else EXPERTS, (tokens,), device=device)
+        if kind == "one expert":
+            idx[:] = 31
+        if kind in ("padding", "few experts"):
+            idx[1::3] = -1
+        if kind == "only padding":
+            idx[:] = -1
+        x = torch.randn(tokens, width, device=device)
+        before, expected, valid = x.clone(), x.double(), idx >= 0
+        if valid.any():
+            layers = (t.double() for t in (weights[0], up.bias, weights[1], down.bias))
+            expected[valid] += 0.5 * gate[valid, None] * ops.moe(y[valid].double(), idx[valid], *layers, "swish")
+        experts(y, idx.int(), gate if repeat else None, up, down, x, scale=0.5, pdl=pdl(device))
+        if not repeat:
+            expected[valid] = before[valid] + (expected[valid] - before[valid]) / gate[valid, None]
+        check(x, expected, inputs)
+        assert torch.equal(x[~valid], before[~valid])
+    assert not experts._state.any()
 
 
 def test_order_of_threads_does_not_matter(clusters, layer, load, device):
@@ -206,7 +239,7 @@ def test_order_of_threads_does_not_matter(clusters, layer, load, device):
     kernels, results = clusters(torch.bfloat16), []
     up, down, qkv = (layer(*s, torch.bfloat16) for s in ((HIDDEN, WIDTH), (WIDTH, HIDDEN), (3 * WIDTH, WIDTH)))
     x = torch.randn(16, WIDTH)
-    emulated = load(*kernels.sizes.source(BLOCK), device)
+    emulated = load(*kernels.sizes.source(), device)
     for emulated.seed in range(4):
         mine, out = x.clone(), torch.empty(16, 3 * WIDTH, dtype=torch.bfloat16)
         kernels.feed_forward_qkv(

@@ -1,5 +1,5 @@
-"""What programs in clusters do (`kernels.clusters`): blocks of few tokens in five launches in place of eleven, and the
-products of many tokens.
+"""What CUDA C++ does (`kernels.clusters`): blocks of few tokens in three launches in place of ten, the experts of up to
+some hundred in one, and the products of many.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ from torch import Tensor
 
 from m3asr.config import EncoderConfig
 from m3asr.engines.cuda.packing import Block, Linear, Stack, Weights
-from m3asr.kernels.clusters import BLOCK, EXPERTS, MOST_FRAMES, MOST_TOKENS, Clusters, Sizes, machine
+from m3asr.kernels.clusters import MOST_FRAMES, MOST_TOKENS, Clusters, Sizes, machine
+from m3asr.kernels.clusters.experts import MOST_TOKENS as MOST_WITH_EXPERTS
+from m3asr.kernels.clusters.experts import Experts, ExpertSizes
 from m3asr.kernels.clusters.products import Products, ProductSizes
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most tokens for which blocks, and experts, run so; 0: never. The fewest for which products do; inf: never.
+    """The most tokens for which blocks, and experts, run so; 0: never. each: of these tokens, the most an expert, so many
+    that their weights come slower than they are multiplied. The fewest for which products do; inf: never.
     With 16384 a forward of the seed's model takes 0.89 of what it takes without, with 4096 0.98, with 512 1.15 (H100).
     timed: see `clusters.Sizes`.
     """
 
     block: int = MOST_TOKENS
-    experts: int = MOST_TOKENS
+    experts: int = MOST_WITH_EXPERTS
+    each: int = 16
     products: float = 4096
     timed: bool = False
 
@@ -36,6 +40,7 @@ class ClusteredStack:
     def __init__(self, stack: Stack, experts: int, dtype: torch.dtype, experts_dtype: torch.dtype, load=None):
         """experts: of the main stack, so that both are run by the same kernels."""
         config, block = stack.config, stack.blocks[0]
+        moe, up = config.moe, block.up
         self._device, self._load, self.made = stack.after_norm[0].device, load, {}
         self._sizes = Sizes(
             width=config.attention_dim, hidden=config.linear_units, heads=config.attention_heads,
@@ -49,49 +54,53 @@ class ClusteredStack:
             and config.activation_type in ("swish", "relu")
             and _aligned(stack.blocks)
         )
-        self._blocks = usable and config.macaron_style and not config.causal and self._sizes.block_fits()
-        self._experts = (
-            usable
-            and block.router is not None
-            and block.up.scale is None
-            and config.moe.hidden_units == config.linear_units
-            and self._sizes.experts_fit()
-        )
+        self._blocks = usable and config.macaron_style and not config.causal and self._sizes.fit()
+        self._expert_sizes = ExpertSizes(
+            config.attention_dim, moe.hidden_units if moe else 0, moe.num_experts if moe else 0,
+            self._sizes.experts_half, self._sizes.swish, up.weight.element_size(),
+        )  # fmt: skip
+        self._experts = usable and moe is not None and self._expert_sizes.fit()
         self._product_sizes = ProductSizes(
             config.attention_dim, config.linear_units, experts, self._sizes.half,
             self._sizes.experts_half, self._sizes.swish,
         )  # fmt: skip
         self._products = usable and config.macaron_style and self._product_sizes.fit()
 
+    def _given(self) -> dict:
+        return {} if self._load is None else {"load": self._load}
+
     def kernels(self, timed: bool = False) -> Clusters:
         if timed not in self.made:
-            load = {} if self._load is None else {"load": self._load}
-            self.made[timed] = Clusters(replace(self._sizes, timed=timed), self._device, **load)
+            self.made[timed] = Clusters(replace(self._sizes, timed=timed), self._device, **self._given())
         return self.made[timed]
 
     @cached_property
+    def experts(self) -> Experts:
+        return Experts(self._expert_sizes, self._device, **self._given())
+
+    @cached_property
     def products(self) -> Products:
-        load = {} if self._load is None else {"load": self._load}
-        return Products(self._product_sizes, self._device, **load)
+        return Products(self._product_sizes, self._device, **self._given())
 
     def compile(self) -> None:
         """Compile what will be used, which then lies beside what Triton keeps."""
         if self._products:
             _ = self.products.kernels
             _ = self.products.router if self._product_sizes.experts else None  # the same for both stacks
-        for used, files in ((self._blocks, BLOCK), (self._experts, EXPERTS)):
-            if used:
-                self.kernels().loaded(files)
+        if self._blocks:
+            _ = self.kernels().kernels
+        if self._experts:
+            _ = self.experts.kernels
 
     def for_blocks(self, limits: Limits, tokens: int, frames: int, chunk) -> Clusters | None:
         """The kernels for blocks of so many tokens, if they are to be run so."""
         fits = tokens <= limits.block and frames <= MOST_FRAMES and frames % 16 == 0 and chunk is None
         return self.kernels(limits.timed) if self._blocks and fits else None
 
-    def for_experts(self, limits: Limits, tokens: int) -> Clusters | None:
-        """The kernels for a layer of experts with so many tokens, if they are to be run so."""
-        fits = tokens <= min(limits.experts, MOST_TOKENS)
-        return self.kernels(limits.timed) if self._experts and fits else None
+    def for_experts(self, limits: Limits, tokens: int) -> Experts | None:
+        """The kernel for a layer of experts with so many tokens, if it is to be run so."""
+        most = min(limits.experts, MOST_WITH_EXPERTS, limits.each * self._expert_sizes.experts)
+        return self.experts if self._experts and tokens <= most else None
 
     def for_products(self, limits: Limits, tokens: int) -> Products | None:
         """The kernels for products of so many tokens, if they are to be run so."""

@@ -370,7 +370,7 @@ class Forward:
         streams = isinstance(x, Stream)
         kernels = None if streams else self._in_clusters(config).for_experts(self.limits, tokens)
         if kernels is not None:
-            kernels.experts(y, expert_idx, gate, block.up, block.down, x, scale=scale, pdl=self.pdl)
+            kernels(y, expert_idx, gate, block.up, block.down, x, scale=scale, pdl=self.pdl)
             return None
         up = {"activation": config.activation_type, "tile": tile.expert_up, "weight_scale": block.up.scale}
         down = {"residual_scale": scale, "gate": gate, "tile": tile.expert_down, "weight_scale": block.down.scale}

@@ -1,151 +1,265 @@
-// Both products of a layer's experts for few tokens. Programs walk over the experts that have tokens and slices of
-// their columns: a slice's weights are asked for as soon as the routing is known, into registers, and serve the
-// expert's tokens 16 at a time. Nothing is sorted.
+// Both products of a layer's experts for up to some hundred tokens, in one launch that never lets the memory rest. Work
+// comes in slices, of the first product HIDDEN, of the second WIDTH columns of one expert in pieces, and all slices of
+// the first product stand in front of the second's. A program takes the next slice that nobody has, asks for its weights
+// and, while they come, multiplies the slice it took before; it waits for others only where a slice of the second
+// product needs all of the first. Whoever has such a slice took none of the first since, and those that others took are
+// under way: so no program waits for one that has not begun.
 
-constexpr int MOST_TOKENS = 128, LINE_H = HIDDEN + 32, UP_COLUMNS = 64, DOWN_COLUMNS = 32;
+constexpr int MOST_TOKENS = 512, PART = 64, MOST_PARTS = 32 + MOST_TOKENS / PART, LANES = THREADS / 16;
+constexpr int WARPS = THREADS / 32, UP_SLICES = HIDDEN / UP_COLUMNS, DOWN_SLICES = WIDTH / DOWN_COLUMNS;
+typedef unsigned short Number;  // bfloat16 or float16
+
+// What the programs of a launch tell each other; zeros before it, and behind it again.
+struct State {
+    int taken, finished, done[MOST_PARTS];  // slices; programs; of each part, slices of the first product
+};
+
+struct Part {  // PART tokens of an expert, or what is left: so many of the list from `first` on
+    int expert, first, count;
+};
 
 struct Routing {
-    int *chosen, *tokens_of, *present, *count;  // shared
-    u32 hit;  // experts that have tokens
+    Part parts[MOST_PARTS];
+    int tokens_of[MOST_TOKENS], found[32], begins[32], count;  // count: of parts
 
-    DEVICE Routing(char* memory) {
-        chosen = (int*)memory, tokens_of = chosen + MOST_TOKENS, present = tokens_of + MOST_TOKENS;
-        count = present + 32;
-    }
-    DEVICE void read(const int* from, int tokens) {
-        if (thread() < 32) present[thread()] = 0;
+    // Tokens by expert, in no order among themselves: where a row stands does not change its sums.
+    DEVICE void read(const int* chosen, int tokens) {
+        int expert[MOST_TOKENS / THREADS], place[MOST_TOKENS / THREADS];
+        if (thread() < 32) found[thread()] = 0;
         sync();
-        for (int t = thread(); t < tokens; t += THREADS) {
-            int e = written(from + t);
-            chosen[t] = e;
-            if (e >= 0) present[e] = 1;
+#pragma unroll
+        for (int i = 0; i < MOST_TOKENS / THREADS; i++) {
+            const int t = thread() + i * THREADS;
+            expert[i] = t < tokens ? written(chosen + t) : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < MOST_TOKENS / THREADS; i++)
+            if (expert[i] >= 0) place[i] = counted(found + expert[i]);
+        sync();
+        if (thread() < 32) {
+            int before = 0, at = 0, left = found[thread()];
+#pragma unroll
+            for (int e = 0; e < 32; e++) {
+                const int more = found[e];
+                if (e < thread()) before += more, at += (more + PART - 1) / PART;
+            }
+            begins[thread()] = before;
+            for (; left > 0; left -= PART, before += PART) parts[at++] = {thread(), before, left < PART ? left : PART};
+            if (thread() == 31) count = at;
         }
         sync();
-        hit = ballot(present[thread() % 32] != 0);
-    }
-    DEVICE int expert(int place) const {  // the place-th of those that have tokens
-        u32 left = hit;
-        for (int i = 0; i < place; i++) left &= left - 1;
-        return ones((left & (0u - left)) - 1);
-    }
-    // An expert's tokens in order, found by one warp; there behind `sync`.
-    DEVICE void list(int expert, int tokens) {
-        const int lane = thread() % 32;
-        if (thread() / 32 != 0) return;
-        int found = 0;
-        for (int first = 0; first < tokens; first += 32) {
-            int t = first + lane;
-            u32 mine = ballot(t < tokens && chosen[t] == expert);
-            if (mine >> lane & 1) tokens_of[found + ones(mine & ((1u << lane) - 1))] = t;
-            found += ones(mine);
-        }
-        if (lane == 0) *count = found;
+#pragma unroll
+        for (int i = 0; i < MOST_TOKENS / THREADS; i++)
+            if (expert[i] >= 0) tokens_of[begins[expert[i]] + place[i]] = thread() + i * THREADS;
+        sync();
     }
 };
 
-// Rows of `from` (., K) for 16 tokens of the list, zeros behind it -> shared, in rows of K + 32.
-template <int K> DEVICE void gather(Number* to, const Number* from, const Routing& routing, int first, int count) {
+// N columns of a product over K, weights in shared memory in rows of K numbers and 64 bytes. Warps share K, 64 bytes of
+// a row at a time, of which a thread has 16 neighbours' bytes; the same permutation of the matrix unit's order for both
+// operands. Rows of `a` come straight into registers, since no two warps read the same of them.
+template <int K, int N> struct Slice {
+    static constexpr int ROW = K * WEIGHT_BYTES, LINE = ROW + 64, BYTES = N * LINE, PITCH = N + 8;
+    static constexpr int STEP = 64 / WEIGHT_BYTES, STEPS = (K / STEP + WARPS - 1) / WARPS;
+    static constexpr int SUMS = WARPS * 16 * PITCH;
+    static constexpr int EACH = N / LANES < 2 ? 2 : N / LANES;  // columns of a thread; with 16, half of them suffice
+    static constexpr int VECTORS = 2 / WEIGHT_BYTES;  // of eight numbers of `a`, a step
+
+    DEVICE static void bring(char* to, const char* weights, Flag* flag) {  // of one warp
+        if (thread() == 0) expected(flag, N * ROW);
+        for (int i = thread() % 32; i < N; i += 32) copied(to + i * LINE, weights + (long long)i * ROW, ROW, flag);
+    }
+
+    uint4 a[STEPS][VECTORS][2];
+    DEVICE void load(const Number* from, const Routing& routing, const Part& part, int first) {
+        const int g = thread() % 32 / 4, t = thread() % 4;
 #pragma unroll
-    for (int n = 0; n < 16 * K / 8 / THREADS; n++) {
-        int i = thread() + n * THREADS, slot = first + i / (K / 8), part = i % (K / 8) * 8;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (slot < count) v = written((const uint4*)(from + routing.tokens_of[slot] * K + part));
-        *(uint4*)(to + i / (K / 8) * (K + 32) + part) = v;
+        for (int half = 0; half < 2; half++) {
+            const int slot = first + half * 8 + g;
+            const bool used = slot < part.count;
+            const Number* row = from + (long long)routing.tokens_of[part.first + (used ? slot : 0)] * K;
+#pragma unroll
+            for (int i = 0; i < STEPS; i++)
+#pragma unroll
+                for (int v = 0; v < VECTORS; v++) {
+                    const int step = i * WARPS + thread() / 32;
+                    const int k = step * STEP + t * (8 * VECTORS) + v * 8;
+                    a[i][v][half] = make_uint4(0, 0, 0, 0);
+                    if (used && step < K / STEP) a[i][v][half] = written((const uint4*)(row + k));
+                }
+        }
     }
-}
 
-// h[n] = activate(up_w[e] y[n] + up_b[e]), e = chosen[n]
-// Of the second product's weights, those of the same experts come into the L2 cache.
-KERNEL experts_up(
-    const Number* y, const int* chosen, const Number* up_w, const float* up_b, const Number* down_w, Number* h,
-    int tokens
+    // -> sums of each warp's part of K, shared (WARPS, 16, N) in rows of N + 8
+    DEVICE void multiply(const char* weights, float* sums) const {
+        const int warp = thread() / 32, g = thread() % 32 / 4, t = thread() % 4;
+        float c[N / 8][4] = {};
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            const int step = i * WARPS + warp;
+            if (step >= K / STEP) break;
+#pragma unroll
+            for (int tile = 0; tile < N / 8; tile++) {
+                const uint4 w = *(const uint4*)(weights + (tile * 8 + g) * LINE + step * 64 + t * 16);
+#if WEIGHT_BYTES == 2
+                const uint4 &low = a[i][0][0], &high = a[i][0][1];
+                multiply_add(c[tile], low.x, high.x, low.y, high.y, w.x, w.y);
+                multiply_add(c[tile], low.z, high.z, low.w, high.w, w.z, w.w);
+#else
+                const uint4 &low = a[i][0][0], &high = a[i][0][1], &low_2 = a[i][1][0], &high_2 = a[i][1][1];
+                const uint2 w_0 = halves(w.x), w_1 = halves(w.y), w_2 = halves(w.z), w_3 = halves(w.w);
+                multiply_add(c[tile], low.x, high.x, low.y, high.y, w_0.x, w_0.y);
+                multiply_add(c[tile], low.z, high.z, low.w, high.w, w_1.x, w_1.y);
+                multiply_add(c[tile], low_2.x, high_2.x, low_2.y, high_2.y, w_2.x, w_2.y);
+                multiply_add(c[tile], low_2.z, high_2.z, low_2.w, high_2.w, w_3.x, w_3.y);
+#endif
+            }
+        }
+        float* to = sums + (warp * 16 + g) * PITCH + t * 2;
+#pragma unroll
+        for (int tile = 0; tile < N / 8; tile++) {
+            *(float2*)(to + tile * 8) = make_float2(c[tile][0], c[tile][1]);
+            *(float2*)(to + 8 * PITCH + tile * 8) = make_float2(c[tile][2], c[tile][3]);
+        }
+    }
+
+    DEVICE static int column() { return thread() % LANES * EACH % N; }  // this thread's first
+    DEVICE static bool mine() { return thread() % LANES * EACH < N; }
+    float2 bias[EACH / 2], scale[EACH / 2];
+    DEVICE void load_bias(const float* from, const float* scales) {  // of the slice's columns
+#pragma unroll
+        for (int i = 0; i < EACH / 2; i++) {
+            bias[i] = weights8(from + column() + 2 * i);
+            if (WEIGHT_BYTES == 1) scale[i] = weights8(scales + column() + 2 * i);
+        }
+    }
+    // EACH columns of row thread() / LANES
+    DEVICE void result(const float* sums, float (&v)[EACH]) const {
+        const float* from = sums + thread() / LANES * PITCH + column();
+#pragma unroll
+        for (int i = 0; i < EACH / 2; i++) {
+            float2 total = make_float2(0.0f, 0.0f);
+#pragma unroll
+            for (int warp = 0; warp < WARPS; warp++) {
+                const float2 s = *(const float2*)(from + warp * 16 * PITCH + 2 * i);
+                total.x += s.x, total.y += s.y;
+            }
+            if (WEIGHT_BYTES == 1) total.x *= scale[i].x, total.y *= scale[i].y;
+            v[2 * i] = total.x + bias[i].x, v[2 * i + 1] = total.y + bias[i].y;
+        }
+    }
+};
+typedef Slice<WIDTH, UP_COLUMNS> Up;
+typedef Slice<HIDDEN, DOWN_COLUMNS> Down;
+
+constexpr int STAGE = Up::BYTES > Down::BYTES ? Up::BYTES : Down::BYTES;
+constexpr int SUMS = Up::SUMS > Down::SUMS ? Up::SUMS : Down::SUMS;
+
+// h[n] = activate(up_w[e] y[n] + up_b[e]), x[n] += scale * gates[n] * (down_w[e] h[n] + down_b[e]), e = chosen[n].
+// Weights of 8 bits count times up_s[e] and down_s[e], one a column.
+KERNEL experts(
+    const Number* y, const int* chosen, const float* gates, const char* up_w, const float* up_s, const float* up_b,
+    const char* down_w, const float* down_s, const float* down_b, Number* h, float* x, State* state, int tokens,
+    float scale
 ) {
     SHARED(memory);
-    MARK(0);
-    wait();  // before the release: the second product's programs rely on it
     release();
-    MARK(1);
-    Number* a = (Number*)memory;
-    float* sums = (float*)(a + 16 * LINE);
-    typedef Product<WIDTH, UP_COLUMNS, 4> Up;
-    Routing routing((char*)(sums + Up::SUMS));
+    float* sums = (float*)(memory + STAGES * STAGE);
+    Flag* flags = (Flag*)(sums + SUMS);
+    int* taken = (int*)(flags + STAGES);
+    Routing& routing = *(Routing*)(taken + STAGES);
+    const int row = thread() / LANES;
+    if (thread() == 0)
+        for (int i = 0; i < STAGES; i++) opened(flags + i, 1);
+    wait();
+    int next[STAGES];
+    if (thread() == 0)
+        for (int i = 0; i < STAGES; i++) next[i] = counted_by_all(&state->taken);
     routing.read(chosen, tokens);
-    MARK(2);
-    constexpr int SLICES = HIDDEN / UP_COLUMNS;
-    for (int item = group(); item < ones(routing.hit) * SLICES; item += groups()) {
-        const int expert = routing.expert(item / SLICES), column = item % SLICES * UP_COLUMNS;
-        Up up;
-        up.load(up_w + ((long long)expert * HIDDEN + column) * WIDTH);
-        up.load_bias(up_b + expert * HIDDEN + column);
-        const Number* later = down_w + ((long long)expert * HIDDEN + column) * WIDTH;  // as large a part of them
-        for (int i = thread(); i < UP_COLUMNS * WIDTH / 64; i += THREADS) ahead(later + i * 64);
-        routing.list(expert, tokens);
-        sync();
-        MARK(3);
-        const int count = *routing.count, row = thread() / LANES, j = thread() % LANES;
-        for (int first = 0; first < count; first += 16) {
-            gather<WIDTH>(a, y, routing, first, count);
-            sync();
-            MARK(4);
-            up.multiply(a, sums);
-            sync();
-            MARK(5);
-            float v[Up::EACH];
-            up.result(sums, v);
-            if (first + row < count)
-                *(uint2*)(h + routing.tokens_of[first + row] * HIDDEN + column + j * Up::EACH) =
-                    make_uint2(pair(activate(v[0]), activate(v[1])), pair(activate(v[2]), activate(v[3])));
-            MARK(6);
-        }
-        sync();
-    }
-}
+    const int ups = routing.count * UP_SLICES, all = ups + routing.count * DOWN_SLICES;
 
-// x[n] += scale * gates[n] * (down_w[e] h[n] + down_b[e]). The launch before was `experts_up`: all but h is there.
-KERNEL experts_down(
-    const Number* h, const int* chosen, const float* gates, const Number* down_w, const float* down_b, float* x,
-    int tokens, float scale
-) {
-    SHARED(memory);
-    MARK(8);
-    release();
-    Number* a = (Number*)memory;
-    float* sums = (float*)(a + 16 * LINE_H);
-    typedef Product<HIDDEN, DOWN_COLUMNS, 8> Down;
-    Routing routing((char*)(sums + Down::SUMS));
-    routing.read(chosen, tokens);
-    MARK(9);
-    constexpr int SLICES = WIDTH / DOWN_COLUMNS;
-    for (int item = group(); item < ones(routing.hit) * SLICES; item += groups()) {
-        const int expert = routing.expert(item / SLICES), column = item % SLICES * DOWN_COLUMNS;
-        Down down;
-        down.load(down_w + ((long long)expert * WIDTH + column) * HIDDEN);
-        down.load_bias(down_b + expert * WIDTH + column);
-        routing.list(expert, tokens);
-        sync();
-        MARK(10);
-        const int count = *routing.count, row = thread() / LANES, j = thread() % LANES;
-        for (int first = 0; first < count; first += 16) {
-            const bool used = first + row < count;
-            const int token = routing.tokens_of[used ? first + row : 0];
-            const int at = token * WIDTH + column + 2 * j;
-            float2 before = written((const float2*)(x + at));
-            const float gate = gates ? written(gates + token) * scale : scale;
-            wait();
-            MARK(11);
-            gather<HIDDEN>(a, h, routing, first, count);
-            sync();
-            MARK(12);
-            down.multiply(a, sums);
-            sync();
-            MARK(13);
-            float v[2];
-            down.result(sums, v);
-            before.x += gate * v[0], before.y += gate * v[1];
-            if (used) *(float2*)(x + at) = before;
-            MARK(14);
+    // The slice's weights come into that stage, if it is one; of one warp.
+    auto bring = [&](int slice, int stage) {
+        slice = uniform(slice);
+        if (thread() == 0) taken[stage] = slice;
+        if (slice >= all) return;
+        char* to = memory + stage * STAGE;
+        if (slice < ups) {
+            const int column = routing.parts[slice / UP_SLICES].expert * HIDDEN + slice % UP_SLICES * UP_COLUMNS;
+            Up::bring(to, up_w + (long long)column * Up::ROW, flags + stage);
+        } else {
+            slice -= ups;
+            const int column = routing.parts[slice / DOWN_SLICES].expert * WIDTH + slice % DOWN_SLICES * DOWN_COLUMNS;
+            Down::bring(to, down_w + (long long)column * Down::ROW, flags + stage);
         }
-        sync();
+    };
+    if (thread() < 32)
+        for (int i = 0; i < STAGES; i++) bring(next[i], i);
+    sync();
+    for (int i = 0; taken[i % STAGES] < all; i++) {
+        const int stage = i % STAGES, slice = taken[stage];
+        const char* weights = memory + stage * STAGE;
+        int later = 0;
+        if (thread() == 0) later = counted_by_all(&state->taken);
+        if (slice < ups) {
+            const Part part = routing.parts[slice / UP_SLICES];
+            const int column = slice % UP_SLICES * UP_COLUMNS;
+            Up up;
+            up.load_bias(up_b + part.expert * HIDDEN + column, up_s + part.expert * HIDDEN + column);
+            for (int first = 0; first < part.count; first += 16) {
+                up.load(y, routing, part, first);
+                if (first == 0) arrived(flags + stage, i / STAGES % 2);
+                up.multiply(weights, sums);
+                sync();
+                if (thread() < 32 && first + 16 >= part.count) bring(later, stage);
+                float v[Up::EACH];
+                up.result(sums, v);
+                if (first + row < part.count) {
+                    Number* to = h + (long long)routing.tokens_of[part.first + first + row] * HIDDEN;
+                    to += column + Up::column();
+#pragma unroll
+                    for (int k = 0; k < Up::EACH; k += 4)
+                        *(uint2*)(to + k) = make_uint2(
+                            pair(activate(v[k]), activate(v[k + 1])), pair(activate(v[k + 2]), activate(v[k + 3])));
+                }
+                sync();
+            }
+            if (thread() == 0) told(state->done + slice / UP_SLICES);
+        } else {
+            const int number = (slice - ups) / DOWN_SLICES;
+            const Part part = routing.parts[number];
+            const int column = (slice - ups) % DOWN_SLICES * DOWN_COLUMNS;
+            Down down;
+            down.load_bias(down_b + part.expert * WIDTH + column, down_s + part.expert * WIDTH + column);
+            if (thread() == 0)
+                while (heard_of(state->done + number) < UP_SLICES) {}
+            sync();
+            for (int first = 0; first < part.count; first += 16) {
+                const bool used = first + row < part.count;
+                const int token = routing.tokens_of[part.first + (used ? first + row : 0)];
+                float2* to = (float2*)(x + (long long)token * WIDTH + column + Down::column());
+                down.load(h, routing, part, first);
+                float2 before[Down::EACH / 2];
+#pragma unroll
+                for (int k = 0; k < Down::EACH / 2; k++) before[k] = written((const float2*)to + k);
+                const float gate = gates ? written(gates + token) * scale : scale;
+                if (first == 0) arrived(flags + stage, i / STAGES % 2);
+                down.multiply(weights, sums);
+                sync();
+                if (thread() < 32 && first + 16 >= part.count) bring(later, stage);
+                float v[Down::EACH];
+                down.result(sums, v);
+                if (used && Down::mine())
+#pragma unroll
+                    for (int k = 0; k < Down::EACH / 2; k++)
+                        to[k] = make_float2(before[k].x + gate * v[2 * k], before[k].y + gate * v[2 * k + 1]);
+                sync();
+            }
+        }
     }
-    wait();  // also without any work
+    sync();
+    if (thread() == 0 && counted_by_all(&state->finished) == groups() - 1) {
+        state->taken = state->finished = 0;
+        for (int i = 0; i < MOST_PARTS; i++) state->done[i] = 0;
+    }
 }

@@ -88,6 +88,21 @@ DEVICE void ahead(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l
 // What another kernel, or another program, wrote: past the L1 cache, where a line may be older.
 template <class T> DEVICE T written(const T* p) { return __ldcg(p); }
 
+// Programs of a launch that tell each other how far they are. Both give what was there before it was counted.
+DEVICE int counted(int* shared) { return atomicAdd(shared, 1); }
+DEVICE int counted_by_all(int* p) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
+    return before;
+}
+// What this program's threads wrote before they met is there for whoever heard of it and meets its own program then.
+DEVICE void told(int* p) { asm volatile("red.add.release.gpu.global.s32 [%0], 1;" :: "l"(p) : "memory"); }
+DEVICE int heard_of(const int* p) {
+    int now;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(p) : "memory");
+    return now;
+}
+
 DEVICE float root_below(float v) { return rsqrtf(v); }  // 1 / sqrt(v)
 DEVICE float power_of_two(float v) {
     float p;
@@ -115,6 +130,13 @@ DEVICE float2 floats_half(u32 v) {
     asm("{.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;}"
         : "=f"(f.x), "=f"(f.y) : "r"(v));
     return f;
+}
+// Four numbers of 8 bits (e4m3) as float16.
+DEVICE uint2 halves(u32 v) {
+    uint2 h;
+    asm("{.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;}"
+        : "=r"(h.x), "=r"(h.y) : "r"(v));
+    return h;
 }
 DEVICE float2 floats(u32 v) {
 #if HALF

@@ -1,0 +1,100 @@
+"""Both products of a layer's experts in one launch, for up to some hundred tokens: see experts.cu."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+
+import torch
+
+from m3asr.kernels.clusters.machine import Kernels, on_card
+from m3asr.kernels.pieces import multiprocessors
+
+FILES = ("activation.cu", "experts.cu")
+THREADS = 256
+UP_COLUMNS = 64  # of a slice of the first product
+MOST_TOKENS, MOST_EXPERTS, PART = 512, 32, 64
+SHARED_BYTES, MOST_STAGES = 227 << 10, 4
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """What the kernel is compiled for: the experts' widths, and types. weight_bytes 1: e4m3, inputs float16."""
+
+    width: int
+    hidden: int
+    experts: int
+    half: bool  # inputs float16, else bfloat16
+    swish: bool
+    weight_bytes: int
+
+    @property
+    def down_columns(self) -> int:
+        """Of a slice of the second product."""
+        return 32 if self.hidden * self.weight_bytes <= 2048 else 16
+
+    def fit(self) -> bool:
+        return (
+            0 < self.experts <= MOST_EXPERTS
+            and self.width % 64 == self.hidden % UP_COLUMNS == 0
+            and self.weight_bytes + self.half >= 2
+            and self.stages >= 2
+        )
+
+    # Bytes of shared memory, as the kernel cuts it.
+    @property
+    def _stage(self) -> int:
+        up = UP_COLUMNS * (self.width * self.weight_bytes + 64)
+        return max(up, self.down_columns * (self.hidden * self.weight_bytes + 64))
+
+    @property
+    def _rest(self) -> int:
+        parts = MOST_EXPERTS + MOST_TOKENS // PART
+        routing = 4 * (3 * parts + MOST_TOKENS + 2 * 32 + 1)
+        return 4 * THREADS // 32 * 16 * (UP_COLUMNS + 8) + 12 * MOST_STAGES + routing
+
+    @property
+    def stages(self) -> int:
+        """Slices whose weights are under way, or in use, at once."""
+        return min(MOST_STAGES, (SHARED_BYTES - self._rest) // self._stage)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.stages * self._stage + self._rest
+
+    def source(self) -> tuple[str, tuple[str, ...]]:
+        """Definitions, and all files of CUDA C++ that stand behind them."""
+        names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
+        names |= {"THREADS": THREADS, "PROGRAMS": 1, "RESIDENT": 1, "TIMED": 0, "STAGES": self.stages}
+        names |= {"UP_COLUMNS": UP_COLUMNS, "DOWN_COLUMNS": self.down_columns}
+        defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
+        return defined, ("machine.cu", "warpgroups.cu", *FILES)
+
+
+class Experts:
+    """The launcher for one stack's sizes. Launches of one of these must follow each other: they share what their
+    programs tell each other.
+    """
+
+    def __init__(self, sizes: ExpertSizes, device: torch.device, load=on_card):
+        self.sizes, self._device, self._load = sizes, device, load
+        self._state = torch.zeros(2 + MOST_EXPERTS + MOST_TOKENS // PART, dtype=torch.int32, device=device)
+
+    @property
+    def kernels(self) -> Kernels:
+        """Compiled, or found where they are kept, when they are first asked for."""
+        return self._load(*self.sizes.source(), self._device)
+
+    def __call__(self, y, expert_idx, gate, up, down, x, *, scale, pdl=False) -> None:
+        """x[n] += scale * gate[n] * down[e](act(up[e](y[n]))), e = expert_idx[n]; nothing where e is -1.
+
+        y (N, D), N at most MOST_TOKENS; expert_idx int32 (N,); gate float32 (N,) or None; x float32 (N, D). All
+        contiguous. up, down with `weight` (E, ., .), `bias` float32 (E, .) and, of 8 bits, `scale` float32 (E, .).
+        """
+        sizes, tokens = self.sizes, x.shape[0]
+        assert tokens <= MOST_TOKENS, f"{tokens} tokens: at most {MOST_TOKENS}"
+        h = torch.empty(tokens, sizes.hidden, dtype=y.dtype, device=y.device)
+        self.kernels.launch(
+            "experts", multiprocessors(self._device), THREADS, y, expert_idx, gate, up.weight, up.scale, up.bias,
+            down.weight, down.scale, down.bias, h, x, self._state, tokens, float(scale), shared=sizes.shared_bytes,
+            pdl=pdl,
+        )  # fmt: skip
