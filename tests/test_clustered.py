@@ -43,13 +43,14 @@ def relative(value, reference) -> float:
     [
         ({}, 64, 64, True, True),
         ({}, 128, 64, True, True),
-        ({}, 256, 256, False, False),
-        ({}, 192, 64, False, False),
+        ({}, 256, 256, False, True),
+        ({}, 512, 64, False, True),
+        ({}, 528, 528, False, False),
         ({"cnn_module_norm": "batch_norm"}, 64, 64, True, True),
         ({"causal": True}, 64, 64, False, True),
         ({"activation_type": "gelu"}, 64, 64, False, False),
-        ({"linear_units": 768}, 64, 64, False, False),
-        ({"attention_dim": 320, "attention_heads": 5}, 64, 64, False, False),
+        ({"linear_units": 768}, 64, 64, False, True),
+        ({"attention_dim": 320, "attention_heads": 5}, 64, 64, False, True),
     ],
 )
 def test_what_clusters_run(changes, tokens, frames, blocks, experts):
@@ -58,7 +59,7 @@ def test_what_clusters_run(changes, tokens, frames, blocks, experts):
     stack = ClusteredStack(packed.weights.main, 32, torch.float16, torch.float16, load=lambda *_: None)
     limits = Limits()
     assert (stack.for_blocks(limits, tokens, frames, None) is not None) == blocks
-    assert (stack.for_experts(limits, tokens) is not None) == (experts and config_.encoder.moe.hidden_units == 512)
+    assert (stack.for_experts(limits, tokens) is not None) == experts
     assert stack.for_blocks(limits, tokens, frames, (4, 2)) is None
     assert stack.for_blocks(Limits(0, 0), tokens, frames, None) is None
 

@@ -98,6 +98,14 @@ DEVICE u32 ballot(bool v) {
     together();
     return all;
 }
+DEVICE u32 alike(int v) {
+    here->given[0] = v;
+    together();
+    u32 mask = 0;
+    for (int lane = 0; lane < 32; lane++) mask |= (u32)(mate(lane).given[0] == (u32)v) << lane;
+    together();
+    return mask;
+}
 DEVICE int ones(u32 v) { return __builtin_popcount(v); }
 template <class T> DEVICE T* of(T* place, int program) {
     size_t at = (char*)place - memory_of(here->program);
@@ -134,8 +142,7 @@ DEVICE float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
 DEVICE float root_below(float v) { return 1.0f / sqrtf(v); }
 DEVICE float power_of_two(float v) { return exp2f(v); }
 template <class T> DEVICE T written(const T* p) { return aligned<T>(p); }
-DEVICE int counted(int* p) { return (*p)++; }
-DEVICE int counted_by_all(int* p) { return (*p)++; }
+DEVICE int counted_by_all(int* p, int more) { return (*p += more) - more; }
 DEVICE void told(int* p) { ++*p; }
 DEVICE int heard_of(const int* p) {
     yield();

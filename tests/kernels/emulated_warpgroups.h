@@ -41,6 +41,10 @@ DEVICE void copied_here(void* to, const void* from, int bytes, Flag* flag) {
 DEVICE void arrived(Flag* flag, int parity) {  // of the phases only the last one that ended can be told from this one
     while (of_phased.at(flag).phase % 2 == parity) yield();
 }
+DEVICE void arrive_here(Flag* flag) {
+    if (--of_phased.at(flag).left < 0) abort();
+    turn(of_phased.at(flag));
+}
 DEVICE void arrive_at(Flag* flag, int program) {
     Phased& there = of_phased.at(of(flag, program));
     if (--there.left < 0) abort();
@@ -91,6 +95,8 @@ DEVICE void stores_read() {
     of_stores[here].clear();
 }
 static Gate of_four[PROGRAMS][THREADS / 128 + 1];
+static Gate of_eight;
+DEVICE void sync_eight() { meet(of_eight, 256); }
 DEVICE void sync_four(int group) { meet(of_four[here->program][group], 128); }
 
 typedef const char* Operand;

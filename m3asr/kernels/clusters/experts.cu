@@ -1,12 +1,13 @@
 // Both products of a layer's experts for up to some hundred tokens, in one launch that never lets the memory rest. Work
 // comes in slices, of the first product HIDDEN, of the second WIDTH columns of one expert in pieces, and all slices of
-// the first product stand in front of the second's. A program takes the next slice that nobody has, asks for its weights
-// and, while they come, multiplies the slice it took before; it waits for others only where a slice of the second
-// product needs all of the first. Whoever has such a slice took none of the first since, and those that others took are
-// under way: so no program waits for one that has not begun.
+// the first product stand in front of the second's. One warp of a program takes the next slice that nobody has and asks
+// for its weights, which then come while eight others multiply a slice taken before. A slice of the second product needs
+// the whole first one of its tokens: one more warp listens until it is there. Whoever has such a slice takes none of the
+// first any more, and those that others took are under way: so no program waits for one that has not begun.
 
-constexpr int MOST_TOKENS = 512, PART = 64, MOST_PARTS = 32 + MOST_TOKENS / PART, LANES = THREADS / 16;
-constexpr int WARPS = THREADS / 32, UP_SLICES = HIDDEN / UP_COLUMNS, DOWN_SLICES = WIDTH / DOWN_COLUMNS;
+constexpr int MOST_TOKENS = 512, PART = 64, MOST_PARTS = 32 + MOST_TOKENS / PART;
+constexpr int WARPS = 8, LANES = WARPS * 2;  // that multiply; of them a row of 16
+constexpr int UP_SLICES = HIDDEN / UP_COLUMNS, DOWN_SLICES = WIDTH / DOWN_COLUMNS;
 typedef unsigned short Number;  // bfloat16 or float16
 
 // What the programs of a launch tell each other; zeros before it, and behind it again.
@@ -19,38 +20,58 @@ struct Part {  // PART tokens of an expert, or what is left: so many of the list
 };
 
 struct Routing {
+    static constexpr int CHUNKS = MOST_TOKENS / 32;
     Part parts[MOST_PARTS];
-    int tokens_of[MOST_TOKENS], found[32], begins[32], count;  // count: of parts
+    int tokens_of[MOST_TOKENS], before[CHUNKS][32], begins[32], count;  // count: of parts
 
-    // Tokens by expert, in no order among themselves: where a row stands does not change its sums.
+    // Tokens by expert, in order: all programs must find the same parts.
     DEVICE void read(const int* chosen, int tokens) {
-        int expert[MOST_TOKENS / THREADS], place[MOST_TOKENS / THREADS];
-        if (thread() < 32) found[thread()] = 0;
+        const int lane = thread() % 32;
+        constexpr int EACH = CHUNKS / WARPS;
+        int expert[EACH], place[EACH];
+        for (int i = thread(); i < CHUNKS * 32; i += THREADS) before[i / 32][i % 32] = 0;
         sync();
+        if (thread() < 32 * WARPS) {
 #pragma unroll
-        for (int i = 0; i < MOST_TOKENS / THREADS; i++) {
-            const int t = thread() + i * THREADS;
-            expert[i] = t < tokens ? written(chosen + t) : -1;
+            for (int i = 0; i < EACH; i++) {
+                const int t = thread() + i * WARPS * 32;
+                expert[i] = t < tokens ? written(chosen + t) : -1;
+            }
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const u32 mates = alike(expert[i]);
+                place[i] = ones(mates & ((1u << lane) - 1));
+                if (expert[i] >= 0 && place[i] == 0) before[thread() / 32 + i * WARPS][expert[i]] = ones(mates);
+            }
         }
-#pragma unroll
-        for (int i = 0; i < MOST_TOKENS / THREADS; i++)
-            if (expert[i] >= 0) place[i] = counted(found + expert[i]);
         sync();
         if (thread() < 32) {
-            int before = 0, at = 0, left = found[thread()];
+            int all = 0;
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++) {
+                const int more = before[i][lane];
+                before[i][lane] = all, all += more;
+            }
+            begins[lane] = all;
+            together();
+            int begin = 0, at = 0;
 #pragma unroll
             for (int e = 0; e < 32; e++) {
-                const int more = found[e];
-                if (e < thread()) before += more, at += (more + PART - 1) / PART;
+                const int more = begins[e];
+                if (e < lane) begin += more, at += (more + PART - 1) / PART;
             }
-            begins[thread()] = before;
-            for (; left > 0; left -= PART, before += PART) parts[at++] = {thread(), before, left < PART ? left : PART};
-            if (thread() == 31) count = at;
+            together();
+            begins[lane] = begin;
+            for (; all > 0; all -= PART, begin += PART) parts[at++] = {lane, begin, all < PART ? all : PART};
+            if (lane == 31) count = at;
         }
         sync();
+        if (thread() < 32 * WARPS)
 #pragma unroll
-        for (int i = 0; i < MOST_TOKENS / THREADS; i++)
-            if (expert[i] >= 0) tokens_of[begins[expert[i]] + place[i]] = thread() + i * THREADS;
+            for (int i = 0; i < EACH; i++)
+                if (expert[i] >= 0)
+                    tokens_of[begins[expert[i]] + before[thread() / 32 + i * WARPS][expert[i]] + place[i]] =
+                        thread() + i * WARPS * 32;
         sync();
     }
 };
@@ -65,8 +86,8 @@ template <int K, int N> struct Slice {
     static constexpr int EACH = N / LANES < 2 ? 2 : N / LANES;  // columns of a thread; with 16, half of them suffice
     static constexpr int VECTORS = 2 / WEIGHT_BYTES;  // of eight numbers of `a`, a step
 
-    DEVICE static void bring(char* to, const char* weights, Flag* flag) {  // of one warp
-        if (thread() == 0) expected(flag, N * ROW);
+    DEVICE static void bring(char* to, const char* weights, Flag* flag) {  // by one warp
+        if (thread() % 32 == 0) expected(flag, N * ROW);
         for (int i = thread() % 32; i < N; i += 32) copied(to + i * LINE, weights + (long long)i * ROW, ROW, flag);
     }
 
@@ -155,6 +176,25 @@ typedef Slice<HIDDEN, DOWN_COLUMNS> Down;
 constexpr int STAGE = Up::BYTES > Down::BYTES ? Up::BYTES : Down::BYTES;
 constexpr int SUMS = Up::SUMS > Down::SUMS ? Up::SUMS : Down::SUMS;
 
+// What a program has in shared memory, one behind the other.
+struct Place {
+    char* weights;  // STAGES
+    float* sums;
+    Flag *full, *empty, *known, *ready;  // of each stage: weights; none; which slice it is; and what it multiplies
+    int* taken;                          // slices
+    Routing* routing;
+
+    DEVICE Place(char* memory) {
+        weights = memory, sums = (float*)(memory + STAGES * STAGE);
+        full = (Flag*)(sums + SUMS), empty = full + STAGES, known = empty + STAGES, ready = known + STAGES;
+        taken = (int*)(ready + STAGES), routing = (Routing*)(taken + STAGES);
+    }
+    DEVICE void open() const {
+        for (int i = 0; i < STAGES; i++)
+            opened(full + i, 1), opened(empty + i, WARPS), opened(known + i, 1), opened(ready + i, 1);
+    }
+};
+
 // h[n] = activate(up_w[e] y[n] + up_b[e]), x[n] += scale * gates[n] * (down_w[e] h[n] + down_b[e]), e = chosen[n].
 // Weights of 8 bits count times up_s[e] and down_s[e], one a column.
 KERNEL experts(
@@ -164,101 +204,113 @@ KERNEL experts(
 ) {
     SHARED(memory);
     release();
-    float* sums = (float*)(memory + STAGES * STAGE);
-    Flag* flags = (Flag*)(sums + SUMS);
-    int* taken = (int*)(flags + STAGES);
-    Routing& routing = *(Routing*)(taken + STAGES);
-    const int row = thread() / LANES;
-    if (thread() == 0)
-        for (int i = 0; i < STAGES; i++) opened(flags + i, 1);
+    const Place place(memory);
+    Routing& routing = *place.routing;
+    const int warp = uniform(thread() / 32), lane = thread() % 32;
+    if (thread() == 0) place.open();
     wait();
-    int next[STAGES];
-    if (thread() == 0)
-        for (int i = 0; i < STAGES; i++) next[i] = counted_by_all(&state->taken);
+    int next = 0;
+    if (warp == WARPS && lane == 0) next = counted_by_all(&state->taken, STAGES);
     routing.read(chosen, tokens);
     const int ups = routing.count * UP_SLICES, all = ups + routing.count * DOWN_SLICES;
 
-    // The slice's weights come into that stage, if it is one; of one warp.
-    auto bring = [&](int slice, int stage) {
-        slice = uniform(slice);
-        if (thread() == 0) taken[stage] = slice;
-        if (slice >= all) return;
-        char* to = memory + stage * STAGE;
-        if (slice < ups) {
-            const int column = routing.parts[slice / UP_SLICES].expert * HIDDEN + slice % UP_SLICES * UP_COLUMNS;
-            Up::bring(to, up_w + (long long)column * Up::ROW, flags + stage);
-        } else {
-            slice -= ups;
-            const int column = routing.parts[slice / DOWN_SLICES].expert * WIDTH + slice % DOWN_SLICES * DOWN_COLUMNS;
-            Down::bring(to, down_w + (long long)column * Down::ROW, flags + stage);
+    if (warp == WARPS) {  // takes slices, brings their weights, and tells of those that are made
+        for (int n = 0, over = 0; over < STAGES; n++) {
+            const int stage = n % STAGES;
+            int made = all;
+            if (n >= STAGES) arrived(place.empty + stage, (n / STAGES - 1) % 2), made = place.taken[stage];
+            const int slice = n < STAGES ? uniform(next) + n : uniform(next);
+            if (lane == 0) {
+                if (n >= STAGES - 1) next = counted_by_all(&state->taken, 1);
+                place.taken[stage] = slice;
+                arrive_here(place.known + stage);
+            }
+            char* to = place.weights + stage * STAGE;
+            if (slice < ups) {
+                const int column = routing.parts[slice / UP_SLICES].expert * HIDDEN + slice % UP_SLICES * UP_COLUMNS;
+                Up::bring(to, up_w + (long long)column * Up::ROW, place.full + stage);
+            } else if (slice < all) {
+                const int second = slice - ups, expert = routing.parts[second / DOWN_SLICES].expert;
+                const int column = expert * WIDTH + second % DOWN_SLICES * DOWN_COLUMNS;
+                Down::bring(to, down_w + (long long)column * Down::ROW, place.full + stage);
+            } else {
+                over++;
+            }
+            if (made < ups && lane == 0) told(state->done + made / UP_SLICES);
         }
-    };
-    if (thread() < 32)
-        for (int i = 0; i < STAGES; i++) bring(next[i], i);
-    sync();
-    for (int i = 0; taken[i % STAGES] < all; i++) {
-        const int stage = i % STAGES, slice = taken[stage];
-        const char* weights = memory + stage * STAGE;
-        int later = 0;
-        if (thread() == 0) later = counted_by_all(&state->taken);
-        if (slice < ups) {
-            const Part part = routing.parts[slice / UP_SLICES];
-            const int column = slice % UP_SLICES * UP_COLUMNS;
-            Up up;
-            up.load_bias(up_b + part.expert * HIDDEN + column, up_s + part.expert * HIDDEN + column);
-            for (int first = 0; first < part.count; first += 16) {
-                up.load(y, routing, part, first);
-                if (first == 0) arrived(flags + stage, i / STAGES % 2);
-                up.multiply(weights, sums);
-                sync();
-                if (thread() < 32 && first + 16 >= part.count) bring(later, stage);
-                float v[Up::EACH];
-                up.result(sums, v);
-                if (first + row < part.count) {
-                    Number* to = h + (long long)routing.tokens_of[part.first + first + row] * HIDDEN;
-                    to += column + Up::column();
+    } else if (warp > WARPS) {  // listens
+        for (int n = 0;; n++) {
+            const int stage = n % STAGES;
+            arrived(place.known + stage, n / STAGES % 2);
+            const int slice = place.taken[stage];
+            if (slice >= ups && slice < all)
+                while (heard_of(state->done + (slice - ups) / DOWN_SLICES) < UP_SLICES) {}
+            together();
+            if (lane == 0) arrive_here(place.ready + stage);
+            if (slice >= all) break;
+        }
+    } else if (warp < WARPS) {
+        const int row = thread() / LANES;
+        for (int n = 0;; n++) {
+            const int stage = n % STAGES, parity = n / STAGES % 2;
+            arrived(place.ready + stage, parity);
+            const int slice = place.taken[stage];
+            if (slice >= all) break;
+            const char* weights = place.weights + stage * STAGE;
+            if (slice < ups) {
+                const Part part = routing.parts[slice / UP_SLICES];
+                const int column = slice % UP_SLICES * UP_COLUMNS;
+                Up up;
+                up.load_bias(up_b + part.expert * HIDDEN + column, up_s + part.expert * HIDDEN + column);
+                for (int first = 0; first < part.count; first += 16) {
+                    up.load(y, routing, part, first);
+                    if (first == 0) arrived(place.full + stage, parity);
+                    up.multiply(weights, place.sums);
+                    sync_eight();
+                    float v[Up::EACH];
+                    up.result(place.sums, v);
+                    if (first + row < part.count) {
+                        Number* to = h + (long long)routing.tokens_of[part.first + first + row] * HIDDEN;
+                        to += column + Up::column();
 #pragma unroll
-                    for (int k = 0; k < Up::EACH; k += 4)
-                        *(uint2*)(to + k) = make_uint2(
-                            pair(activate(v[k]), activate(v[k + 1])), pair(activate(v[k + 2]), activate(v[k + 3])));
+                        for (int k = 0; k < Up::EACH; k += 4)
+                            *(uint2*)(to + k) = make_uint2(
+                                pair(activate(v[k]), activate(v[k + 1])), pair(activate(v[k + 2]), activate(v[k + 3])));
+                    }
+                    sync_eight();
                 }
-                sync();
-            }
-            if (thread() == 0) told(state->done + slice / UP_SLICES);
-        } else {
-            const int number = (slice - ups) / DOWN_SLICES;
-            const Part part = routing.parts[number];
-            const int column = (slice - ups) % DOWN_SLICES * DOWN_COLUMNS;
-            Down down;
-            down.load_bias(down_b + part.expert * WIDTH + column, down_s + part.expert * WIDTH + column);
-            if (thread() == 0)
-                while (heard_of(state->done + number) < UP_SLICES) {}
-            sync();
-            for (int first = 0; first < part.count; first += 16) {
-                const bool used = first + row < part.count;
-                const int token = routing.tokens_of[part.first + (used ? first + row : 0)];
-                float2* to = (float2*)(x + (long long)token * WIDTH + column + Down::column());
-                down.load(h, routing, part, first);
-                float2 before[Down::EACH / 2];
+            } else {
+                const Part part = routing.parts[(slice - ups) / DOWN_SLICES];
+                const int column = (slice - ups) % DOWN_SLICES * DOWN_COLUMNS;
+                Down down;
+                down.load_bias(down_b + part.expert * WIDTH + column, down_s + part.expert * WIDTH + column);
+                for (int first = 0; first < part.count; first += 16) {
+                    const bool used = first + row < part.count;
+                    const int token = routing.tokens_of[part.first + (used ? first + row : 0)];
+                    float2* to = (float2*)(x + (long long)token * WIDTH + column + Down::column());
+                    down.load(h, routing, part, first);
+                    float2 before[Down::EACH / 2];
 #pragma unroll
-                for (int k = 0; k < Down::EACH / 2; k++) before[k] = written((const float2*)to + k);
-                const float gate = gates ? written(gates + token) * scale : scale;
-                if (first == 0) arrived(flags + stage, i / STAGES % 2);
-                down.multiply(weights, sums);
-                sync();
-                if (thread() < 32 && first + 16 >= part.count) bring(later, stage);
-                float v[Down::EACH];
-                down.result(sums, v);
-                if (used && Down::mine())
+                    for (int k = 0; k < Down::EACH / 2; k++) before[k] = written((const float2*)to + k);
+                    const float gate = gates ? written(gates + token) * scale : scale;
+                    if (first == 0) arrived(place.full + stage, parity);
+                    down.multiply(weights, place.sums);
+                    sync_eight();
+                    float v[Down::EACH];
+                    down.result(place.sums, v);
+                    if (used && Down::mine())
 #pragma unroll
-                    for (int k = 0; k < Down::EACH / 2; k++)
-                        to[k] = make_float2(before[k].x + gate * v[2 * k], before[k].y + gate * v[2 * k + 1]);
-                sync();
+                        for (int k = 0; k < Down::EACH / 2; k++)
+                            to[k] = make_float2(before[k].x + gate * v[2 * k], before[k].y + gate * v[2 * k + 1]);
+                    sync_eight();
+                }
             }
+            together();
+            if (lane == 0) arrive_here(place.empty + stage);
         }
     }
     sync();
-    if (thread() == 0 && counted_by_all(&state->finished) == groups() - 1) {
+    if (thread() == 0 && counted_by_all(&state->finished, 1) == groups() - 1) {
         state->taken = state->finished = 0;
         for (int i = 0; i < MOST_PARTS; i++) state->done[i] = 0;
     }

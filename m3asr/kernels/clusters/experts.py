@@ -10,7 +10,7 @@ from m3asr.kernels.clusters.machine import Kernels, on_card
 from m3asr.kernels.pieces import multiprocessors
 
 FILES = ("activation.cu", "experts.cu")
-THREADS = 256
+THREADS = 320  # eight warps that multiply, one that takes slices and brings weights, one that listens
 UP_COLUMNS = 64  # of a slice of the first product
 MOST_TOKENS, MOST_EXPERTS, PART = 512, 32, 64
 SHARED_BYTES, MOST_STAGES = 227 << 10, 4
@@ -49,8 +49,8 @@ class ExpertSizes:
     @property
     def _rest(self) -> int:
         parts = MOST_EXPERTS + MOST_TOKENS // PART
-        routing = 4 * (3 * parts + MOST_TOKENS + 2 * 32 + 1)
-        return 4 * THREADS // 32 * 16 * (UP_COLUMNS + 8) + 12 * MOST_STAGES + routing
+        routing = 4 * (3 * parts + MOST_TOKENS + MOST_TOKENS + 32 + 1)
+        return 4 * 8 * 16 * (UP_COLUMNS + 8) + (4 * 8 + 4) * MOST_STAGES + routing
 
     @property
     def stages(self) -> int:

@@ -27,6 +27,7 @@ DEVICE void wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE float shuffle(float v, int mask) { return __shfl_xor_sync(0xffffffff, v, mask); }
 DEVICE u32 shuffle(u32 v, int mask) { return __shfl_xor_sync(0xffffffff, v, mask); }
 DEVICE u32 ballot(bool v) { return __ballot_sync(0xffffffff, v); }
+DEVICE u32 alike(int v) { return __match_any_sync(0xffffffff, v); }  // the lanes that have the same
 DEVICE int ones(u32 v) { return __popc(v); }
 DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 bits_of(float v) { return __float_as_uint(v); }
@@ -88,13 +89,8 @@ DEVICE void ahead(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l
 // What another kernel, or another program, wrote: past the L1 cache, where a line may be older.
 template <class T> DEVICE T written(const T* p) { return __ldcg(p); }
 
-// Programs of a launch that tell each other how far they are. Both give what was there before it was counted.
-DEVICE int counted(int* shared) { return atomicAdd(shared, 1); }
-DEVICE int counted_by_all(int* p) {
-    int before;
-    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
-    return before;
-}
+// Programs of a launch that tell each other how far they are; gives what was there before.
+DEVICE int counted_by_all(int* p, int more) { return atomicAdd(p, more); }
 // What this program's threads wrote before they met is there for whoever heard of it and meets its own program then.
 DEVICE void told(int* p) { asm volatile("red.add.release.gpu.global.s32 [%0], 1;" :: "l"(p) : "memory"); }
 DEVICE int heard_of(const int* p) {

@@ -17,6 +17,9 @@ DEVICE void arrived(Flag* flag, int parity) {
         asm volatile("{.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;}"
                      : "=r"(done) : "r"(shared_address(flag)), "r"(parity) : "memory");
 }
+DEVICE void arrive_here(Flag* flag) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(flag)) : "memory");
+}
 // At the same place of a program of the cluster; tells it nothing of what was written.
 DEVICE void arrive_at(Flag* flag, int program) {
     asm volatile("{.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
@@ -49,6 +52,7 @@ DEVICE void tile_stored(const Matrix& matrix, int column, int row, const void* f
 DEVICE void stores_read() {  // this thread's: what they read may be written to
     asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+DEVICE void sync_eight() { asm volatile("bar.sync 1, 256;" ::: "memory"); }  // the first eight warps
 DEVICE void sync_four(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 
 // A tile of 64 columns in shared memory as the matrix unit wants it described; `later`, so many bytes behind.
