@@ -76,19 +76,20 @@ struct Routing {
     }
 };
 
-// N columns of a product over K, weights in shared memory in rows of K numbers and 64 bytes. Warps share K, 64 bytes of
-// a row at a time, of which a thread has 16 neighbours' bytes; the same permutation of the matrix unit's order for both
-// operands. Rows of `a` come straight into registers, since no two warps read the same of them.
+// N columns of a product over K, weights in shared memory as the copy engine leaves them: in tiles of 128 bytes of all N
+// rows. Warps share K, 64 bytes of a row at a time, of which a thread has 16 neighbours' bytes; the same permutation of
+// the matrix unit's order for both operands. Rows of `a` come straight into registers, since no two warps read the same
+// of them.
 template <int K, int N> struct Slice {
-    static constexpr int ROW = K * WEIGHT_BYTES, LINE = ROW + 64, BYTES = N * LINE, PITCH = N + 8;
-    static constexpr int STEP = 64 / WEIGHT_BYTES, STEPS = (K / STEP + WARPS - 1) / WARPS;
+    static constexpr int STEP = 64 / WEIGHT_BYTES, STEPS = (K / STEP + WARPS - 1) / WARPS, PITCH = N + 8;
+    static constexpr int TILES = (K * WEIGHT_BYTES + 127) / 128, BYTES = TILES * N * 128;
     static constexpr int SUMS = WARPS * 16 * PITCH;
     static constexpr int EACH = N / LANES < 2 ? 2 : N / LANES;  // columns of a thread; with 16, half of them suffice
     static constexpr int VECTORS = 2 / WEIGHT_BYTES;  // of eight numbers of `a`, a step
 
-    DEVICE static void bring(char* to, const char* weights, Flag* flag) {  // by one warp
-        if (thread() % 32 == 0) expected(flag, N * ROW);
-        for (int i = thread() % 32; i < N; i += 32) copied(to + i * LINE, weights + (long long)i * ROW, ROW, flag);
+    DEVICE static void bring(char* to, const Matrix& weights, int row, Flag* flag) {  // by one thread
+        expected(flag, BYTES);
+        for (int i = 0; i < TILES; i++) tile_copied(to + i * (N * 128), weights, i * 64, row, flag);
     }
 
     uint4 a[STEPS][VECTORS][2];
@@ -121,7 +122,8 @@ template <int K, int N> struct Slice {
             if (step >= K / STEP) break;
 #pragma unroll
             for (int tile = 0; tile < N / 8; tile++) {
-                const uint4 w = *(const uint4*)(weights + (tile * 8 + g) * LINE + step * 64 + t * 16);
+                const int place = step / 2 * (N * 128) + (tile * 8 + g) * 128 + ((step % 2 * 4 + t) ^ g) * 16;
+                const uint4 w = *(const uint4*)(weights + place);
 #if WEIGHT_BYTES == 2
                 const uint4 &low = a[i][0][0], &high = a[i][0][1];
                 multiply_add(c[tile], low.x, high.x, low.y, high.y, w.x, w.y);
@@ -198,9 +200,9 @@ struct Place {
 // h[n] = activate(up_w[e] y[n] + up_b[e]), x[n] += scale * gates[n] * (down_w[e] h[n] + down_b[e]), e = chosen[n].
 // Weights of 8 bits count times up_s[e] and down_s[e], one a column.
 KERNEL experts(
-    const Number* y, const int* chosen, const float* gates, const char* up_w, const float* up_s, const float* up_b,
-    const char* down_w, const float* down_s, const float* down_b, Number* h, float* x, State* state, int tokens,
-    float scale
+    CONSTANT Matrix up_w, CONSTANT Matrix down_w, const Number* y, const int* chosen, const float* gates,
+    const float* up_s, const float* up_b, const float* down_s, const float* down_b, Number* h, float* x, State* state,
+    int tokens, float scale
 ) {
     SHARED(memory);
     release();
@@ -224,19 +226,18 @@ KERNEL experts(
                 if (n >= STAGES - 1) next = counted_by_all(&state->taken, 1);
                 place.taken[stage] = slice;
                 arrive_here(place.known + stage);
+                char* to = place.weights + stage * STAGE;
+                if (slice < ups) {
+                    const int row = routing.parts[slice / UP_SLICES].expert * HIDDEN + slice % UP_SLICES * UP_COLUMNS;
+                    Up::bring(to, up_w, row, place.full + stage);
+                } else if (slice < all) {
+                    const int second = slice - ups, expert = routing.parts[second / DOWN_SLICES].expert;
+                    const int row = expert * WIDTH + second % DOWN_SLICES * DOWN_COLUMNS;
+                    Down::bring(to, down_w, row, place.full + stage);
+                }
+                if (made < ups) told(state->done + made / UP_SLICES);
             }
-            char* to = place.weights + stage * STAGE;
-            if (slice < ups) {
-                const int column = routing.parts[slice / UP_SLICES].expert * HIDDEN + slice % UP_SLICES * UP_COLUMNS;
-                Up::bring(to, up_w + (long long)column * Up::ROW, place.full + stage);
-            } else if (slice < all) {
-                const int second = slice - ups, expert = routing.parts[second / DOWN_SLICES].expert;
-                const int column = expert * WIDTH + second % DOWN_SLICES * DOWN_COLUMNS;
-                Down::bring(to, down_w + (long long)column * Down::ROW, place.full + stage);
-            } else {
-                over++;
-            }
-            if (made < ups && lane == 0) told(state->done + made / UP_SLICES);
+            over += slice >= all;
         }
     } else if (warp > WARPS) {  // listens
         for (int n = 0;; n++) {

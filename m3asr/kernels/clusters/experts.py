@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass, fields
 
 import torch
 
-from m3asr.kernels.clusters.machine import Kernels, on_card
+from m3asr.kernels.clusters.machine import Kernels, PerWeight, on_card
 from m3asr.kernels.pieces import multiprocessors
 
 FILES = ("activation.cu", "experts.cu")
@@ -43,8 +43,8 @@ class ExpertSizes:
     # Bytes of shared memory, as the kernel cuts it.
     @property
     def _stage(self) -> int:
-        up = UP_COLUMNS * (self.width * self.weight_bytes + 64)
-        return max(up, self.down_columns * (self.hidden * self.weight_bytes + 64))
+        up, down = (-(-inner * self.weight_bytes // 128) * 128 for inner in (self.width, self.hidden))
+        return max(UP_COLUMNS * up, self.down_columns * down)
 
     @property
     def _rest(self) -> int:
@@ -77,6 +77,8 @@ class Experts:
 
     def __init__(self, sizes: ExpertSizes, device: torch.device, load=on_card):
         self.sizes, self._device, self._load = sizes, device, load
+        # Not of self, which would then live until the garbage collector comes.
+        self._matrix = PerWeight(lambda weight, kernels, rows: kernels.matrix(_flat(weight), rows))
         self._state = torch.zeros(2 + MOST_EXPERTS + MOST_TOKENS // PART, dtype=torch.int32, device=device)
 
     @property
@@ -90,11 +92,17 @@ class Experts:
         y (N, D), N at most MOST_TOKENS; expert_idx int32 (N,); gate float32 (N,) or None; x float32 (N, D). All
         contiguous. up, down with `weight` (E, ., .), `bias` float32 (E, .) and, of 8 bits, `scale` float32 (E, .).
         """
-        sizes, tokens = self.sizes, x.shape[0]
+        sizes, tokens, kernels = self.sizes, x.shape[0], self.kernels
         assert tokens <= MOST_TOKENS, f"{tokens} tokens: at most {MOST_TOKENS}"
         h = torch.empty(tokens, sizes.hidden, dtype=y.dtype, device=y.device)
-        self.kernels.launch(
-            "experts", multiprocessors(self._device), THREADS, y, expert_idx, gate, up.weight, up.scale, up.bias,
-            down.weight, down.scale, down.bias, h, x, self._state, tokens, float(scale), shared=sizes.shared_bytes,
-            pdl=pdl,
+        weights = self._matrix(up.weight, kernels, UP_COLUMNS), self._matrix(down.weight, kernels, sizes.down_columns)
+        kernels.launch(
+            "experts", multiprocessors(self._device), THREADS, *weights, y, expert_idx, gate, up.scale, up.bias,
+            down.scale, down.bias, h, x, self._state, tokens, float(scale), shared=sizes.shared_bytes, pdl=pdl,
         )  # fmt: skip
+
+
+def _flat(weight: torch.Tensor) -> torch.Tensor:
+    """All experts' rows one behind the other, two numbers of 8 bits as one of 16: the copy engine only moves them."""
+    rows = weight.flatten(0, 1)
+    return rows.view(torch.float16) if rows.element_size() == 1 else rows
