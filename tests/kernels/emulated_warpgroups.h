@@ -41,6 +41,7 @@ DEVICE void copied_here(void* to, const void* from, int bytes, Flag* flag) {
 DEVICE void arrived(Flag* flag, int parity) {  // of the phases only the last one that ended can be told from this one
     while (of_phased.at(flag).phase % 2 == parity) yield();
 }
+DEVICE int is_there(Flag* flag, int parity) { return of_phased.at(flag).phase % 2 != parity; }
 DEVICE void arrive_here(Flag* flag) {
     if (--of_phased.at(flag).left < 0) abort();
     turn(of_phased.at(flag));

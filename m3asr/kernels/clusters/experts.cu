@@ -28,15 +28,15 @@ struct Routing {
     DEVICE void read(const int* chosen, int tokens) {
         const int lane = thread() % 32;
         constexpr int EACH = CHUNKS / WARPS;
-        int expert[EACH], place[EACH];
+        int expert[EACH], place[EACH], more[CHUNKS];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int t = thread() + i * WARPS * 32;
+            expert[i] = thread() < 32 * WARPS && t < tokens ? written(chosen + t) : -1;
+        }
         for (int i = thread(); i < CHUNKS * 32; i += THREADS) before[i / 32][i % 32] = 0;
         sync();
         if (thread() < 32 * WARPS) {
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const int t = thread() + i * WARPS * 32;
-                expert[i] = t < tokens ? written(chosen + t) : -1;
-            }
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
                 const u32 mates = alike(expert[i]);
@@ -48,17 +48,16 @@ struct Routing {
         if (thread() < 32) {
             int all = 0;
 #pragma unroll
-            for (int i = 0; i < CHUNKS; i++) {
-                const int more = before[i][lane];
-                before[i][lane] = all, all += more;
-            }
+            for (int i = 0; i < CHUNKS; i++) more[i] = before[i][lane];
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++) before[i][lane] = all, all += more[i];
             begins[lane] = all;
             together();
             int begin = 0, at = 0;
 #pragma unroll
             for (int e = 0; e < 32; e++) {
-                const int more = begins[e];
-                if (e < lane) begin += more, at += (more + PART - 1) / PART;
+                const int its = begins[e];
+                if (e < lane) begin += its, at += (its + PART - 1) / PART;
             }
             together();
             begins[lane] = begin;
@@ -77,23 +76,29 @@ struct Routing {
 };
 
 // N columns of a product over K, weights in shared memory as the copy engine leaves them: in tiles of 128 bytes of all N
-// rows. Warps share K, 64 bytes of a row at a time, of which a thread has 16 neighbours' bytes; the same permutation of
-// the matrix unit's order for both operands. Rows of `a` come straight into registers, since no two warps read the same
-// of them.
-template <int K, int N> struct Slice {
-    static constexpr int STEP = 64 / WEIGHT_BYTES, STEPS = (K / STEP + WARPS - 1) / WARPS, PITCH = N + 8;
+// rows. Warps share K in KG parts, 64 bytes of a row at a time, and the columns in WARPS / KG. Of 64 bytes a thread has
+// 16 neighbours: the same permutation of the matrix unit's order for both operands. Rows of `a` come straight into
+// registers.
+constexpr int VECTORS = 2 / WEIGHT_BYTES;  // of eight numbers of `a`, for 64 bytes of weights
+
+template <int K, int N, int KG> struct Slice {
+    static constexpr int STEP = 64 / WEIGHT_BYTES, STEPS = (K / STEP + KG - 1) / KG, PITCH = N + 8;
     static constexpr int TILES = (K * WEIGHT_BYTES + 127) / 128, BYTES = TILES * N * 128;
-    static constexpr int SUMS = WARPS * 16 * PITCH;
+    static constexpr int MINE = N * KG / WARPS;  // columns of a warp
+    static constexpr int SUMS = KG * 16 * PITCH;
     static constexpr int EACH = N / LANES < 2 ? 2 : N / LANES;  // columns of a thread; with 16, half of them suffice
-    static constexpr int VECTORS = 2 / WEIGHT_BYTES;  // of eight numbers of `a`, a step
+
+    DEVICE static int column() { return thread() % LANES * EACH % N; }  // this thread's first
+    DEVICE static bool mine() { return thread() % LANES * EACH < N; }
 
     DEVICE static void bring(char* to, const Matrix& weights, int row, Flag* flag) {  // by one thread
         expected(flag, BYTES);
         for (int i = 0; i < TILES; i++) tile_copied(to + i * (N * 128), weights, i * 64, row, flag);
     }
 
-    uint4 a[STEPS][VECTORS][2];
-    DEVICE void load(const Number* from, const Routing& routing, const Part& part, int first) {
+    template <int MOST> DEVICE static void load(
+        uint4 (&a)[MOST][VECTORS][2], const Number* from, const Routing& routing, const Part& part, int first
+    ) {
         const int g = thread() % 32 / 4, t = thread() % 4;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -104,7 +109,7 @@ template <int K, int N> struct Slice {
             for (int i = 0; i < STEPS; i++)
 #pragma unroll
                 for (int v = 0; v < VECTORS; v++) {
-                    const int step = i * WARPS + thread() / 32;
+                    const int step = i * KG + thread() / 32 % KG;
                     const int k = step * STEP + t * (8 * VECTORS) + v * 8;
                     a[i][v][half] = make_uint4(0, 0, 0, 0);
                     if (used && step < K / STEP) a[i][v][half] = written((const uint4*)(row + k));
@@ -112,24 +117,26 @@ template <int K, int N> struct Slice {
         }
     }
 
-    // -> sums of each warp's part of K, shared (WARPS, 16, N) in rows of N + 8
-    DEVICE void multiply(const char* weights, float* sums) const {
-        const int warp = thread() / 32, g = thread() % 32 / 4, t = thread() % 4;
-        float c[N / 8][4] = {};
+    // -> sums of the parts of K, shared (KG, 16, N) in rows of N + 8
+    template <int MOST>
+    DEVICE static void multiply(const uint4 (&a)[MOST][VECTORS][2], const char* weights, float* sums) {
+        const int warp = thread() / 32, g = thread() % 32 / 4, t = thread() % 4, column = warp / KG * MINE;
+        float c[MINE / 8][4] = {};
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            const int step = i * WARPS + warp;
+            const int step = i * KG + warp % KG;
             if (step >= K / STEP) break;
 #pragma unroll
-            for (int tile = 0; tile < N / 8; tile++) {
-                const int place = step / 2 * (N * 128) + (tile * 8 + g) * 128 + ((step % 2 * 4 + t) ^ g) * 16;
-                const uint4 w = *(const uint4*)(weights + place);
-#if WEIGHT_BYTES == 2
+            for (int tile = 0; tile < MINE / 8; tile++) {
+                const int row = column + tile * 8 + g;
+                const char* place = weights + step / 2 * (N * 128) + row * 128 + ((step % 2 * 4 + t) ^ g) * 16;
+                const uint4 w = *(const uint4*)place;
                 const uint4 &low = a[i][0][0], &high = a[i][0][1];
+#if WEIGHT_BYTES == 2
                 multiply_add(c[tile], low.x, high.x, low.y, high.y, w.x, w.y);
                 multiply_add(c[tile], low.z, high.z, low.w, high.w, w.z, w.w);
 #else
-                const uint4 &low = a[i][0][0], &high = a[i][0][1], &low_2 = a[i][1][0], &high_2 = a[i][1][1];
+                const uint4 &low_2 = a[i][1][0], &high_2 = a[i][1][1];
                 const uint2 w_0 = halves(w.x), w_1 = halves(w.y), w_2 = halves(w.z), w_3 = halves(w.w);
                 multiply_add(c[tile], low.x, high.x, low.y, high.y, w_0.x, w_0.y);
                 multiply_add(c[tile], low.z, high.z, low.w, high.w, w_1.x, w_1.y);
@@ -138,33 +145,23 @@ template <int K, int N> struct Slice {
 #endif
             }
         }
-        float* to = sums + (warp * 16 + g) * PITCH + t * 2;
+        float* to = sums + (warp % KG * 16 + g) * PITCH + column + t * 2;
 #pragma unroll
-        for (int tile = 0; tile < N / 8; tile++) {
+        for (int tile = 0; tile < MINE / 8; tile++) {
             *(float2*)(to + tile * 8) = make_float2(c[tile][0], c[tile][1]);
             *(float2*)(to + 8 * PITCH + tile * 8) = make_float2(c[tile][2], c[tile][3]);
         }
     }
 
-    DEVICE static int column() { return thread() % LANES * EACH % N; }  // this thread's first
-    DEVICE static bool mine() { return thread() % LANES * EACH < N; }
-    float2 bias[EACH / 2], scale[EACH / 2];
-    DEVICE void load_bias(const float* from, const float* scales) {  // of the slice's columns
-#pragma unroll
-        for (int i = 0; i < EACH / 2; i++) {
-            bias[i] = weights8(from + column() + 2 * i);
-            if (WEIGHT_BYTES == 1) scale[i] = weights8(scales + column() + 2 * i);
-        }
-    }
-    // EACH columns of row thread() / LANES
-    DEVICE void result(const float* sums, float (&v)[EACH]) const {
+    // EACH columns of row thread() / LANES; bias and scale of this thread's columns
+    DEVICE static void result(const float* sums, const float2* bias, const float2* scale, float (&v)[EACH]) {
         const float* from = sums + thread() / LANES * PITCH + column();
 #pragma unroll
         for (int i = 0; i < EACH / 2; i++) {
             float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
-            for (int warp = 0; warp < WARPS; warp++) {
-                const float2 s = *(const float2*)(from + warp * 16 * PITCH + 2 * i);
+            for (int part = 0; part < KG; part++) {
+                const float2 s = *(const float2*)(from + part * 16 * PITCH + 2 * i);
                 total.x += s.x, total.y += s.y;
             }
             if (WEIGHT_BYTES == 1) total.x *= scale[i].x, total.y *= scale[i].y;
@@ -172,28 +169,28 @@ template <int K, int N> struct Slice {
         }
     }
 };
-typedef Slice<WIDTH, UP_COLUMNS> Up;
-typedef Slice<HIDDEN, DOWN_COLUMNS> Down;
+typedef Slice<WIDTH, UP_COLUMNS, 4> Up;
+typedef Slice<HIDDEN, DOWN_COLUMNS, 8> Down;
 
-constexpr int STAGE = Up::BYTES > Down::BYTES ? Up::BYTES : Down::BYTES;
-constexpr int SUMS = Up::SUMS > Down::SUMS ? Up::SUMS : Down::SUMS;
+DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }
+constexpr int STAGE = most(Up::BYTES, Down::BYTES), SUMS = most(Up::SUMS, Down::SUMS);
 
 // What a program has in shared memory, one behind the other.
 struct Place {
     char* weights;  // STAGES
     float* sums;
-    Flag *full, *empty, *known, *ready;  // of each stage: weights; none; which slice it is; and what it multiplies
+    Flag *full, *empty, *known, *ready, *made;  // of each stage: weights; none; which slice, what it multiplies; results
     int* taken;                          // slices
     Routing* routing;
 
     DEVICE Place(char* memory) {
         weights = memory, sums = (float*)(memory + STAGES * STAGE);
         full = (Flag*)(sums + SUMS), empty = full + STAGES, known = empty + STAGES, ready = known + STAGES;
-        taken = (int*)(ready + STAGES), routing = (Routing*)(taken + STAGES);
+        made = ready + STAGES, taken = (int*)(made + STAGES), routing = (Routing*)(taken + STAGES);
     }
     DEVICE void open() const {
         for (int i = 0; i < STAGES; i++)
-            opened(full + i, 1), opened(empty + i, WARPS), opened(known + i, 1), opened(ready + i, 1);
+            opened(full + i, 1), opened(empty + i, 1), opened(known + i, 1), opened(ready + i, 1), opened(made + i, 1);
     }
 };
 
@@ -212,18 +209,19 @@ KERNEL experts(
     if (thread() == 0) place.open();
     wait();
     int next = 0;
-    if (warp == WARPS && lane == 0) next = counted_by_all(&state->taken, STAGES);
+    if (warp == WARPS && lane == 0) next = counted_by_all(&state->taken, 1);
     routing.read(chosen, tokens);
     const int ups = routing.count * UP_SLICES, all = ups + routing.count * DOWN_SLICES;
 
     if (warp == WARPS) {  // takes slices, brings their weights, and tells of those that are made
         for (int n = 0, over = 0; over < STAGES; n++) {
             const int stage = n % STAGES;
+            const int before = n / STAGES - 1;
             int made = all;
-            if (n >= STAGES) arrived(place.empty + stage, (n / STAGES - 1) % 2), made = place.taken[stage];
-            const int slice = n < STAGES ? uniform(next) + n : uniform(next);
+            if (n >= STAGES) arrived(place.empty + stage, before % 2), made = place.taken[stage];
+            const int slice = uniform(next);
             if (lane == 0) {
-                if (n >= STAGES - 1) next = counted_by_all(&state->taken, 1);
+                next = counted_by_all(&state->taken, 1);
                 place.taken[stage] = slice;
                 arrive_here(place.known + stage);
                 char* to = place.weights + stage * STAGE;
@@ -235,6 +233,7 @@ KERNEL experts(
                     const int row = expert * WIDTH + second % DOWN_SLICES * DOWN_COLUMNS;
                     Down::bring(to, down_w, row, place.full + stage);
                 }
+                if (n >= STAGES) arrived(place.made + stage, before % 2);
                 if (made < ups) told(state->done + made / UP_SLICES);
             }
             over += slice >= all;
@@ -250,64 +249,89 @@ KERNEL experts(
             if (lane == 0) arrive_here(place.ready + stage);
             if (slice >= all) break;
         }
-    } else if (warp < WARPS) {
+    } else {
+        // Rows and what they are added to are asked for one pass ahead, as far as they are there.
         const int row = thread() / LANES;
-        for (int n = 0;; n++) {
-            const int stage = n % STAGES, parity = n / STAGES % 2;
-            arrived(place.ready + stage, parity);
-            const int slice = place.taken[stage];
-            if (slice >= all) break;
+        uint4 a[most(Up::STEPS, Down::STEPS)][VECTORS][2];
+        float2 before[Down::EACH / 2], bias[most(Up::EACH, Down::EACH) / 2], factor[most(Up::EACH, Down::EACH) / 2];
+        float2* to = nullptr;
+        float gate = 0.0f;
+        Part part;
+        auto load = [&](int slice, int first) {
+            if (slice < ups) return Up::load(a, y, routing, part, first);
+            Down::load(a, h, routing, part, first);
+            const int token = routing.tokens_of[part.first + (first + row < part.count ? first + row : 0)];
+            to = (float2*)(x + (long long)token * WIDTH + (slice - ups) % DOWN_SLICES * DOWN_COLUMNS + Down::column());
+#pragma unroll
+            for (int k = 0; k < Down::EACH / 2; k++) before[k] = written((const float2*)to + k);
+            gate = gates ? written(gates + token) * scale : scale;
+        };
+        auto begin = [&](int slice) {
+            if (slice < all) part = routing.parts[slice < ups ? slice / UP_SLICES : (slice - ups) / DOWN_SLICES];
+            if (slice < all) load(slice, 0);
+        };
+        arrived(place.ready, 0);
+        int slice = place.taken[0];
+        begin(slice);
+        for (int n = 0; slice < all;) {
+            const int stage = n % STAGES, count = part.count, listed = part.first;
+            const bool up = slice < ups;
+            const int column = up ? slice % UP_SLICES * UP_COLUMNS : (slice - ups) % DOWN_SLICES * DOWN_COLUMNS;
+            const int columns = up ? part.expert * HIDDEN + column + Up::column()
+                                   : part.expert * WIDTH + column + Down::column();
+#pragma unroll
+            for (int i = 0; i < most(Up::EACH, Down::EACH) / 2; i++)
+                if (i < (up ? Up::EACH : Down::EACH) / 2) {
+                    bias[i] = weights8((up ? up_b : down_b) + columns + 2 * i);
+                    if (WEIGHT_BYTES == 1) factor[i] = weights8((up ? up_s : down_s) + columns + 2 * i);
+                }
+            arrived(place.full + stage, n / STAGES % 2);
             const char* weights = place.weights + stage * STAGE;
-            if (slice < ups) {
-                const Part part = routing.parts[slice / UP_SLICES];
-                const int column = slice % UP_SLICES * UP_COLUMNS;
-                Up up;
-                up.load_bias(up_b + part.expert * HIDDEN + column, up_s + part.expert * HIDDEN + column);
-                for (int first = 0; first < part.count; first += 16) {
-                    up.load(y, routing, part, first);
-                    if (first == 0) arrived(place.full + stage, parity);
-                    up.multiply(weights, place.sums);
-                    sync_eight();
+            int next = slice;
+            for (int first = 0; first < count; first += 16) {
+                const bool used = first + row < count, last = first + 16 >= count;
+                float2 added[Down::EACH / 2], *added_to = to;
+                const float gated = gate;
+#pragma unroll
+                for (int k = 0; k < Down::EACH / 2; k++) added[k] = before[k];
+                if (up) Up::multiply(a, weights, place.sums);
+                else Down::multiply(a, weights, place.sums);
+                bool there = true;
+                if (last) {
+                    n++;
+                    there = uniform(is_there(place.ready + n % STAGES, n / STAGES % 2));
+                    if (there) begin(next = place.taken[n % STAGES]);
+                } else {
+                    load(slice, first + 16);
+                }
+                sync_eight();
+                if (last && thread() == 0) arrive_here(place.empty + stage);
+                if (up) {
                     float v[Up::EACH];
-                    up.result(place.sums, v);
-                    if (first + row < part.count) {
-                        Number* to = h + (long long)routing.tokens_of[part.first + first + row] * HIDDEN;
-                        to += column + Up::column();
+                    Up::result(place.sums, bias, factor, v);
+                    if (used) {
+                        Number* made = h + (long long)routing.tokens_of[listed + first + row] * HIDDEN;
 #pragma unroll
                         for (int k = 0; k < Up::EACH; k += 4)
-                            *(uint2*)(to + k) = make_uint2(
+                            *(uint2*)(made + column + Up::column() + k) = make_uint2(
                                 pair(activate(v[k]), activate(v[k + 1])), pair(activate(v[k + 2]), activate(v[k + 3])));
                     }
-                    sync_eight();
-                }
-            } else {
-                const Part part = routing.parts[(slice - ups) / DOWN_SLICES];
-                const int column = (slice - ups) % DOWN_SLICES * DOWN_COLUMNS;
-                Down down;
-                down.load_bias(down_b + part.expert * WIDTH + column, down_s + part.expert * WIDTH + column);
-                for (int first = 0; first < part.count; first += 16) {
-                    const bool used = first + row < part.count;
-                    const int token = routing.tokens_of[part.first + (used ? first + row : 0)];
-                    float2* to = (float2*)(x + (long long)token * WIDTH + column + Down::column());
-                    down.load(h, routing, part, first);
-                    float2 before[Down::EACH / 2];
-#pragma unroll
-                    for (int k = 0; k < Down::EACH / 2; k++) before[k] = written((const float2*)to + k);
-                    const float gate = gates ? written(gates + token) * scale : scale;
-                    if (first == 0) arrived(place.full + stage, parity);
-                    down.multiply(weights, place.sums);
-                    sync_eight();
+                } else {
                     float v[Down::EACH];
-                    down.result(place.sums, v);
+                    Down::result(place.sums, bias, factor, v);
                     if (used && Down::mine())
 #pragma unroll
                         for (int k = 0; k < Down::EACH / 2; k++)
-                            to[k] = make_float2(before[k].x + gate * v[2 * k], before[k].y + gate * v[2 * k + 1]);
-                    sync_eight();
+                            added_to[k] = make_float2(added[k].x + gated * v[2 * k], added[k].y + gated * v[2 * k + 1]);
+                }
+                sync_eight();
+                if (last && thread() == 0) arrive_here(place.made + stage);
+                if (!there) {
+                    arrived(place.ready + n % STAGES, n / STAGES % 2);
+                    begin(next = place.taken[n % STAGES]);
                 }
             }
-            together();
-            if (lane == 0) arrive_here(place.empty + stage);
+            slice = next;
         }
     }
     sync();

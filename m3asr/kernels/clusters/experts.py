@@ -50,7 +50,8 @@ class ExpertSizes:
     def _rest(self) -> int:
         parts = MOST_EXPERTS + MOST_TOKENS // PART
         routing = 4 * (3 * parts + MOST_TOKENS + MOST_TOKENS + 32 + 1)
-        return 4 * 8 * 16 * (UP_COLUMNS + 8) + (4 * 8 + 4) * MOST_STAGES + routing
+        sums = max(4 * 16 * (UP_COLUMNS + 8), 8 * 16 * (self.down_columns + 8))
+        return 4 * sums + (5 * 8 + 4) * MOST_STAGES + routing
 
     @property
     def stages(self) -> int:

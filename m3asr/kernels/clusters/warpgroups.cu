@@ -17,6 +17,12 @@ DEVICE void arrived(Flag* flag, int parity) {
         asm volatile("{.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;}"
                      : "=r"(done) : "r"(shared_address(flag)), "r"(parity) : "memory");
 }
+DEVICE int is_there(Flag* flag, int parity) {  // whether `arrived` would not wait
+    u32 done;
+    asm volatile("{.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(shared_address(flag)), "r"(parity) : "memory");
+    return done;
+}
 DEVICE void arrive_here(Flag* flag) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(flag)) : "memory");
 }
