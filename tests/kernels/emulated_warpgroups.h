@@ -41,7 +41,6 @@ DEVICE void copied_here(void* to, const void* from, int bytes, Flag* flag) {
 DEVICE void arrived(Flag* flag, int parity) {  // of the phases only the last one that ended can be told from this one
     while (of_phased.at(flag).phase % 2 == parity) yield();
 }
-DEVICE int is_there(Flag* flag, int parity) { return of_phased.at(flag).phase % 2 != parity; }
 DEVICE void arrive_here(Flag* flag) {
     if (--of_phased.at(flag).left < 0) abort();
     turn(of_phased.at(flag));
@@ -96,8 +95,10 @@ DEVICE void stores_read() {
     of_stores[here].clear();
 }
 static Gate of_four[PROGRAMS][THREADS / 128 + 1];
-static Gate of_eight;
+static Gate of_eight, of_nine;
 DEVICE void sync_eight() { meet(of_eight, 256); }
+DEVICE void sync_nine() { meet(of_nine, 288); }
+DEVICE void written_seen_by_copies() {}
 DEVICE void sync_four(int group) { meet(of_four[here->program][group], 128); }
 
 typedef const char* Operand;

@@ -10,7 +10,7 @@ from m3asr.kernels.clusters.machine import Kernels, PerWeight, on_card
 from m3asr.kernels.pieces import multiprocessors
 
 FILES = ("activation.cu", "experts.cu")
-THREADS = 320  # eight warps that multiply, one that takes slices and brings weights, one that listens
+THREADS = 320  # eight warps that multiply, one that brings rows, one that takes slices and brings weights
 UP_COLUMNS = 64  # of a slice of the first product
 MOST_TOKENS, MOST_EXPERTS, PART = 512, 32, 64
 SHARED_BYTES, MOST_STAGES = 227 << 10, 4
@@ -37,7 +37,7 @@ class ExpertSizes:
             0 < self.experts <= MOST_EXPERTS
             and self.width % 64 == self.hidden % UP_COLUMNS == 0
             and self.weight_bytes + self.half >= 2
-            and self.stages >= 2
+            and self._cut() != (0, 0)
         )
 
     # Bytes of shared memory, as the kernel cuts it.
@@ -46,27 +46,31 @@ class ExpertSizes:
         up, down = (-(-inner * self.weight_bytes // 128) * 128 for inner in (self.width, self.hidden))
         return max(UP_COLUMNS * up, self.down_columns * down)
 
-    @property
-    def _rest(self) -> int:
-        parts = MOST_EXPERTS + MOST_TOKENS // PART
-        routing = 4 * (3 * parts + MOST_TOKENS + MOST_TOKENS + 32 + 1)
-        sums = max(4 * 16 * (UP_COLUMNS + 8), 8 * 16 * (self.down_columns + 8))
-        return 4 * sums + (5 * 8 + 4) * MOST_STAGES + routing
+    def _rest(self, stages: int, buffers: int) -> int:
+        rows, sums = 2 * 16 * (max(self.width, self.hidden) + 8), 4 * 16 * (UP_COLUMNS + 8)
+        routing = 3 * (MOST_EXPERTS + MOST_TOKENS // PART) + 2 * MOST_TOKENS + 32 + 1
+        each = stages * (8 * UP_COLUMNS + 3 * 8 + 4) + buffers * (rows + 2 * 8)
+        return each + 4 * max(sums, 8 * 16 * (self.down_columns + 8)) + 4 * routing
 
-    @property
-    def stages(self) -> int:
-        """Slices whose weights are under way, or in use, at once."""
-        return min(MOST_STAGES, (SHARED_BYTES - self._rest) // self._stage)
+    def _cut(self) -> tuple[int, int]:
+        """Slices whose weights are under way or in use at once, and passes whose rows are."""
+        for buffers in (2, 1):
+            for stages in range(MOST_STAGES, 1, -1):
+                if stages * self._stage + self._rest(stages, buffers) <= SHARED_BYTES:
+                    return stages, buffers
+        return 0, 0
 
     @property
     def shared_bytes(self) -> int:
-        return self.stages * self._stage + self._rest
+        stages, buffers = self._cut()
+        return stages * self._stage + self._rest(stages, buffers)
 
     def source(self) -> tuple[str, tuple[str, ...]]:
         """Definitions, and all files of CUDA C++ that stand behind them."""
         names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
-        names |= {"THREADS": THREADS, "PROGRAMS": 1, "RESIDENT": 1, "TIMED": 0, "STAGES": self.stages}
+        names |= {"THREADS": THREADS, "PROGRAMS": 1, "RESIDENT": 1, "TIMED": 0}
         names |= {"UP_COLUMNS": UP_COLUMNS, "DOWN_COLUMNS": self.down_columns}
+        names["STAGES"], names["BUFFERS"] = self._cut()
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
         return defined, ("machine.cu", "warpgroups.cu", *FILES)
 

@@ -17,12 +17,6 @@ DEVICE void arrived(Flag* flag, int parity) {
         asm volatile("{.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;}"
                      : "=r"(done) : "r"(shared_address(flag)), "r"(parity) : "memory");
 }
-DEVICE int is_there(Flag* flag, int parity) {  // whether `arrived` would not wait
-    u32 done;
-    asm volatile("{.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;}"
-                 : "=r"(done) : "r"(shared_address(flag)), "r"(parity) : "memory");
-    return done;
-}
 DEVICE void arrive_here(Flag* flag) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(flag)) : "memory");
 }
@@ -50,6 +44,7 @@ DEVICE void tile_shared(void* to, const Matrix& matrix, int column, int row, Fla
 
 // A tile back to its matrix; what lies outside is left out. Before it, `seen_by_copies` by all who wrote it, and a
 // meeting.
+DEVICE void written_seen_by_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }  // of whom it heard
 DEVICE void seen_by_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void tile_stored(const Matrix& matrix, int column, int row, const void* from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
@@ -58,7 +53,8 @@ DEVICE void tile_stored(const Matrix& matrix, int column, int row, const void* f
 DEVICE void stores_read() {  // this thread's: what they read may be written to
     asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-DEVICE void sync_eight() { asm volatile("bar.sync 1, 256;" ::: "memory"); }  // the first eight warps
+DEVICE void sync_eight() { asm volatile("bar.sync 1, 256;" ::: "memory"); }  // the first eight warps; nine of them
+DEVICE void sync_nine() { asm volatile("bar.sync 2, 288;" ::: "memory"); }
 DEVICE void sync_four(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 
 // A tile of 64 columns in shared memory as the matrix unit wants it described; `later`, so many bytes behind.
