@@ -5,7 +5,7 @@
 // is there; eight multiply. Whoever has a slice of the second product takes none of the first any more, and those that
 // others took are under way: so no program waits for one that has not begun.
 
-constexpr int MOST_TOKENS = 512, PART = 64, MOST_PARTS = 32 + MOST_TOKENS / PART;
+constexpr int MOST_TOKENS = 512, MOST_ASKED = 128, PART = 64, MOST_PARTS = 32 + MOST_TOKENS / PART;
 constexpr int WARPS = 8, LANES = WARPS * 2;  // that multiply; of them a row of 16
 constexpr int ROWS_WARP = WARPS, WEIGHTS_WARP = WARPS + 1;
 constexpr int UP_SLICES = HIDDEN / UP_COLUMNS, DOWN_SLICES = WIDTH / DOWN_COLUMNS;
@@ -24,19 +24,44 @@ struct Part {  // PART tokens of an expert, or what is left: so many of the list
 struct Routing {
     static constexpr int CHUNKS = MOST_TOKENS / 32, EACH = CHUNKS / WARPS;
     Part parts[MOST_PARTS];
-    int tokens_of[MOST_TOKENS], before[CHUNKS][32], begins[32], count;  // count: of parts
+    int found[32], count;  // count: of parts
+    int tokens_of[MOST_TOKENS], before[CHUNKS][32], begins[32];
 
-    // Tokens by expert, in order: all programs must find the same parts. The list is there for those who meet.
-    DEVICE void read(const int* chosen, int tokens) {
+    DEVICE void clear() {
+        for (int i = thread(); i < CHUNKS * 32; i += THREADS) before[i / 32][i % 32] = 0;
+        if (thread() < 32) found[thread()] = 0;
+    }
+
+    // The parts, by one warp.
+    DEVICE void cut(const int* chosen, int tokens) {
+        const int lane = thread() % 32;
+        int expert[CHUNKS];
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) expert[i] = i * 32 + lane < tokens ? written(chosen + i * 32 + lane) : -1;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++)
+            if (expert[i] >= 0) counted(found + expert[i]);
+        together();
+        int left = found[lane], first = 0, at = 0;
+#pragma unroll
+        for (int e = 0; e < 32; e++) {
+            const int its = found[e];
+            if (e < lane) first += its, at += (its + PART - 1) / PART;
+        }
+        for (; left > 0; left -= PART, first += PART) parts[at++] = {lane, first, left < PART ? left : PART};
+        if (lane == 31) count = at;
+        together();
+    }
+
+    // The tokens by expert, in order, since all programs must have the same in each part; by the other warps.
+    DEVICE void list(const int* chosen, int tokens) {
         const int lane = thread() % 32, warp = thread() / 32, chunks = (tokens + 31) / 32;
-        int expert[EACH], place[EACH], more[CHUNKS];
+        int expert[EACH], place[EACH];
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const int t = thread() + i * WARPS * 32;
             expert[i] = warp < WARPS && t < tokens ? written(chosen + t) : -1;
         }
-        for (int i = thread(); i < chunks * 32; i += THREADS) before[i / 32][i % 32] = 0;
-        sync();
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             if (warp < WARPS && warp + i * WARPS < chunks) {
@@ -44,31 +69,21 @@ struct Routing {
                 place[i] = ones(mates & ((1u << lane) - 1));
                 if (expert[i] >= 0 && place[i] == 0) before[warp + i * WARPS][expert[i]] = ones(mates);
             }
-        sync();
+        sync_nine();
         if (warp == 0) {
-            int all = 0;
+            int all = 0, first = 0, more[CHUNKS];
 #pragma unroll
-            for (int i = 0; i < CHUNKS; i++) more[i] = i < chunks ? before[i][lane] : 0;
+            for (int i = 0; i < CHUNKS; i++) more[i] = before[i][lane];
 #pragma unroll
-            for (int i = 0; i < CHUNKS; i++) {
-                if (i < chunks) before[i][lane] = all;
-                all += more[i];
-            }
+            for (int i = 0; i < CHUNKS; i++) before[i][lane] = all, all += more[i];
             begins[lane] = all;
             together();
-            int begin = 0, at = 0;
 #pragma unroll
-            for (int e = 0; e < 32; e++) {
-                const int its = begins[e];
-                if (e < lane) begin += its, at += (its + PART - 1) / PART;
-            }
+            for (int e = 0; e < 32; e++) first += e < lane ? begins[e] : 0;
             together();
-            begins[lane] = begin;
-            for (; all > 0; all -= PART, begin += PART) parts[at++] = {lane, begin, all < PART ? all : PART};
-            if (lane == 31) count = at;
+            begins[lane] = first;
         }
-        sync();
-        if (warp == WEIGHTS_WARP) return;
+        sync_nine();
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             if (expert[i] >= 0)
@@ -197,7 +212,7 @@ struct Place {
 KERNEL experts(
     CONSTANT Matrix up_w, CONSTANT Matrix down_w, const Number* y, const int* chosen, const float* gates,
     const float* up_s, const float* up_b, const float* down_s, const float* down_b, Number* h, float* x, State* state,
-    int tokens, float scale
+    const char* down_at, int tokens, float scale
 ) {
     SHARED(memory);
     release();
@@ -205,13 +220,28 @@ KERNEL experts(
     Routing& routing = *place.routing;
     const int warp = uniform(thread() / 32), lane = thread() % 32;
     if (thread() == 0) place.open();
+    routing.clear();
+    sync();
     wait();
     int next = 0;
-    if (warp == WEIGHTS_WARP && lane == 0) next = counted_by_all(&state->taken, 1);
-    routing.read(chosen, tokens);
+    if (warp == WEIGHTS_WARP) {  // takes slices, brings their weights, and tells of those that are made
+        if (lane == 0) next = counted_by_all(&state->taken, 1);
+        routing.cut(chosen, tokens);
+    } else {
+        routing.list(chosen, tokens);
+        arrived(place.known, 0);  // and with it the parts
+    }
     const int ups = routing.count * UP_SLICES, all = ups + routing.count * DOWN_SLICES;
 
-    if (warp == WEIGHTS_WARP) {  // takes slices, brings their weights, and tells of those that are made
+    if (warp == WEIGHTS_WARP) {
+        // What will be needed comes into the cache, where the memory would rest: with so few tokens all slices of the
+        // first product are under way at once.
+        if (tokens <= MOST_ASKED)
+            for (int slice = group(); slice < routing.count * DOWN_SLICES; slice += groups()) {
+                const long long row = routing.parts[slice / DOWN_SLICES].expert * WIDTH + slice % DOWN_SLICES * DOWN_COLUMNS;
+                constexpr int EACH = DOWN_COLUMNS * HIDDEN * WEIGHT_BYTES / 32;
+                asked_for(down_at + row * HIDDEN * WEIGHT_BYTES + lane * EACH, EACH);
+            }
         if (lane == 0)
             for (int n = 0, over = 0; over < STAGES; n++) {
                 const int stage = n % STAGES;
@@ -287,9 +317,7 @@ KERNEL experts(
                     Number* to = h + (long long)token * HIDDEN + slice % UP_SLICES * UP_COLUMNS + Up::column();
                     if (used)
 #pragma unroll
-                        for (int k = 0; k < Up::EACH; k += 4)
-                            *(uint2*)(to + k) = make_uint2(
-                                pair(activate(v[k]), activate(v[k + 1])), pair(activate(v[k + 2]), activate(v[k + 3])));
+                        for (int k = 0; k < Up::EACH; k += 2) *(u32*)(to + k) = pair(activate(v[k]), activate(v[k + 1]));
                 } else {
                     float v[Down::EACH];
                     Down::result(place.sums, place.of_columns(stage), v);

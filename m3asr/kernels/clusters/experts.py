@@ -11,7 +11,7 @@ from m3asr.kernels.pieces import multiprocessors
 
 FILES = ("activation.cu", "experts.cu")
 THREADS = 320  # eight warps that multiply, one that brings rows, one that takes slices and brings weights
-UP_COLUMNS = 64  # of a slice of the first product
+SLICE_BYTES = 64 << 10  # of weights, at most
 MOST_TOKENS, MOST_EXPERTS, PART = 512, 32, 64
 SHARED_BYTES, MOST_STAGES = 227 << 10, 4
 
@@ -28,14 +28,15 @@ class ExpertSizes:
     weight_bytes: int
 
     @property
-    def down_columns(self) -> int:
-        """Of a slice of the second product."""
-        return 32 if self.hidden * self.weight_bytes <= 2048 else 16
+    def columns(self) -> tuple[int, int]:
+        """Of a slice of each product."""
+        up = 64 if self.hidden % 64 == 0 and 64 * self.width * self.weight_bytes <= SLICE_BYTES else 32
+        return up, 32 if 32 * self.hidden * self.weight_bytes <= SLICE_BYTES else 16
 
     def fit(self) -> bool:
         return (
             0 < self.experts <= MOST_EXPERTS
-            and self.width % 64 == self.hidden % UP_COLUMNS == 0
+            and self.width % 32 == self.hidden % 32 == 0
             and self.weight_bytes + self.half >= 2
             and self._cut() != (0, 0)
         )
@@ -44,13 +45,13 @@ class ExpertSizes:
     @property
     def _stage(self) -> int:
         up, down = (-(-inner * self.weight_bytes // 128) * 128 for inner in (self.width, self.hidden))
-        return max(UP_COLUMNS * up, self.down_columns * down)
+        return max(self.columns[0] * up, self.columns[1] * down)
 
     def _rest(self, stages: int, buffers: int) -> int:
-        rows, sums = 2 * 16 * (max(self.width, self.hidden) + 8), 4 * 16 * (UP_COLUMNS + 8)
-        routing = 3 * (MOST_EXPERTS + MOST_TOKENS // PART) + 2 * MOST_TOKENS + 32 + 1
-        each = stages * (8 * UP_COLUMNS + 3 * 8 + 4) + buffers * (rows + 2 * 8)
-        return each + 4 * max(sums, 8 * 16 * (self.down_columns + 8)) + 4 * routing
+        (up, down), rows = self.columns, 2 * 16 * (max(self.width, self.hidden) + 8)
+        routing = 3 * (MOST_EXPERTS + MOST_TOKENS // PART) + 2 * MOST_TOKENS + 2 * 32 + 1
+        each = stages * (8 * up + 3 * 8 + 4) + buffers * (rows + 2 * 8)
+        return each + 4 * 16 * max(4 * (up + 8), 8 * (down + 8)) + 4 * routing
 
     def _cut(self) -> tuple[int, int]:
         """Slices whose weights are under way or in use at once, and passes whose rows are."""
@@ -69,8 +70,8 @@ class ExpertSizes:
         """Definitions, and all files of CUDA C++ that stand behind them."""
         names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
         names |= {"THREADS": THREADS, "PROGRAMS": 1, "RESIDENT": 1, "TIMED": 0}
-        names |= {"UP_COLUMNS": UP_COLUMNS, "DOWN_COLUMNS": self.down_columns}
         names["STAGES"], names["BUFFERS"] = self._cut()
+        names["UP_COLUMNS"], names["DOWN_COLUMNS"] = self.columns
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
         return defined, ("machine.cu", "warpgroups.cu", *FILES)
 
@@ -100,10 +101,10 @@ class Experts:
         sizes, tokens, kernels = self.sizes, x.shape[0], self.kernels
         assert tokens <= MOST_TOKENS, f"{tokens} tokens: at most {MOST_TOKENS}"
         h = torch.empty(tokens, sizes.hidden, dtype=y.dtype, device=y.device)
-        weights = self._matrix(up.weight, kernels, UP_COLUMNS), self._matrix(down.weight, kernels, sizes.down_columns)
+        weights = (self._matrix(layer.weight, kernels, n) for layer, n in zip((up, down), sizes.columns, strict=True))
         kernels.launch(
             "experts", multiprocessors(self._device), THREADS, *weights, y, expert_idx, gate, up.scale, up.bias,
-            down.scale, down.bias, h, x, self._state, tokens, float(scale), shared=sizes.shared_bytes, pdl=pdl,
+            down.scale, down.bias, h, x, self._state, down.weight, tokens, float(scale), shared=sizes.shared_bytes, pdl=pdl,
         )  # fmt: skip
 
 
