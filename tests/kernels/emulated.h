@@ -138,13 +138,11 @@ DEVICE float2 weights8(const void* p) { return aligned<float2>(p); }
 DEVICE float weights4(const void* p) { return aligned<float>(p); }
 DEVICE u32 weights_pair(const void* p) { return aligned<u32>(p); }
 DEVICE void ahead(const void*) {}
-DEVICE void asked_for(const void* p, int bytes) { if ((uintptr_t)p % 16 || bytes % 16) abort(); }
 DEVICE float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
 DEVICE float root_below(float v) { return 1.0f / sqrtf(v); }
 DEVICE float power_of_two(float v) { return exp2f(v); }
 template <class T> DEVICE T written(const T* p) { return aligned<T>(p); }
 DEVICE void add_to(float2* p, float2 v) { p->x += v.x, p->y += v.y; }
-DEVICE int counted(int* p) { return (*p)++; }
 DEVICE int counted_by_all(int* p, int more) { return (*p += more) - more; }
 DEVICE void told(int* p) { ++*p; }
 DEVICE int heard_of(const int* p) {

@@ -5,7 +5,7 @@
 // is there; eight multiply. Whoever has a slice of the second product takes none of the first any more, and those that
 // others took are under way: so no program waits for one that has not begun.
 
-constexpr int MOST_TOKENS = 512, MOST_ASKED = 128, PART = 64, MOST_PARTS = 32 + MOST_TOKENS / PART;
+constexpr int MOST_TOKENS = 512, PART = 64, MOST_PARTS = 32 + MOST_TOKENS / PART;
 constexpr int WARPS = 8, LANES = WARPS * 2;  // that multiply; of them a row of 16
 constexpr int ROWS_WARP = WARPS, WEIGHTS_WARP = WARPS + 1;
 constexpr int UP_SLICES = HIDDEN / UP_COLUMNS, DOWN_SLICES = WIDTH / DOWN_COLUMNS;
@@ -24,44 +24,22 @@ struct Part {  // PART tokens of an expert, or what is left: so many of the list
 struct Routing {
     static constexpr int CHUNKS = MOST_TOKENS / 32, EACH = CHUNKS / WARPS;
     Part parts[MOST_PARTS];
-    int found[32], count;  // count: of parts
-    int tokens_of[MOST_TOKENS], before[CHUNKS][32], begins[32];
+    int tokens_of[MOST_TOKENS], before[CHUNKS][32], begins[32], count;  // count: of parts
+    float gate_of[MOST_TOKENS];
 
-    DEVICE void clear() {
-        for (int i = thread(); i < CHUNKS * 32; i += THREADS) before[i / 32][i % 32] = 0;
-        if (thread() < 32) found[thread()] = 0;
-    }
-
-    // The parts, by one warp.
-    DEVICE void cut(const int* chosen, int tokens) {
-        const int lane = thread() % 32;
-        int expert[CHUNKS];
-#pragma unroll
-        for (int i = 0; i < CHUNKS; i++) expert[i] = i * 32 + lane < tokens ? written(chosen + i * 32 + lane) : -1;
-#pragma unroll
-        for (int i = 0; i < CHUNKS; i++)
-            if (expert[i] >= 0) counted(found + expert[i]);
-        together();
-        int left = found[lane], first = 0, at = 0;
-#pragma unroll
-        for (int e = 0; e < 32; e++) {
-            const int its = found[e];
-            if (e < lane) first += its, at += (its + PART - 1) / PART;
-        }
-        for (; left > 0; left -= PART, first += PART) parts[at++] = {lane, first, left < PART ? left : PART};
-        if (lane == 31) count = at;
-        together();
-    }
-
-    // The tokens by expert, in order, since all programs must have the same in each part; by the other warps.
-    DEVICE void list(const int* chosen, int tokens) {
+    // Tokens by expert, in order: all programs must find the same parts. The list is there for those who meet.
+    DEVICE void read(const int* chosen, const float* gates, int tokens) {
         const int lane = thread() % 32, warp = thread() / 32, chunks = (tokens + 31) / 32;
-        int expert[EACH], place[EACH];
+        int expert[EACH], place[EACH], more[CHUNKS];
+        float gate[EACH];
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const int t = thread() + i * WARPS * 32;
             expert[i] = warp < WARPS && t < tokens ? written(chosen + t) : -1;
+            gate[i] = gates && warp < WARPS && t < tokens ? written(gates + t) : 1.0f;
         }
+        for (int i = thread(); i < chunks * 32; i += THREADS) before[i / 32][i % 32] = 0;
+        sync();
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             if (warp < WARPS && warp + i * WARPS < chunks) {
@@ -69,26 +47,37 @@ struct Routing {
                 place[i] = ones(mates & ((1u << lane) - 1));
                 if (expert[i] >= 0 && place[i] == 0) before[warp + i * WARPS][expert[i]] = ones(mates);
             }
-        sync_nine();
+        sync();
         if (warp == 0) {
-            int all = 0, first = 0, more[CHUNKS];
+            int all = 0;
 #pragma unroll
-            for (int i = 0; i < CHUNKS; i++) more[i] = before[i][lane];
+            for (int i = 0; i < CHUNKS; i++) more[i] = i < chunks ? before[i][lane] : 0;
 #pragma unroll
-            for (int i = 0; i < CHUNKS; i++) before[i][lane] = all, all += more[i];
+            for (int i = 0; i < CHUNKS; i++) {
+                if (i < chunks) before[i][lane] = all;
+                all += more[i];
+            }
             begins[lane] = all;
             together();
+            int begin = 0, at = 0;
 #pragma unroll
-            for (int e = 0; e < 32; e++) first += e < lane ? begins[e] : 0;
+            for (int e = 0; e < 32; e++) {
+                const int its = begins[e];
+                if (e < lane) begin += its, at += (its + PART - 1) / PART;
+            }
             together();
-            begins[lane] = first;
+            begins[lane] = begin;
+            for (; all > 0; all -= PART, begin += PART) parts[at++] = {lane, begin, all < PART ? all : PART};
+            if (lane == 31) count = at;
         }
-        sync_nine();
+        sync();
+        if (warp == WEIGHTS_WARP) return;
 #pragma unroll
         for (int i = 0; i < EACH; i++)
-            if (expert[i] >= 0)
-                tokens_of[begins[expert[i]] + before[warp + i * WARPS][expert[i]] + place[i]] =
-                    thread() + i * WARPS * 32;
+            if (expert[i] >= 0) {
+                const int at = begins[expert[i]] + before[warp + i * WARPS][expert[i]] + place[i];
+                tokens_of[at] = thread() + i * WARPS * 32, gate_of[at] = gate[i];
+            }
         sync_nine();
     }
 };
@@ -186,24 +175,24 @@ struct Place {
     static constexpr int SUMS = Up::SUMS > Down::SUMS ? Up::SUMS : Down::SUMS;
     char* memory;
     Number* rows_of;     // BUFFERS
-    float *sums, *each;  // each: of the columns of each stage
-    Flag *full, *empty, *known, *rows_full, *rows_empty;  // of each stage; of each buffer of rows
+    float *sums, *each;  // each: of the columns of two turns of the stages
+    Flag *full, *empty, *known, *made, *rows_full, *rows_empty;  // of each stage; of each buffer of rows
     int* taken;          // slices
     Routing* routing;
 
     DEVICE Place(char* memory) : memory(memory) {
         rows_of = (Number*)(memory + STAGES * STAGE);
         sums = (float*)(rows_of + BUFFERS * 16 * ROW), each = sums + SUMS;
-        full = (Flag*)(each + STAGES * 2 * UP_COLUMNS), empty = full + STAGES, known = empty + STAGES;
-        rows_full = known + STAGES, rows_empty = rows_full + BUFFERS;
+        full = (Flag*)(each + 2 * STAGES * 2 * UP_COLUMNS), empty = full + STAGES, known = empty + STAGES;
+        made = known + STAGES, rows_full = made + STAGES, rows_empty = rows_full + BUFFERS;
         taken = (int*)(rows_empty + BUFFERS), routing = (Routing*)(taken + STAGES);
     }
     DEVICE void open() const {
-        for (int i = 0; i < STAGES; i++) opened(full + i, 1), opened(empty + i, 1), opened(known + i, 1);
+        for (int i = 0; i < STAGES; i++) opened(full + i, 1), opened(empty + i, 1), opened(known + i, 1), opened(made + i, 1);
         for (int i = 0; i < BUFFERS; i++) opened(rows_full + i, 1), opened(rows_empty + i, 1);
     }
     DEVICE char* weights(int stage) const { return memory + stage * STAGE; }
-    DEVICE float* of_columns(int stage) const { return each + stage * 2 * UP_COLUMNS; }
+    DEVICE float* of_columns(int n) const { return each + n % (2 * STAGES) * 2 * UP_COLUMNS; }
     DEVICE Number* rows(int buffer) const { return rows_of + buffer * 16 * ROW; }
 };
 
@@ -212,7 +201,7 @@ struct Place {
 KERNEL experts(
     CONSTANT Matrix up_w, CONSTANT Matrix down_w, const Number* y, const int* chosen, const float* gates,
     const float* up_s, const float* up_b, const float* down_s, const float* down_b, Number* h, float* x, State* state,
-    const char* down_at, int tokens, float scale
+    int tokens, float scale
 ) {
     SHARED(memory);
     release();
@@ -220,28 +209,13 @@ KERNEL experts(
     Routing& routing = *place.routing;
     const int warp = uniform(thread() / 32), lane = thread() % 32;
     if (thread() == 0) place.open();
-    routing.clear();
-    sync();
     wait();
     int next = 0;
-    if (warp == WEIGHTS_WARP) {  // takes slices, brings their weights, and tells of those that are made
-        if (lane == 0) next = counted_by_all(&state->taken, 1);
-        routing.cut(chosen, tokens);
-    } else {
-        routing.list(chosen, tokens);
-        arrived(place.known, 0);  // and with it the parts
-    }
+    if (warp == WEIGHTS_WARP && lane == 0) next = counted_by_all(&state->taken, 1);
+    routing.read(chosen, gates, tokens);
     const int ups = routing.count * UP_SLICES, all = ups + routing.count * DOWN_SLICES;
 
-    if (warp == WEIGHTS_WARP) {
-        // What will be needed comes into the cache, where the memory would rest: with so few tokens all slices of the
-        // first product are under way at once.
-        if (tokens <= MOST_ASKED)
-            for (int slice = group(); slice < routing.count * DOWN_SLICES; slice += groups()) {
-                const long long row = routing.parts[slice / DOWN_SLICES].expert * WIDTH + slice % DOWN_SLICES * DOWN_COLUMNS;
-                constexpr int EACH = DOWN_COLUMNS * HIDDEN * WEIGHT_BYTES / 32;
-                asked_for(down_at + row * HIDDEN * WEIGHT_BYTES + lane * EACH, EACH);
-            }
+    if (warp == WEIGHTS_WARP) {  // takes slices, brings their weights, and tells of those that are made
         if (lane == 0)
             for (int n = 0, over = 0; over < STAGES; n++) {
                 const int stage = n % STAGES;
@@ -252,7 +226,7 @@ KERNEL experts(
                 place.taken[stage] = slice;
                 arrive_here(place.known + stage);
                 char* to = place.weights(stage);
-                float* of_columns = place.of_columns(stage);
+                float* of_columns = place.of_columns(n);
                 if (slice < ups) {
                     const int row = routing.parts[slice / UP_SLICES].expert * HIDDEN + slice % UP_SLICES * UP_COLUMNS;
                     Up::bring(to, of_columns, up_w, up_b, up_s, row, place.full + stage);
@@ -263,6 +237,7 @@ KERNEL experts(
                 } else {
                     over++;
                 }
+                if (n >= STAGES) arrived(place.made + stage, n / STAGES % 2 ^ 1);
                 if (made < ups) told(state->done + made / UP_SLICES);
             }
         together();
@@ -302,25 +277,27 @@ KERNEL experts(
             for (int first = 0; first < part.count; first += 16, pass++) {
                 const int buffer = pass % BUFFERS;
                 const bool used = first + row < part.count;
-                const int token = routing.tokens_of[part.first + (used ? first + row : 0)];
-                float gate = scale;
-                if (!up && gates) gate *= written(gates + token);
+                const int listed = part.first + (used ? first + row : 0), token = routing.tokens_of[listed];
+                const float gate = scale * routing.gate_of[listed];
                 if (first == 0) arrived(place.full + stage, parity);
                 arrived(place.rows_full + buffer, pass / BUFFERS % 2);
                 if (up) Up::multiply(place.rows(buffer), place.weights(stage), place.sums);
                 else Down::multiply(place.rows(buffer), place.weights(stage), place.sums);
                 sync_eight();
-                if (thread() == 0) arrive_here(place.rows_empty + buffer);
+                if (thread() == 0) {
+                    arrive_here(place.rows_empty + buffer);
+                    if (first + 16 >= part.count) arrive_here(place.empty + stage);
+                }
                 if (up) {
                     float v[Up::EACH];
-                    Up::result(place.sums, place.of_columns(stage), v);
+                    Up::result(place.sums, place.of_columns(n), v);
                     Number* to = h + (long long)token * HIDDEN + slice % UP_SLICES * UP_COLUMNS + Up::column();
                     if (used)
 #pragma unroll
                         for (int k = 0; k < Up::EACH; k += 2) *(u32*)(to + k) = pair(activate(v[k]), activate(v[k + 1]));
                 } else {
                     float v[Down::EACH];
-                    Down::result(place.sums, place.of_columns(stage), v);
+                    Down::result(place.sums, place.of_columns(n), v);
                     float* to = x + (long long)token * WIDTH + (slice - ups) % DOWN_SLICES * DOWN_COLUMNS + Down::column();
                     if (used && Down::mine())
 #pragma unroll
@@ -329,7 +306,7 @@ KERNEL experts(
                 }
                 sync_eight();
             }
-            if (thread() == 0) arrive_here(place.empty + stage);
+            if (thread() == 0) arrive_here(place.made + stage);
         }
     }
     sync();

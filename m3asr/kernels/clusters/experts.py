@@ -49,8 +49,8 @@ class ExpertSizes:
 
     def _rest(self, stages: int, buffers: int) -> int:
         (up, down), rows = self.columns, 2 * 16 * (max(self.width, self.hidden) + 8)
-        routing = 3 * (MOST_EXPERTS + MOST_TOKENS // PART) + 2 * MOST_TOKENS + 2 * 32 + 1
-        each = stages * (8 * up + 3 * 8 + 4) + buffers * (rows + 2 * 8)
+        routing = 3 * (MOST_EXPERTS + MOST_TOKENS // PART) + 3 * MOST_TOKENS + 32 + 1
+        each = stages * (16 * up + 4 * 8 + 4) + buffers * (rows + 2 * 8)
         return each + 4 * 16 * max(4 * (up + 8), 8 * (down + 8)) + 4 * routing
 
     def _cut(self) -> tuple[int, int]:
@@ -104,7 +104,7 @@ class Experts:
         weights = (self._matrix(layer.weight, kernels, n) for layer, n in zip((up, down), sizes.columns, strict=True))
         kernels.launch(
             "experts", multiprocessors(self._device), THREADS, *weights, y, expert_idx, gate, up.scale, up.bias,
-            down.scale, down.bias, h, x, self._state, down.weight, tokens, float(scale), shared=sizes.shared_bytes, pdl=pdl,
+            down.scale, down.bias, h, x, self._state, tokens, float(scale), shared=sizes.shared_bytes, pdl=pdl,
         )  # fmt: skip
 
 

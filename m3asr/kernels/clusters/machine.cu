@@ -85,9 +85,6 @@ DEVICE u32 weights_pair(const void* p) {
     asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
-DEVICE void asked_for(const void* p, int bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes) : "memory");
-}
 DEVICE void ahead(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 // What another kernel, or another program, wrote: past the L1 cache, where a line may be older.
 template <class T> DEVICE T written(const T* p) { return __ldcg(p); }
@@ -97,7 +94,6 @@ DEVICE void add_to(float2* p, float2 v) {
     asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" :: "l"(p), "f"(v.x), "f"(v.y) : "memory");
 }
 
-DEVICE int counted(int* shared) { return atomicAdd(shared, 1); }
 // Programs of a launch that tell each other how far they are; gives what was there before.
 DEVICE int counted_by_all(int* p, int more) { return atomicAdd(p, more); }
 // What this program's threads wrote before they met is there for whoever heard of it and meets its own program then.
