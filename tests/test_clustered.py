@@ -42,10 +42,10 @@ def relative(value, reference) -> float:
     "changes, tokens, frames, blocks, experts",
     [
         ({}, 64, 64, True, True),
-        ({}, 128, 64, True, True),
+        ({}, 112, 112, True, True),
+        ({}, 128, 64, False, True),
         ({}, 256, 256, False, True),
-        ({}, 512, 64, False, True),
-        ({}, 528, 528, False, False),
+        ({}, 272, 272, False, False),
         ({"cnn_module_norm": "batch_norm"}, 64, 64, True, True),
         ({"causal": True}, 64, 64, False, True),
         ({"activation_type": "gelu"}, 64, 64, False, False),

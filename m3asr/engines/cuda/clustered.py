@@ -29,7 +29,7 @@ class Limits:
 
     block: int = MOST_TOKENS
     experts: int = MOST_WITH_EXPERTS
-    each: int = 16
+    each: int = 8
     products: float = 4096
     timed: bool = False
 

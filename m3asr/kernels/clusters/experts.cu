@@ -1,12 +1,12 @@
-// Both products of a layer's experts for up to some hundred tokens, in one launch that never lets the memory rest. Work
+// Both products of a layer's experts for up to 256 tokens, in one launch that never lets the memory rest. Work
 // comes in slices, of the first product HIDDEN, of the second WIDTH columns of one expert in pieces, and all slices of
 // the first product stand in front of the second's. One warp of a program takes the next slice that nobody has and asks
 // for its weights; one more brings the rows that they multiply, 16 a pass, of the second product when all of the first
 // is there; eight multiply. Whoever has a slice of the second product takes none of the first any more, and those that
 // others took are under way: so no program waits for one that has not begun.
 
-constexpr int MOST_TOKENS = 512, PART = 64, MOST_PARTS = 32 + MOST_TOKENS / PART;
 constexpr int WARPS = 8, LANES = WARPS * 2;  // that multiply; of them a row of 16
+constexpr int MOST_TOKENS = 32 * WARPS, PART = 64, MOST_PARTS = 32 + MOST_TOKENS / PART;
 constexpr int ROWS_WARP = WARPS, WEIGHTS_WARP = WARPS + 1;
 constexpr int UP_SLICES = HIDDEN / UP_COLUMNS, DOWN_SLICES = WIDTH / DOWN_COLUMNS;
 constexpr int ROW = (WIDTH > HIDDEN ? WIDTH : HIDDEN) + 8;  // numbers of a row in shared memory
@@ -22,44 +22,33 @@ struct Part {  // PART tokens of an expert, or what is left: so many of the list
 };
 
 struct Routing {
-    static constexpr int CHUNKS = MOST_TOKENS / 32, EACH = CHUNKS / WARPS;
+    static constexpr int CHUNKS = MOST_TOKENS / 32;
     Part parts[MOST_PARTS];
     int tokens_of[MOST_TOKENS], before[CHUNKS][32], begins[32], count;  // count: of parts
     float gate_of[MOST_TOKENS];
 
     // Tokens by expert, in order: all programs must find the same parts. The list is there for those who meet.
     DEVICE void read(const int* chosen, const float* gates, int tokens) {
-        const int lane = thread() % 32, warp = thread() / 32, chunks = (tokens + 31) / 32;
-        int expert[EACH], place[EACH], more[CHUNKS];
-        float gate[EACH];
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int t = thread() + i * WARPS * 32;
-            expert[i] = warp < WARPS && t < tokens ? written(chosen + t) : -1;
-            gate[i] = gates && warp < WARPS && t < tokens ? written(gates + t) : 1.0f;
+        const int t = thread(), lane = t % 32, warp = t / 32;
+        const int expert = t < tokens ? written(chosen + t) : -1;
+        const float gate = gates && t < tokens ? written(gates + t) : 1.0f;
+        int place = 0;
+        if (warp < WARPS) before[warp][lane] = 0;
+        together();
+        if (warp < WARPS && warp * 32 < tokens) {
+            const u32 mates = alike(expert);
+            place = ones(mates & ((1u << lane) - 1));
+            if (expert >= 0 && place == 0) before[warp][expert] = ones(mates);
         }
-        for (int i = thread(); i < chunks * 32; i += THREADS) before[i / 32][i % 32] = 0;
-        sync();
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (warp < WARPS && warp + i * WARPS < chunks) {
-                const u32 mates = alike(expert[i]);
-                place[i] = ones(mates & ((1u << lane) - 1));
-                if (expert[i] >= 0 && place[i] == 0) before[warp + i * WARPS][expert[i]] = ones(mates);
-            }
         sync();
         if (warp == 0) {
-            int all = 0;
+            int all = 0, begin = 0, at = 0, more[CHUNKS];
 #pragma unroll
-            for (int i = 0; i < CHUNKS; i++) more[i] = i < chunks ? before[i][lane] : 0;
+            for (int i = 0; i < CHUNKS; i++) more[i] = before[i][lane];
 #pragma unroll
-            for (int i = 0; i < CHUNKS; i++) {
-                if (i < chunks) before[i][lane] = all;
-                all += more[i];
-            }
+            for (int i = 0; i < CHUNKS; i++) before[i][lane] = all, all += more[i];
             begins[lane] = all;
             together();
-            int begin = 0, at = 0;
 #pragma unroll
             for (int e = 0; e < 32; e++) {
                 const int its = begins[e];
@@ -72,12 +61,10 @@ struct Routing {
         }
         sync();
         if (warp == WEIGHTS_WARP) return;
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (expert[i] >= 0) {
-                const int at = begins[expert[i]] + before[warp + i * WARPS][expert[i]] + place[i];
-                tokens_of[at] = thread() + i * WARPS * 32, gate_of[at] = gate[i];
-            }
+        if (expert >= 0) {
+            const int at = begins[expert] + before[warp][expert] + place;
+            tokens_of[at] = t, gate_of[at] = gate;
+        }
         sync_nine();
     }
 };
