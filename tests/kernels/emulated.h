@@ -119,7 +119,7 @@ template <class T> static T aligned(const void* p) {
 DEVICE uint4 weights16(const void* p) { return aligned<uint4>(p); }
 typedef unsigned long long Flag;
 struct Copy { void* to; const void* from; int bytes; };
-struct Expected { int bytes = 0, copied = 0; std::vector<Copy> copies; };
+struct Expected { int bytes = 0, copied = 0; std::vector<Copy> copies; std::vector<std::function<void()>> values; };
 static std::map<Flag*, Expected> of_flag;
 DEVICE void opened(Flag* flag) { of_flag[flag] = Expected(); }
 DEVICE void expected(Flag* flag, int bytes) { of_flag[flag].bytes = bytes; }
@@ -133,6 +133,20 @@ DEVICE void arrived(Flag* flag) {  // copies are made as late as may be
     while (!all.bytes || all.copied < all.bytes) yield();
     for (Copy& copy : all.copies) memcpy(copy.to, copy.from, copy.bytes);
     all.copies.clear();
+}
+template <class T> DEVICE void sent(T* to, T v, Flag* flag, int program) {
+    T* there = of(to, program);
+    if ((uintptr_t)there % sizeof(T)) abort();
+    Expected& all = of_flag.at(of(flag, program));
+    all.copied += sizeof(T);
+    all.values.push_back([=] { *there = v; });
+}
+DEVICE void received(Flag* flag) {  // values, too, come as late as may be
+    Expected& all = of_flag.at(flag);
+    while (all.copied < all.bytes) yield();
+    if (all.copied > all.bytes) abort();
+    for (auto& value : all.values) value();
+    all.values.clear();
 }
 DEVICE float2 weights8(const void* p) { return aligned<float2>(p); }
 DEVICE float weights4(const void* p) { return aligned<float>(p); }

@@ -76,16 +76,16 @@ class Sizes:
         inner = 16 * 2 * (self.hidden + 32)
         weights = 3 * COLUMNS * 2 * (self.width + 32)
         rows = 4 * 16 * COLUMNS + 128 * self.programs
-        return weights + self._line + inner + self._sums + rows + 16
+        return weights + self._line + inner + self._sums + rows + 4 * 8
 
     def attention_bytes(self) -> int:
         scores = 4 * 16 * (MOST_FRAMES + 8)
-        return 2 * self._line + 2 * MOST_FRAMES * COLUMNS + self._sums + scores + 128 * self.programs
+        return 2 * self._line + 2 * MOST_FRAMES * COLUMNS + self._sums + scores + 128 * self.programs + 2 * 8
 
     def convolution_bytes(self) -> int:
         experts = 4 * max(self.experts, 16)
         rows = 4 * 16 * (COLUMNS + 4) + 16 * experts + 2 * 128 * self.programs
-        return self._line + self._sums + rows + COLUMNS * experts
+        return self._line + self._sums + rows + 4 * 8 + COLUMNS * experts
 
 
 class Clusters:

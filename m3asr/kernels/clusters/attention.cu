@@ -11,10 +11,15 @@ KERNEL attention_gated(
     constexpr int PITCH = KEYS + 8;
     MARK(16);
     release();
-    arrive();
     Number *context = (Number*)memory, *y = context + 16 * LINE, *values = y + 16 * LINE;
     float *sums = (float*)(values + KEYS * COLUMNS), *scores = sums + SUMS;
     float2* inbox = (float2*)(scores + 16 * PITCH);
+    Flag *context_there = (Flag*)(inbox + 16 * PROGRAMS), *y_there = context_there + 1;
+    if (thread() == 0) {
+        opened(context_there), opened(y_there);
+        expected(context_there, 16 * WIDTH * 2), expected(y_there, 16 * WIDTH * 2 + PARTS);
+    }
+    arrive();
     const int me = rank(), warp = thread() / 32, lane = thread() % 32, row = thread() / LANES, j = thread() % LANES;
     const int first = group() * 16, head = me / (HEAD / COLUMNS);
     Product<WIDTH, COLUMNS, 8> attention_out;
@@ -112,8 +117,8 @@ KERNEL attention_gated(
     v[0] *= share, v[1] *= share;
     MARK(21);
     all_here();
-    send<WIDTH, 2>(context, v);
-    barrier();
+    send<WIDTH, 2>(context, v, context_there);
+    received(context_there);
     MARK(22);
     attention_out.multiply(context, sums);
     sync();
@@ -121,10 +126,10 @@ KERNEL attention_gated(
     attention_out.result(sums, v);
     v[0] += before.x, v[1] += before.y;
     *(float2*)(x + (first + row) * WIDTH + me * COLUMNS + 2 * j) = make_float2(v[0], v[1]);
-    send<WIDTH, 2>(y, v);
-    send_parts(inbox, v[0], v[1]);
+    send<WIDTH, 2>(y, v, y_there);
+    send_parts(inbox, v[0], v[1], y_there);
     MARK(24);
-    barrier();
+    received(y_there);
     MARK(25);
     gate.multiply(y, sums);
     const Norm norm = joined(inbox, row, j, eps);

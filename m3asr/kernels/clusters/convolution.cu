@@ -10,11 +10,17 @@ template <bool ROUTER> DEVICE void convolution(
 ) {
     MARK(32);
     release();
-    arrive();
     Number* inner = (Number*)memory;
     float *sums = (float*)(inner + 16 * LINE), *mine = sums + SUMS, *logits = mine + 16 * (COLUMNS + 4);
     float2 *inbox = (float2*)(logits + 16 * EXPERTS), *second = inbox + 16 * PROGRAMS;
-    float* router = (float*)(second + 16 * PROGRAMS);  // (COLUMNS, EXPERTS)
+    Flag *norm_there = (Flag*)(second + 16 * PROGRAMS), *inner_there = norm_there + 1, *logits_there = norm_there + 2;
+    float* router = (float*)(norm_there + 4);  // (COLUMNS, EXPERTS)
+    if (thread() == 0) {
+        opened(norm_there), opened(inner_there), opened(logits_there);
+        expected(norm_there, PARTS), expected(inner_there, 16 * WIDTH * 2);
+        expected(logits_there, 16 * EXPERTS * 4 + PARTS);
+    }
+    arrive();
     const int me = rank(), row = thread() / LANES, j = thread() % LANES, first = group() * 16;
     const int column = me * COLUMNS + 2 * j, position = (first + row) % frames;
     Product<WIDTH, COLUMNS, 8> pointwise;
@@ -60,16 +66,16 @@ template <bool ROUTER> DEVICE void convolution(
     all_here();
     float both[2] = {v.x, v.y};
     if (norm_w) {
-        send_parts(inbox, both[0], both[1]);
-        barrier();
+        send_parts(inbox, both[0], both[1], norm_there);
+        received(norm_there);
         const Norm norm = joined(inbox, row, j, norm_eps);
         both[0] = (both[0] - norm.mean) * norm.scale, both[1] = (both[1] - norm.mean) * norm.scale;
         both[0] = both[0] * factor.x + summand.x, both[1] = both[1] * factor.y + summand.y;
     }
     both[0] = activate(both[0]), both[1] = activate(both[1]);
     MARK(36);
-    send<WIDTH, 2>(inner, both);
-    barrier();
+    send<WIDTH, 2>(inner, both, inner_there);
+    received(inner_there);
     MARK(37);
     pointwise.multiply(inner, sums);
     sync();
@@ -78,7 +84,7 @@ template <bool ROUTER> DEVICE void convolution(
     both[0] = before.x + (valid ? both[0] : 0.0f), both[1] = before.y + (valid ? both[1] : 0.0f);
     *(float2*)(x + (first + row) * WIDTH + column) = make_float2(both[0], both[1]);
     if (!ROUTER) return;
-    send_parts(second, both[0], both[1]);
+    send_parts(second, both[0], both[1], logits_there);
     *(float2*)(mine + row * (COLUMNS + 4) + 2 * j) = make_float2(both[0], both[1]);
     MARK(39);
     sync();
@@ -92,9 +98,9 @@ template <bool ROUTER> DEVICE void convolution(
     }
 #pragma unroll
     for (int e = 0; e < EXPERTS / 16; e++)
-        *of(logits + (row / PROGRAMS * PROGRAMS + me) * EXPERTS + e * 16 + j, row % PROGRAMS) = part[e];
+        sent(logits + (row / PROGRAMS * PROGRAMS + me) * EXPERTS + e * 16 + j, part[e], logits_there, row % PROGRAMS);
     MARK(40);
-    barrier();
+    received(logits_there);
     MARK(41);
     const Norm norm = joined(second, row, j, eps);
     both[0] = (both[0] - norm.mean) * norm.scale, both[1] = (both[1] - norm.mean) * norm.scale;

@@ -39,19 +39,22 @@ template <bool QKV> DEVICE void feed_forward(
 ) {
     MARK(0);
     release();
-    arrive();
     // First the projection's rows 0 to COLUMNS and all of `up`, then the rest of the projection in the place of that.
     Number *weights = (Number*)memory, *y = weights + 3 * COLUMNS * LINE, *h = y + 16 * LINE;
     float *sums = (float*)(h + 16 * (HIDDEN + 32)), *residual = sums + SUMS;
     float2* inbox = (float2*)(residual + 16 * COLUMNS);
-    Flag* flags = (Flag*)(inbox + 16 * PROGRAMS);
+    Flag *flags = (Flag*)(inbox + 16 * PROGRAMS), *h_there = flags + 2, *y_there = flags + 3;
     const int me = rank(), warp = thread() / 32, lane = thread() % 32, row = thread() / LANES, j = thread() % LANES;
     const int first = group() * 16;
     Product<WIDTH, SHARE, 4> up;
     Product<HIDDEN, COLUMNS, 8> down;
     Product<WIDTH, 3 * COLUMNS, 4> projection;
     const Number* mine = qkv_w + me * 3 * COLUMNS * WIDTH;
-    if (thread() == 0) opened(flags), opened(flags + 1);
+    if (thread() == 0) {
+        for (int i = 0; i < 4; i++) opened(flags + i);
+        expected(h_there, 16 * HIDDEN * 2), expected(y_there, 16 * WIDTH * 2 + PARTS);
+    }
+    arrive();
     sync();
     if (warp == 0) {
         if (lane == 0) expected(flags, (SHARE + (QKV ? COLUMNS : 0)) * WIDTH * 2);
@@ -138,8 +141,8 @@ template <bool QKV> DEVICE void feed_forward(
     for (int i = 0; i < SHARE / 16; i++) between[i] = activate(between[i]);
     MARK(5);
     all_here();  // before a program's shared memory is written to, it must have begun
-    send<HIDDEN, SHARE / 16>(h, between);
-    barrier();
+    send<HIDDEN, SHARE / 16>(h, between, h_there);
+    received(h_there);
     MARK(6);
     down.multiply(h, sums);
     sync();
@@ -150,10 +153,10 @@ template <bool QKV> DEVICE void feed_forward(
     v[0] = before.x + scale * v[0], v[1] = before.y + scale * v[1];
     *(float2*)(x + row_first * WIDTH + me * COLUMNS + 2 * j) = make_float2(v[0], v[1]);
     if (!QKV) return;
-    send<WIDTH, 2>(y, v);
-    send_parts(inbox, v[0], v[1]);
+    send<WIDTH, 2>(y, v, y_there);
+    send_parts(inbox, v[0], v[1], y_there);
     MARK(8);
-    barrier();
+    received(y_there);
     MARK(9);
     arrived(flags + 1);
     projection.multiply(y, weights, sums);

@@ -10,11 +10,6 @@ constexpr int SHARE = HIDDEN / PROGRAMS;
 constexpr int HEAD = WIDTH / HEADS, KEYS = 128;  // at most so many frames an utterance
 constexpr int LINE = WIDTH + 32, SUMS = 4 * 16 * (3 * COLUMNS + 8);  // a row in shared memory; a block's largest sums
 
-DEVICE void barrier() {
-    arrive();
-    all_here();
-}
-
 DEVICE float sum_of_row(float v) {  // over the threads of a row
     for (int mask = LANES / 2; mask; mask /= 2) v += shuffle(v, mask);
     return v;
@@ -27,12 +22,13 @@ struct Norm {
     float mean, scale;
 };
 
-// inbox: shared (PROGRAMS, 16). (a, b): this thread's two columns.
-DEVICE void send_parts(float2* inbox, float a, float b) {
+// inbox: shared (PROGRAMS, 16), PARTS bytes of `flag`. (a, b): this thread's two columns.
+constexpr int PARTS = 16 * PROGRAMS * 8;
+DEVICE void send_parts(float2* inbox, float a, float b, Flag* flag) {
     int row = thread() / LANES, j = thread() % LANES;
     float mean = sum_of_row(a + b) / COLUMNS;
     float squares = sum_of_row((a - mean) * (a - mean) + (b - mean) * (b - mean));
-    if (j < PROGRAMS) *of(inbox + rank() * 16 + row, j) = make_float2(mean, squares);
+    if (j < PROGRAMS) sent(inbox + rank() * 16 + row, make_float2(mean, squares), flag, j);
 }
 
 DEVICE Norm joined(const float2* inbox, int row, int j, float eps) {  // of LANES threads together
@@ -132,8 +128,8 @@ template <int K, int N, int KG> struct Product {
 };
 
 // Each thread's COUNT numbers, 2 or 4, go to all programs: (16, K) in rows of K + 32, this program's columns at
-// their place. They are there behind a barrier.
-template <int K, int COUNT> DEVICE void send(Number* buffer, const float (&v)[COUNT]) {
+// their place; 16 rows of `flag`. Whoever has received them knows that all threads of all programs are so far.
+template <int K, int COUNT> DEVICE void send(Number* buffer, const float (&v)[COUNT], Flag* flag) {
     int row = thread() / LANES, j = thread() % LANES, column = (rank() * LANES + j) * COUNT;
     // 8 columns, of 2 or 4 neighbours, in one store; each of the neighbours sends them to some of the programs.
     constexpr int MATES = 8 / COUNT;
@@ -150,5 +146,5 @@ template <int K, int COUNT> DEVICE void send(Number* buffer, const float (&v)[CO
     Number* at = buffer + row * (K + 32) + column / 8 * 8;
 #pragma unroll
     for (int i = 0; i < PROGRAMS / MATES; i++)
-        *(uint4*)of(at, (i * MATES + j % MATES + rank()) % PROGRAMS) = eight;
+        sent((uint4*)at, eight, flag, (i * MATES + j % MATES + rank()) % PROGRAMS);
 }
