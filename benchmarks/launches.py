@@ -12,13 +12,18 @@ import triton.language as tl
 from m3asr.engines.cuda import CudaEngine
 from m3asr.engines.cuda import forward as launches
 from m3asr.kernels.clusters import Clusters
+from m3asr.kernels.clusters.experts import Experts
 from m3asr.kernels.pieces import Tile, release, wait
 
 NAMES = (
     "attention", "depthwise", "experts_few", "experts_many", "fetch", "first_convolution", "linear",
     "log_softmax", "next_convolution", "norm", "norm_linear", "route", "sort_tokens",
 )  # fmt: skip
-METHODS = ("attention_gated", "convolution", "convolution_router", "experts", "feed_forward", "feed_forward_qkv")
+METHODS = {
+    **{name: (Clusters, name) for name in ("attention_gated", "convolution", "convolution_router")},
+    **{name: (Clusters, name) for name in ("feed_forward", "feed_forward_qkv")},
+    "experts": (Experts, "__call__"),
+}
 ROUTED = ("router", "sort", "experts 1", "experts 2", "cluster: convolution router", "cluster: experts")
 
 
@@ -34,7 +39,7 @@ class Launches:
 
     def __init__(self):
         self.original = {name: getattr(launches, name) for name in NAMES}
-        self.methods = {name: getattr(Clusters, name) for name in METHODS}
+        self.methods = {name: getattr(*where) for name, where in METHODS.items()}
         self.kinds: dict[str, int] = {}
         self.choices, self.sorted, self.counted, self.lengths = [], [], [], None
         self.recording = False
@@ -51,14 +56,14 @@ class Launches:
         for name in NAMES:
             setattr(launches, name, self._stands_for(name, self.original[name]))
         for name, method in self.methods.items():
-            setattr(Clusters, name, self._stands_for_method(name, method))
+            setattr(*METHODS[name], self._stands_for_method(name, method))
         return self
 
     def __exit__(self, *_):
         for name, function in self.original.items():
             setattr(launches, name, function)
         for name, method in self.methods.items():
-            setattr(Clusters, name, method)
+            setattr(*METHODS[name], method)
 
     def _stands_for_method(self, name, method):
         def call(kernels, *args, **options):

@@ -26,7 +26,6 @@ from benchmarks.launches import ROUTED, Launches, empty_kernel, record, shared_w
 from benchmarks.models import preset, random_model, spread_routers
 from m3asr.engines.cuda import CudaEngine, tiles
 from m3asr.engines.cuda.clustered import Limits
-from m3asr.kernels.clusters import BLOCK, EXPERTS
 from m3asr.kernels.pieces import Tile
 
 
@@ -106,15 +105,9 @@ def main() -> None:
 
 # What lies between two marks of the kernels, by their first mark.
 PHASES = {
-    BLOCK: {
-        "feed forward, qkv": (0, "weights asked|wait|rows, norm|up|sums|sent|down|x, norm|sent|qkv|stored"),
-        "attention, gated": (16, "weights asked|wait|scores|softmax|values|sent|out|x, norm|sent|gated|stored"),
-        "convolution, router": (32, "weights asked|wait|taps|norm|sent|pointwise|x, norm|logits|sent|chosen"),
-    },
-    EXPERTS: {
-        "experts, up": (0, "wait|routing|weights asked|rows|up|stored"),
-        "experts, down": (8, "routing|weights asked|wait|rows|down|stored"),
-    },
+    "feed forward, qkv": (0, "weights asked|wait|rows, norm|up|sums|sent|down|x, norm|sent|qkv|stored"),
+    "attention, gated": (16, "weights asked|wait|scores|softmax|values|sent|out|x, norm|sent|gated|stored"),
+    "convolution, router": (32, "weights asked|wait|taps|norm|sent|pointwise|x, norm|logits|sent|chosen"),
 }
 
 
@@ -130,18 +123,11 @@ def phases(engine: CudaEngine, name: str, results: dict, say) -> None:
         graph.replay()
         kernels = forward.clustered[0].made.get(True)
         if kernels is not None:
-            for files, parts in PHASES.items():
-                try:
-                    marks = kernels.loaded(files).numbers("marks", 64)
-                except Exception as error:
-                    say(f"{files}: {error}")
-                    continue
-                for part, (first, words) in parts.items():
-                    steps = [
-                        f"{word} {marks[first + i + 1] - marks[first + i]}" for i, word in enumerate(words.split("|"))
-                    ]
-                    say(f"{name} {part}: " + ", ".join(steps))
-                    results.setdefault("phases", {})[f"{name} {part}"] = steps
+            marks = kernels.kernels.numbers("marks", 64)
+            for part, (first, words) in PHASES.items():
+                steps = [f"{word} {marks[first + i + 1] - marks[first + i]}" for i, word in enumerate(words.split("|"))]
+                say(f"{name} {part}: " + ", ".join(steps))
+                results.setdefault("phases", {})[f"{name} {part}"] = steps
     finally:
         forward.limits = usual
         engine.drop_graphs()
@@ -226,7 +212,7 @@ def of_one_input(engine: CudaEngine, watch: Launches, name: str, args, results: 
         say_less("every launch one of 128 programs that do nothing", attempt("empty", empty))
 
         def empty_experts():
-            without("experts 1", "experts 2")
+            without("experts 1", "experts 2", "cluster: experts")
             watch.becomes_empty = True
 
         say_less("experts' launches that do nothing", attempt("empty experts", empty_experts))
