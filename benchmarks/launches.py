@@ -16,8 +16,8 @@ from m3asr.kernels.clusters.experts import Experts
 from m3asr.kernels.pieces import Tile, release, wait
 
 NAMES = (
-    "attention", "depthwise", "experts_few", "experts_many", "fetch", "first_convolution", "linear",
-    "log_softmax", "next_convolution", "norm", "norm_linear", "route", "sort_tokens",
+    "attention", "depthwise", "experts_few", "experts_many", "first_convolution", "linear", "log_softmax",
+    "next_convolution", "norm", "norm_linear", "route", "sort_tokens",
 )  # fmt: skip
 METHODS = {
     **{name: (Clusters, name) for name in ("attention_gated", "convolution", "convolution_router")},

@@ -23,7 +23,6 @@ from m3asr.kernels.clusters.products import ROWS, Products
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
-from m3asr.kernels.fetch import fetch
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
@@ -57,8 +56,8 @@ class Forward:
     `beside`: the embedding network is a branch of its own, beside the main stack's first sub-layers, up to the router.
     `regime` "few" or "many" fixes the kind of kernels; "auto" chooses by the number of tokens. `trace`, if set, is
     called with ("blocks", block, x), x the block's output before its final norm, and ("routes", block, expert_idx).
-    `limits`: for how many tokens programs work in clusters. `fetches`: weights are asked for before they can be used,
-    where that helps; by clusters the experts' first weights, those of experts without tokens too.
+    `limits`: for how many tokens CUDA C++ takes the place of Triton. `fetches`: products by Triton of up to MOST_ASKED
+    tokens ask for their weights before they may begin.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, precision: str, pdl: bool, regime: str = "auto"):
@@ -70,7 +69,7 @@ class Forward:
         if not self.wide:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
         self.beside, self.fetches, self.best_alone = True, True, True
-        self._side, self._forked = None, False
+        self._side = None
         self.limits = clustered.Limits()
         self.clustered = clustered.clustered(weights, self.dtype, self.experts_dtype)
         self.trace = None
@@ -88,7 +87,7 @@ class Forward:
         frames = (features.shape[1] - encoder.min_frames) // encoder.subsampling_rate + 1
         out_lengths = torch.empty_like(lengths)
         shape = Shape(features.shape[0], frames, out_lengths, chunk)
-        self._forked, streams = False, []
+        streams = []
         for front in self.weights.subsamplings:
             streams += self._subsample(features, lengths, shape, front)
         heard = None if self.weights.heard is None else self._heard(streams[0], shape)
@@ -98,7 +97,6 @@ class Forward:
         if best_alone and self.best_alone and not self._few(shape) and copyable(y) and copyable(head.weight):
             tile = self._tiles(shape, hidden.shape[1], hidden.shape[1]).best
             best_path(y, head.weight, head.bias, best, peaks, tile=tile, dot=self.dot, pdl=self.pdl)
-            self._join(y.device)
             hidden, best, peaks = (t.unflatten(0, (shape.batch, frames)) for t in (hidden, best, peaks))
             return None, hidden, out_lengths, best, peaks
         size = (shape.tokens, head.weight.shape[0])
@@ -107,7 +105,6 @@ class Forward:
         # The head reads the hidden sequence in the compute type.
         self._linear(y, head, log_probs, tile=tile.head)
         log_softmax(log_probs, best, peaks, tile=tile.log_softmax, pdl=self.pdl)
-        self._join(y.device)
         log_probs, hidden, best, peaks = (
             t.unflatten(0, (shape.batch, frames)) for t in (log_probs, hidden, best, peaks)
         )
@@ -115,15 +112,13 @@ class Forward:
 
     def _fork(self, device) -> torch.cuda.Stream:
         """The stream of the second branch, behind all that was launched so far."""
-        self._side, self._forked = self._side or torch.cuda.Stream(device, priority=-1), True
+        self._side = self._side or torch.cuda.Stream(device, priority=-1)
         self._side.wait_stream(torch.cuda.current_stream(device))
         return self._side
 
     def _join(self, device) -> None:
-        """Wait for the second branch, if there is one."""
-        if self._forked:
-            torch.cuda.current_stream(device).wait_stream(self._side)
-            self._forked = False
+        """Wait for the second branch."""
+        torch.cuda.current_stream(device).wait_stream(self._side)
 
     def _few(self, shape: Shape) -> bool:
         if self.regime != "auto":
@@ -220,9 +215,6 @@ class Forward:
         mask = (shape.lengths, shape.frames)
         kernels = self._in_clusters(config).for_blocks(self.limits, shape.tokens, shape.frames, shape.chunk)
         if kernels is not None:
-            if block.router and self.fetches and x.is_cuda:
-                with torch.cuda.stream(self._fork(x.device)):
-                    fetch(block.up.weight)
             glu = clustered.attention_part(kernels, x, shape, config, block, prior, self._new, self.pdl)
             routed = self._routed(shape, width, heard()) if block.router else None
             clustered.convolution_part(kernels, x, glu, shape, config, block, routed, self.pdl)
