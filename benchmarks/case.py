@@ -23,12 +23,13 @@ SHAPES = {
     "16x1024": (16, 256, 255),
     "64x1024": (64, 256, 255),
 }
-# Cases whose kernels are for many tokens alone.
-ONLY_MANY = ("norm", "sort", "best")
+# Cases that are for no more tokens than so many.
+MOST_TOKENS = {"experts": 256}
 WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
 DTYPE = torch.bfloat16
 # In place of a tile: by pairs of programs (`kernels.clusters.products`).
 PAIRS = Tile(0, 64)
+TOGETHER = Tile(0, 32)  # both products of the experts in one launch (`kernels.clusters.experts`)
 ONE = Tile(1, 1)  # a row a program: for what is not timed
 
 
@@ -79,14 +80,11 @@ def grid(rows, columns, warps, k=(64,), stages=(1,), parts=(1,)) -> list[Tile]:
     return [Tile(m, n, kk, w, s, p) for m, n, kk, w, s, p in product(rows, columns, k, warps, stages, parts)]
 
 
-def few_rows(tokens: int) -> tuple[int, ...]:
-    return (16,) if tokens <= 64 else (16, 32, 64)
-
-
 def products(tokens: int) -> list[Tile]:
-    """Candidates for a product of many tokens, the library's among them."""
+    """Candidates for a product, the library's among them."""
     if tokens <= 1024:
         tiles = grid((16, 32), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
+        tiles += grid((16,), (64,), (4,), k=(256, 512), stages=(3,))
         return [LIBRARY, PAIRS, *tiles, *grid((64,), (32, 64, 128), (4,), k=(64,), stages=(3, 4)), *turned()]
     kept = [(128, 256, 8), (128, 128, 4), (128, 128, 8), (128, 64, 8), (64, 128, 4)]
     return [LIBRARY, PAIRS, *(Tile(m, n, 64, warps, 3) for m, n, warps in kept), *persistent()]

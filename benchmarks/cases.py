@@ -17,7 +17,6 @@ from benchmarks.case import (
     WIDTH,
     Case,
     copies_for,
-    few_rows,
     grid,
     in_pairs,
     products,
@@ -25,7 +24,7 @@ from benchmarks.case import (
     streams,
     tensor,
 )
-from benchmarks.cases_experts import make_experts_few, make_experts_many, make_router, make_sort
+from benchmarks.cases_experts import make_expert_product, make_experts, make_router, make_sort
 from m3asr import ops
 from m3asr.engines.cuda.packing import Linear
 from m3asr.kernels.attention import attention
@@ -34,15 +33,14 @@ from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
-from m3asr.kernels.norm_linear import norm_linear
 from m3asr.kernels.pieces import Tile
 from m3asr.kernels.stream import from_stream, norm_stream, to_stream
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
 
-def make_up(batch, frames, valid, hidden, kind, few):
-    """Feed-forward up, QKV or the gated pointwise layer: with the norm inside for few tokens, and for PAIRS but in
-    front of the feed-forward.
+def make_up(batch, frames, valid, hidden, kind):
+    """Feed-forward up, QKV or the gated pointwise layer: for PAIRS with the norm inside, but in front of the
+    feed-forward.
     """
     tokens = batch * frames
     columns = {"up": hidden, "qkv": 3 * WIDTH, "gated": 2 * WIDTH}[kind]
@@ -61,7 +59,7 @@ def make_up(batch, frames, valid, hidden, kind, few):
     }[kind]
     pairs, layers = in_pairs(hidden, weights, bias)
     a = y
-    if kind != "up" and not few:
+    if kind != "up":
         nothing = Linear(torch.zeros(WIDTH, WIDTH, device="cuda", dtype=DTYPE), torch.zeros(WIDTH, device="cuda"))
         a = pairs.add(y, nothing, to_stream(x, DTYPE, tile=ONE), scale=1.0)
         for layer in layers:
@@ -70,8 +68,6 @@ def make_up(batch, frames, valid, hidden, kind, few):
     def launch(i, tile):
         if tile == PAIRS:
             pairs.up(a, layers[i], out, eps=1e-12, pdl=True, **options)
-        elif few:
-            norm_linear(x, weights[i], bias, out, eps=1e-12, tile=tile, pdl=True, **options)
         else:
             linear(y, weights[i], bias, out, tile=tile, pdl=True, **options)
 
@@ -85,16 +81,11 @@ def make_up(batch, frames, valid, hidden, kind, few):
         z[:, WIDTH : 2 * WIDTH] += table[:frames].float().repeat(batch, 1)
         return z
 
-    if few:
-        candidates = grid(few_rows(tokens), (16, 32, 64), (4, 8), parts=(1, 4, 8))
-    else:
-        candidates = products(tokens)
-    size = columns * WIDTH * 2 + tokens * (WIDTH * (4 if few else 2) + 2 * out_columns)
-    work = 2 * tokens * columns * WIDTH
-    return Case(launch, lambda: out, reference, candidates, size, work, copies=copies, poison=out)
+    size, work = columns * WIDTH * 2 + tokens * 2 * (WIDTH + out_columns), 2 * tokens * columns * WIDTH
+    return Case(launch, lambda: out, reference, products(tokens), size, work, copies=copies, poison=out)
 
 
-def make_residual(batch, frames, valid, width, few):
+def make_residual(batch, frames, valid, width):
     tokens = batch * frames
     copies = copies_for(WIDTH * width * 2)
     weights, bias = tensor(copies, WIDTH, width, scale=width**-0.5), tensor(WIDTH, dtype=torch.float32)
@@ -123,10 +114,7 @@ def make_residual(batch, frames, valid, width, few):
         launch=launch,
         result=result,
         reference=lambda: x + 0.5 * (a.float() @ weights[0].float().t() + bias),
-        tiles=[
-            *(grid(few_rows(tokens), (16, 32), (4, 8), k=(width,), parts=(1, 4, 8)) if few else []),
-            *(grid(few_rows(tokens), (16, 32, 64), (4,), k=(128, 256), stages=(3,)) if few else products(tokens)),
-        ],
+        tiles=products(tokens),
         bytes=WIDTH * width * 2 + tokens * (width * 2 + WIDTH * (6 if streams(tokens) else 8)),
         flops=2 * tokens * width * WIDTH,
         prepare=prepare,
@@ -134,7 +122,7 @@ def make_residual(batch, frames, valid, width, few):
     )
 
 
-def make_attention(batch, frames, valid, few):
+def make_attention(batch, frames, valid):
     qkv, out = tensor(batch, frames, 3 * WIDTH), tensor(batch, frames, WIDTH)
     lengths = torch.full((batch,), valid, dtype=torch.int32, device="cuda")
     key_bias = tensor(HEADS, 1024, dtype=torch.float32)
@@ -144,16 +132,13 @@ def make_attention(batch, frames, valid, few):
         mask = ops.frame_mask(lengths, frames)[:, None, None]
         return ops.attention(q, k, v, mask, key_bias[:, None, :frames]).transpose(1, 2).flatten(2)[:, :valid]
 
-    if few:
-        candidates = grid((16, 32, 64), (32, 64, 128), (4, 8), stages=(2, 3))
-    else:
-        copied = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2)]
-        copied += [(64, 256, 4, 1), (64, 256, 8, 1), (128, 256, 8, 1), (64, 128, 4, 1), (64, 128, 8, 1)]
-        candidates = [Tile(*mn, warps=w, stages=s, copied=1) for *mn, w, s in copied]
-        candidates += grid((64,), (64, 128), (4,), stages=(2, 3)) + grid((128,), (64,), (8,), stages=(2,))
-        if batch * frames <= 1024:
-            small = [(16, 64, 2), (16, 128, 2), (16, 256, 1), (32, 64, 2), (32, 128, 2)]
-            candidates += [Tile(m, n, warps=4, stages=s, copied=c) for m, n, s in small for c in (0, 1)]
+    copied = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2)]
+    copied += [(64, 256, 4, 1), (64, 256, 8, 1), (128, 256, 8, 1), (64, 128, 4, 1), (64, 128, 8, 1)]
+    candidates = [Tile(*mn, warps=w, stages=s, copied=1) for *mn, w, s in copied]
+    candidates += grid((64,), (64, 128), (4,), stages=(2, 3)) + grid((128,), (64,), (8,), stages=(2,))
+    if batch * frames <= 1024:
+        small = [(16, 64, 2), (16, 64, 3), (16, 128, 2), (16, 256, 1), (32, 64, 2), (32, 128, 2)]
+        candidates += [Tile(m, n, warps=4, stages=s, copied=c) for m, n, s in small for c in (0, 1)]
     work = batch * 4 * valid * valid * WIDTH
     return Case(
         lambda i, tile: attention(qkv, lengths, out, heads=HEADS, tile=tile, key_bias=key_bias, pdl=True),
@@ -161,7 +146,7 @@ def make_attention(batch, frames, valid, few):
     )  # fmt: skip
 
 
-def make_depthwise(batch, frames, valid, few):
+def make_depthwise(batch, frames, valid):
     tokens = batch * frames
     x, out = tensor(tokens, WIDTH), tensor(tokens, WIDTH)
     weight, bias, w, b = (tensor(*s, dtype=torch.float32) for s in ((TAPS, WIDTH), (WIDTH,), (WIDTH,), (WIDTH,)))
@@ -182,7 +167,7 @@ def make_depthwise(batch, frames, valid, few):
     )  # fmt: skip
 
 
-def make_norm(batch, frames, valid, few):
+def make_norm(batch, frames, valid):
     tokens = batch * frames
     x, out = tensor(tokens, WIDTH, dtype=torch.float32), tensor(tokens, WIDTH)
     tiles = grid((1, 2, 4, 8), (1,), (1, 2, 4, 8))
@@ -208,7 +193,7 @@ def make_norm(batch, frames, valid, few):
     )  # fmt: skip
 
 
-def make_convolution(batch, frames, valid, few, first):
+def make_convolution(batch, frames, valid, first):
     time_in = (frames - 1) * 4 + 7
     t1, f1, f2 = (time_in - 1) // 2, (BINS - 1) // 2, ((BINS - 1) // 2 - 1) // 2
     if first:
@@ -238,7 +223,7 @@ def make_convolution(batch, frames, valid, few, first):
 
     candidates = (
         grid((16, 32, 64), (32, 64, 128), (4,), k=(64, 128), stages=(3, 4))
-        if few or batch * frames <= 1024
+        if batch * frames <= 1024
         else grid((128,), (128, 256), (8,), k=(64,), stages=(3, 4))
         + grid((64, 128), (128,), (4,), k=(64,), stages=(3,))
     )
@@ -251,7 +236,7 @@ def make_convolution(batch, frames, valid, few, first):
     )  # fmt: skip
 
 
-def make_head(batch, frames, valid, few, kind):
+def make_head(batch, frames, valid, kind):
     tokens = batch * frames
     if kind == "log_softmax":
         x = tensor(tokens, VOCABULARY, dtype=torch.float32)
@@ -275,40 +260,37 @@ def make_head(batch, frames, valid, few, kind):
     groups, columns, width = (2, WIDTH, 9 * WIDTH) if kind == "subsampling_out" else (1, VOCABULARY, WIDTH)
     a, weight = tensor(groups, tokens, width), tensor(groups, columns, width, scale=width**-0.5)
     bias, out = tensor(groups, columns, dtype=torch.float32), tensor(groups, tokens, columns, dtype=torch.float32)
-    if few:
-        candidates = grid(few_rows(tokens), (16, 32, 64), (4,), k=(128, 256, 512), stages=(3,))
-    else:
-        candidates = products(tokens)
     return Case(
         lambda i, tile: linear(a, weight, bias, out, tile=tile, pdl=True),
         lambda: out, lambda: torch.stack([a[g].float() @ weight[g].float().t() + bias[g] for g in range(groups)]),
-        candidates, (a.numel() + weight.numel()) * 2 + out.numel() * 4, 2 * groups * tokens * columns * width,
+        products(tokens), (a.numel() + weight.numel()) * 2 + out.numel() * 4, 2 * groups * tokens * columns * width,
         poison=out,
     )  # fmt: skip
 
 
 CASES = {
-    "up": lambda s, h, few: make_up(*s, h, "up", few),
-    "qkv": lambda s, h, few: make_up(*s, h, "qkv", few),
-    "gated": lambda s, h, few: make_up(*s, h, "gated", few),
-    "out": lambda s, h, few: make_residual(*s, WIDTH, few),
-    "down": lambda s, h, few: make_residual(*s, h, few),
-    "attention": lambda s, h, few: make_attention(*s, few),
-    "depthwise": lambda s, h, few: make_depthwise(*s, few),
-    "norm": lambda s, h, few: make_norm(*s, few),
-    "router": lambda s, h, few: make_router(*s, few),
-    "sort": lambda s, h, few: make_sort(*s),
-    "expert_up": lambda s, h, few: (make_experts_few if few else make_experts_many)(*s, h, False),
-    "expert_down": lambda s, h, few: (make_experts_few if few else make_experts_many)(*s, h, True),
-    "first_convolution": lambda s, h, few: make_convolution(*s, few, True),
-    "next_convolution": lambda s, h, few: make_convolution(*s, few, False),
-    "subsampling_out": lambda s, h, few: make_head(*s, few, "subsampling_out"),
-    "head": lambda s, h, few: make_head(*s, few, "head"),
-    "best": lambda s, h, few: make_head(*s, few, "best"),
-    "log_softmax": lambda s, h, few: make_head(*s, few, "log_softmax"),
+    "up": lambda s, h: make_up(*s, h, "up"),
+    "qkv": lambda s, h: make_up(*s, h, "qkv"),
+    "gated": lambda s, h: make_up(*s, h, "gated"),
+    "out": lambda s, h: make_residual(*s, WIDTH),
+    "down": lambda s, h: make_residual(*s, h),
+    "attention": lambda s, h: make_attention(*s),
+    "depthwise": lambda s, h: make_depthwise(*s),
+    "norm": lambda s, h: make_norm(*s),
+    "router": lambda s, h: make_router(*s),
+    "sort": lambda s, h: make_sort(*s),
+    "expert_up": lambda s, h: make_expert_product(*s, h, False),
+    "expert_down": lambda s, h: make_expert_product(*s, h, True),
+    "experts": lambda s, h: make_experts(*s, h),
+    "first_convolution": lambda s, h: make_convolution(*s, True),
+    "next_convolution": lambda s, h: make_convolution(*s, False),
+    "subsampling_out": lambda s, h: make_head(*s, "subsampling_out"),
+    "head": lambda s, h: make_head(*s, "head"),
+    "best": lambda s, h: make_head(*s, "best"),
+    "log_softmax": lambda s, h: make_head(*s, "log_softmax"),
 }
 
 
-def make(name: str, shape: str, hidden: int, few: bool) -> Case:
+def make(name: str, shape: str, hidden: int) -> Case:
     torch.manual_seed(0)
-    return CASES[name](SHAPES[shape], hidden, few)
+    return CASES[name](SHAPES[shape], hidden)

@@ -1,4 +1,4 @@
-"""The cases of `benchmarks.kernels` that know experts: routing, sorting, and both products."""
+"""The cases of `benchmarks.kernels` that know experts: routing, sorting, each product, and both in one launch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from benchmarks.case import (
     EXPERTS,
     ONE,
     PAIRS,
+    TOGETHER,
     WIDTH,
     Case,
     grid,
@@ -20,8 +21,8 @@ from benchmarks.case import (
     streams,
     tensor,
 )
-from m3asr.engines.cuda.tiles import tiles_for
-from m3asr.kernels.experts_few import experts_few
+from m3asr.engines.cuda.packing import Linear
+from m3asr.kernels.clusters.experts import Experts, ExpertSizes
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
 from m3asr.kernels.pieces import Tile
 from m3asr.kernels.router import route
@@ -36,7 +37,7 @@ def routed(batch, frames, valid) -> torch.Tensor:
     return idx.flatten().int()
 
 
-def make_router(batch, frames, valid, few):
+def make_router(batch, frames, valid):
     tokens = batch * frames
     x, weight = tensor(tokens, WIDTH, dtype=torch.float32), tensor(WIDTH, EXPERTS, dtype=torch.float32)
     bias, heard = tensor(EXPERTS, dtype=torch.float32), tensor(tokens, 18 * EXPERTS, dtype=torch.float32)[:, :EXPERTS]
@@ -65,14 +66,12 @@ def make_router(batch, frames, valid, few):
         launch,
         lambda: torch.cat((gate.unsqueeze(1), y), 1),
         reference,
-        [*grid((1,), (1,), (4, 8, 16)), *grid((16,), (1,), (4,), k=(64, 128), stages=(2,))]
-        if few
-        else [
+        [
             *([PAIRS] if streams(tokens) else []),
             *grid((16, 32, 64), (1,), (4, 8), k=(64, 128), stages=(2, 3)),
             *grid((16,), (1,), (4, 8), k=(256,), stages=(2,)),
             *grid((16, 32), (1,), (4, 8), k=(512,), stages=(1,)),
-            Tile(1, 1, warps=4, stages=1),
+            *grid((1,), (1,), (4, 8)),
         ],
         tokens * WIDTH * (5 if streams(tokens) else 6) + WIDTH * EXPERTS * 4,
         2 * tokens * WIDTH * EXPERTS,
@@ -80,49 +79,32 @@ def make_router(batch, frames, valid, few):
     )
 
 
-def experts_tiles(width: int) -> list[Tile]:
-    """Candidates for a product of the experts of few tokens. Walkers change no machine code, so they change last: of
-    12 cuts each of the four processes that compile ahead gets three.
-    """
-    cuts = [(16, 2, 1), (16, 4, 4), (16, 8, 8), (32, 4, 1), (32, 4, 4), (32, 8, 8), (64, 8, 1), (64, 8, 8)]
-    copied = [(16, 2), (32, 2), (32, 4), (64, 4)]
-    tiles = [
-        *(Tile(16, n, width, warps, 1, parts) for n, warps, parts in cuts),
-        *(Tile(16, n, width, warps, 1, copied=1) for n, warps in copied),
-    ]
-    return [replace(tile, walkers=walkers) for walkers in (1, 2, 3, 4, 6, 8) for tile in tiles]
-
-
-def make_experts_few(batch, frames, valid, hidden, down):
-    """Both products, the other one with the best tile that is known: the second begins while the first one runs."""
-    tokens, copies = batch * frames, 3
-    usual = tiles_for("few", tokens, WIDTH, hidden, False)
+def make_experts(batch, frames, valid, hidden):
+    """Both products in one launch."""
+    tokens, copies, half = batch * frames, 3, DTYPE == torch.float16
     w_1 = tensor(copies, EXPERTS, hidden, WIDTH, scale=WIDTH**-0.5)
     w_2 = tensor(copies, EXPERTS, WIDTH, hidden, scale=hidden**-0.5)
     b_1, b_2 = (tensor(EXPERTS, n, dtype=torch.float32) for n in (hidden, WIDTH))
-    y, h, x = tensor(tokens, WIDTH), tensor(tokens, hidden), tensor(tokens, WIDTH, dtype=torch.float32)
-    idx, gate, out = routed(batch, frames, valid), torch.rand(tokens, device="cuda"), x.clone()
+    layers = [(Linear(up, b_1), Linear(down, b_2)) for up, down in zip(w_1, w_2, strict=True)]
+    y, x, gate = tensor(tokens, WIDTH), tensor(tokens, WIDTH, dtype=torch.float32), torch.rand(tokens, device="cuda")
+    idx, out = routed(batch, frames, valid), x.clone()
     here = idx >= 0
-
-    def launch(i, tile):
-        first, second = (usual.expert_up, tile) if down else (tile, usual.expert_down)
-        experts_few(y, w_1[i], b_1, idx, h, tile=first, activation="swish", pdl=True)
-        experts_few(h, w_2[i], b_2, idx, out, tile=second, residual_scale=0.5, gate=gate, known=True, pdl=True)
+    sizes = ExpertSizes(WIDTH, hidden, EXPERTS, half, swish=True, weight_bytes=DTYPE.itemsize)
+    experts = Experts(sizes, torch.device("cuda", 0))
 
     def reference():
-        rows = idx[here].long()
-        z = torch.stack([w_1[0, e].float() @ v for e, v in zip(rows, y[here].float(), strict=True)])
-        z = F.silu(z + b_1[rows])
-        if not down:
-            return z
-        z = torch.stack([w_2[0, e].float() @ v for e, v in zip(rows, z.to(DTYPE).float(), strict=True)])
-        return x[here] + 0.5 * gate[here, None] * (z + b_2[rows])
+        z = x.clone()
+        for e in idx[here].unique():
+            rows = idx == e
+            h = F.silu(y[rows].float() @ w_1[0, e].float().t() + b_1[e]).to(DTYPE).float()
+            z[rows] += 0.5 * gate[rows, None] * (h @ w_2[0, e].float().t() + b_2[e])
+        return z[here]
 
     hit = int(idx[here].unique().numel())
     return Case(
-        launch, lambda: (out if down else h)[here], reference, experts_tiles(hidden if down else WIDTH),
-        hit * hidden * WIDTH * 4 + tokens * (WIDTH * 10 + hidden * 4), 4 * tokens * hidden * WIDTH,
-        prepare=lambda: out.copy_(x), copies=copies, poison=h,
+        lambda i, tile: experts(y, idx, gate, *layers[i], out, scale=0.5, pdl=True), lambda: out[here], reference,
+        [TOGETHER], hit * hidden * WIDTH * 4 + tokens * (WIDTH * 10 + hidden * 4), 4 * tokens * hidden * WIDTH,
+        prepare=lambda: out.copy_(x), copies=copies,
     )  # fmt: skip
 
 
@@ -135,7 +117,8 @@ def turned_experts(rows) -> list[Tile]:
     return tiles + [Tile(m, n, k, w, s, copied=4, stored=1) for m in rows for n, k, w, s in stored]
 
 
-def make_experts_many(batch, frames, valid, hidden, down):
+def make_expert_product(batch, frames, valid, hidden, down):
+    """One of the two products, of sorted tokens."""
     tokens = batch * frames
     columns, width = (WIDTH, hidden) if down else (hidden, WIDTH)
     copies = 3

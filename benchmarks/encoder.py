@@ -70,7 +70,7 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
     only: words of which one must be in a variant's name.
     """
     forward, measured = engine.forward, dict(tiles.MEASURED)
-    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "regime", "beside", "fetches", "limits")}
+    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "beside", "fetches", "limits")}
     cases = {"as it is": {}, "no dependent launch": {"pdl": False}}
     limits = forward.limits
     cases["no weights fetched ahead"] = {"fetches": False}
@@ -84,8 +84,6 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
     if tiles.MEASURED:
         cases["the package's own tiles"] = {"package": True}
         cases["tiles by rule, not by measurement"] = {"rule": True}
-    if name.startswith("1x"):
-        cases |= {f"kernels for {regime} tokens": {"regime": regime} for regime in ("few", "many")}
     rows = {}
     for case, changes in cases.items():
         if changes and only and not any(word in case for word in only):

@@ -21,22 +21,25 @@ from pathlib import Path
 import torch
 
 from benchmarks.card import copy_bandwidth, gemm_peak, timed
-from benchmarks.case import DTYPE, ONLY_MANY, PAIRS, SHAPES, WIDTH, Case
+from benchmarks.case import DTYPE, MOST_TOKENS, PAIRS, SHAPES, TOGETHER, WIDTH, Case
 from benchmarks.cases import CASES, make
 from m3asr.engines.cuda import tiles
 from m3asr.kernels.linear import LIBRARY
 from m3asr.kernels.pieces import Tile
 
+# What stands in place of a tile, as it is called; and of that, what the engine has no tile for.
+INSTEAD = {LIBRARY: "library", PAIRS: "pairs", TOGETHER: "together"}
+NO_TILES = [(tile.m, tile.n) for tile in (PAIRS, TOGETHER)]
 # Relative error above which a tile is wrong, whatever its time: operands and results of 8 bits lose 2e-3 to 6e-3.
 RIGHT = 8e-3
 
 
 def compile_ahead(job) -> None:
     """In a worker: run some tiles of a case once, which leaves the compiled kernels in Triton's cache."""
-    name, shape, regime, hidden, part, parts = job
+    name, shape, hidden, part, parts = job
     try:
         with torch.inference_mode():
-            case = make(name, shape, hidden, regime == "few")
+            case = make(name, shape, hidden)
             case.prepare()
             for tile in case.tiles[part::parts]:
                 try:
@@ -69,17 +72,17 @@ def measure(case: Case, tile: Tile) -> tuple[float, float]:
 
 
 def best_tiles(cases: dict) -> dict:
-    """What `tiles.read_measured` reads: "regime operation" -> tokens -> tile, of tiles that were right and timed.
+    """What `tiles.read_measured` reads: operation -> tokens -> tile, of tiles that were right and timed.
 
-    One sort serves both products of the experts, so for many tokens their tiles have the height whose best two take
-    the least time together.
+    One sort serves both products of the experts, so their tiles have the height whose best two take the least time
+    together.
     """
     right = {
-        key: [row for row in value["tiles"] if row.get("error", 1.0) < RIGHT and (row["m"], row["n"]) != (0, PAIRS.n)]
+        key: [row for row in value["tiles"] if row.get("error", 1.0) < RIGHT and (row["m"], row["n"]) not in NO_TILES]
         for key, value in cases.items()
     }
-    for shape in {key.split()[2] for key in right}:
-        pair = [f"many {operation} {shape}" for operation in ("expert_up", "expert_down")]
+    for shape in {key.split()[1] for key in right}:
+        pair = [f"{operation} {shape}" for operation in ("expert_up", "expert_down")]
         if all(right.get(key) for key in pair):
             by_height = [{row["m"]: row for row in reversed(right[key])} for key in pair]  # the fastest of each
             shared = by_height[0].keys() & by_height[1].keys()
@@ -88,10 +91,10 @@ def best_tiles(cases: dict) -> dict:
                 right[key] = [rows[height]]
     best: dict[str, dict] = {}
     for key, rows in right.items():
-        regime, operation, shape = key.split()
+        operation, shape = key.split()
         if rows:
             tile = {field.name: rows[0][field.name] for field in dataclasses.fields(Tile)}
-            best.setdefault(f"{regime} {operation}", {})[str(SHAPES[shape][0] * SHAPES[shape][1])] = tile
+            best.setdefault(operation, {})[str(SHAPES[shape][0] * SHAPES[shape][1])] = tile
     return best
 
 
@@ -118,7 +121,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", default=["1x206", "1x1024", "16x1024"], choices=SHAPES)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--regimes", nargs="+", choices=("few", "many"), help="default: the usual one of each shape")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument(
         "--jobs",
@@ -133,14 +135,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     began = time.monotonic()
-    todo = []
-    for shape, regime, case in product(args.shapes, args.regimes or ("few", "many"), args.cases):
-        tokens = SHAPES[shape][0] * SHAPES[shape][1]
-        usual = "few" if tiles.are_few(tokens, WIDTH, False) else "many"
-        if case in ONLY_MANY and regime == "few":
-            continue
-        if regime == usual or args.regimes:
-            todo.append((case, shape, regime))
+    tokens = {shape: batch * frames for shape, (batch, frames, _) in SHAPES.items()}
+    todo = [
+        (case, shape)
+        for shape, case in product(args.shapes, args.cases)
+        if tokens[shape] <= MOST_TOKENS.get(case, tokens[shape])
+    ]
     if args.jobs:
         jobs = [(*job, args.hidden, part, 4) for job in todo for part in range(4)]
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
@@ -152,20 +152,19 @@ def main() -> None:
     print(f"copy {bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s", flush=True)
     results = {"copy_bytes_per_s": bandwidth, "bf16_flops": peak, "cases": {}}
     with torch.inference_mode():
-        for name, shape, regime in todo:
+        for name, shape in todo:
             if time.monotonic() - began > args.budget:
                 print("no time left")
                 break
             rows = []
             try:
-                case = make(name, shape, args.hidden, regime == "few")
+                case = make(name, shape, args.hidden)
             except Exception as error:
                 print(f"{name} {shape}: {type(error).__name__}: {error}")
                 continue
             if args.used:
-                tokens = SHAPES[shape][0] * SHAPES[shape][1]
-                used = getattr(tiles.tiles_for(regime, tokens, WIDTH, args.hidden, False), name)
-                case.tiles = [used, *(tile for tile in case.tiles if tile in (LIBRARY, PAIRS))]
+                used = getattr(tiles.tiles_for(tokens[shape], WIDTH, args.hidden, False), name, None)
+                case.tiles = [*([used] if used else []), *(tile for tile in case.tiles if tile in INSTEAD)]
             for tile in case.tiles:
                 try:
                     us, error = measure(case, tile)
@@ -178,16 +177,16 @@ def main() -> None:
                 continue
             rows.sort(key=lambda row: row["us"])
             floor = 1e6 * max(case.bytes / bandwidth, case.flops / peak)
-            results["cases"][f"{regime} {name} {shape}"] = {"floor_us": floor, "tiles": rows}
-            instead = {(LIBRARY.m, LIBRARY.n): "library", (PAIRS.m, PAIRS.n): "pairs"}
+            results["cases"][f"{name} {shape}"] = {"floor_us": floor, "tiles": rows}
+            instead = {(tile.m, tile.n): word for tile, word in INSTEAD.items()}
             named = [f"{instead[r['m'], r['n']]} {r['us']:.2f}; " for r in rows if (r["m"], r["n"]) in instead]
             shown = "".join(named) + "; ".join(
                 f"{r['us']:.2f} (m{r['m']} n{r['n']} k{r['k']} w{r['warps']} s{r['stages']} p{r['parts']} "
-                f"c{r['copied']} walkers{r['walkers']} stored{r['stored']} {r.get('error', 9):.0e})"
+                f"c{r['copied']} stored{r['stored']} {r.get('error', 9):.0e})"
                 for r in [r for r in rows if r["m"]][: args.show]
             )
             failed = sum("failed" in r for r in rows)
-            print(f"{shape:8s} {regime:4s} {name:18s} floor {floor:7.2f}  best {shown}  failed {failed}", flush=True)
+            print(f"{shape:8s} {name:18s} floor {floor:7.2f}  best {shown}  failed {failed}", flush=True)
             if failed:
                 print("    ", next(r["failed"] for r in rows if "failed" in r).replace("\n", " ")[:160])
             del case

@@ -16,8 +16,8 @@ from m3asr.kernels.clusters.experts import Experts
 from m3asr.kernels.pieces import Tile, release, wait
 
 NAMES = (
-    "attention", "depthwise", "experts_few", "experts_many", "first_convolution", "linear", "log_softmax",
-    "next_convolution", "norm", "norm_linear", "route", "sort_tokens",
+    "attention", "depthwise", "experts_many", "first_convolution", "linear", "log_softmax", "next_convolution", "norm",
+    "route", "sort_tokens",
 )  # fmt: skip
 METHODS = {
     **{name: (Clusters, name) for name in ("attention_gated", "convolution", "convolution_router")},
@@ -94,7 +94,7 @@ class Launches:
         return call
 
     def _kind(self, name, args, options) -> str:
-        if name == "norm_linear" or name == "linear":
+        if name == "linear":
             weight = args[1]
             if weight.dim() == 3:
                 return "subsampling's projection"
@@ -120,9 +120,7 @@ class Launches:
         if self.recording or not self.choices:
             return args
         choices, by_expert = self.changed or (self.choices, self.sorted)
-        if name == "experts_few":
-            args[3] = choices[layer]
-        elif kind == "cluster: experts":
+        if kind == "cluster: experts":
             args[1] = choices[layer]
         elif name == "experts_many":
             args[3:5] = by_expert[layer]

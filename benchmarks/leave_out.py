@@ -61,7 +61,6 @@ def main() -> None:
     parser.add_argument("--preset", default="seed", choices=("seed", "tiny"))
     parser.add_argument("--no-clusters", action="store_true", help="as longer utterances are run")
     parser.add_argument("--phases-only", action="store_true", help="of clusters, without anything left out")
-    parser.add_argument("--regime", default="auto", choices=("auto", "few", "many"))
     parser.add_argument("--tiles", type=Path, help="tiles.json of benchmarks.kernels")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=100, help="seconds after which nothing new is started")
@@ -84,7 +83,7 @@ def main() -> None:
             results["launch_us"] = of_launches(say)
         model = random_model(config, "cuda")
         spread_routers(model)
-        engine = CudaEngine(model, args.precision, regime=args.regime)
+        engine = CudaEngine(model, args.precision)
         del model
         if args.no_clusters:
             engine.forward.limits = Limits(0, 0)

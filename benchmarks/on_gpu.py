@@ -39,24 +39,29 @@ GPU_TESTS = (
 # {out}: the folder for results; {tiles}: `--tiles FILE` once there are any; {manifest}: a list of recordings.
 STAGES = {
     "tests": Stage(f"{{python}} -m pytest {GPU_TESTS} -q -n 12 --dist load -p no:cacheprovider", 300),
-    # Tiles, and with them the encoder and its variants: for few tokens, for many, and between.
-    # What a change of the experts for few tokens needs; up twice, since each product is tried beside the other's best.
+    # What a change of the experts needs: both products in one launch, and beside it those of sorted tokens.
     "tests-experts": Stage(
-        "{python} -m pytest tests/kernels/test_experts.py tests/kernels/test_router.py tests/test_cuda_engine.py -q "
-        "-n 12 --dist load -p no:cacheprovider",
-        130,
+        "{python} -m pytest tests/kernels/test_clusters.py tests/kernels/test_experts.py tests/kernels/test_router.py "
+        "tests/test_cuda_engine.py -q -n 12 --dist load -p no:cacheprovider",
+        150,
     ),
     "kernels-experts": Stage(
-        "{python} -m benchmarks.kernels --shapes 1x206 --cases expert_up expert_down expert_up --show 8 --budget 90 "
-        "--out {out}/experts",
-        105,
+        "{python} -m benchmarks.kernels --shapes 1x206 1x1024 --cases experts expert_up expert_down --used "
+        "--jobs 0 --budget 45 --out {out}/experts",
+        60,
     ),
     "experts": Stage(
-        "{python} -m benchmarks.encoder --inputs 1x206 1x1024 --precisions bf16 fp8 --variants branch rule "
+        "{python} -m benchmarks.encoder --inputs 1x206 1x1024 --precisions bf16 fp8 --variants blocks "
         "--budget 100 --no-baselines {tiles} --out {out}/experts",
         120,
     ),
-    "kernels-few": Stage("{python} -m benchmarks.kernels --shapes 1x206 --budget 100 --out {out}/few", 120),
+    # Tiles, and with them the encoder and its variants: for one short utterance, of which clusters leave Triton the
+    # front and the head; for many tokens; and between.
+    "kernels-few": Stage(
+        "{python} -m benchmarks.kernels --shapes 1x206 --cases first_convolution next_convolution subsampling_out head "
+        "best log_softmax --budget 60 --out {out}/few",
+        75,
+    ),
     "few": Stage(
         "{python} -m benchmarks.encoder --inputs 1x206 --precisions bf16 fp8 --budget 80 --no-baselines {tiles} "
         "--out {out}/few",
@@ -92,7 +97,7 @@ STAGES = {
         130,
     ),
     "kernels-between": Stage(
-        "{python} -m benchmarks.kernels --shapes 1x1024 1x2048 --regimes few many --budget 170 --out {out}/between", 190
+        "{python} -m benchmarks.kernels --shapes 1x1024 1x2048 --budget 170 --out {out}/between", 190
     ),
     "between": Stage(
         "{python} -m benchmarks.encoder --inputs 1x1024 1x2048 --precisions bf16 --budget 120 --no-baselines {tiles} "

@@ -18,18 +18,14 @@ def few_programs(monkeypatch):
 
     def larger(*args):
         rule = chosen(*args)
-        rows = {"norm": Tile(8, 1), "depthwise": Tile(2, 32)}
+        rows = {"norm": Tile(8, 1), "depthwise": Tile(2, 32, parts=2), "sort": Tile(1, 64, parts=2)}
         rows |= {"first_convolution": Tile(32, 64, k=32), "log_softmax": Tile(1, 64), "router": Tile(16, 1, k=64)}
+        # As on the cards that have a copy engine; the other ways have tests of their own.
+        copies = {"copied": 1, "stored": 2}
         wide = {
-            name: dataclasses.replace(getattr(rule, name), n=64)
+            name: dataclasses.replace(getattr(rule, name), n=64, **copies)
             for name in ("up", "qkv", "gated", "down", "out", "expert_up", "expert_down")
         }
-        copies = {}
-        if args[0] == "many":
-            # As on the cards that have a copy engine; the other ways have tests of their own.
-            copies = {"copied": 1, "stored": 2}
-            wide = {name: dataclasses.replace(tile, **copies) for name, tile in wide.items()}
-            rows |= {"sort": Tile(1, 64, parts=2), "depthwise": Tile(2, 32, parts=2)}
         attention = dataclasses.replace(rule.attention, m=16, n=16, **copies)
         return dataclasses.replace(rule, **rows, **wide, attention=attention)
 

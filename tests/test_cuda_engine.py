@@ -98,53 +98,36 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name, regime",
-    [(name, "many") for name in CONFIGS]
-    + [(name, "few") for name in ("experts", "experts, router bias, whole outputs", "other embedding network")]
-    + [(name, "few") for name in ("dense, causal, chunks, cmvn inside", "odd widths")],
-)
-def test_every_kind_of_model(device, name, regime):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_kind_of_model(device, name):
     built = model(CONFIGS[name])
-    engine = CudaEngine(built, "fp32", device, regime=regime)
+    engine = CudaEngine(built, "fp32", device)
     bins = CONFIGS[name].encoder.input_dim
     chunks = {"chunk_size": 4, "left_chunks": 1} if CONFIGS[name].encoder.use_dynamic_chunk else {}
     assert_same(engine, built, *batch(bins=bins), TOLERANCE["fp32"], **chunks)
 
 
-def test_kernels_for_few_tokens_with_more_of_one_expert_than_a_tile_has(device, monkeypatch):
-    built = model(CONFIGS["experts"])
-    engine = CudaEngine(built, "fp16", device, regime="few")
-    sorted_tokens = []
-    monkeypatch.setattr(forward_module, "sort_tokens", sorted_tokens.append)
-    assert_same(engine, built, *batch(170, (170, 90)), TOLERANCE["fp16"])
-    assert not sorted_tokens
-
-
-@pytest.mark.parametrize("regime", ["few", "many"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision(device, precision, regime):
+def test_half_precision(device, precision):
     built = model(CONFIGS["experts"])
-    assert_same(CudaEngine(built, precision, device, regime=regime), built, *batch(), TOLERANCE[precision])
+    assert_same(CudaEngine(built, precision, device), built, *batch(), TOLERANCE[precision])
 
 
-@pytest.mark.parametrize("regime", ["few", "many"])
-def test_the_best_path_without_log_probabilities(device, regime):
-    engine = CudaEngine(model(CONFIGS["experts"]), "fp16", device, regime=regime)
+def test_the_best_path_without_log_probabilities(device):
+    engine = CudaEngine(model(CONFIGS["experts"]), "fp16", device)
     graph = engine.graph_for(2, 45)
     with torch.inference_mode():
         graph.features.normal_()
         log_probs, *usual = engine.forward(graph.features, graph.lengths)
         nothing, *alone = engine.forward(graph.features, graph.lengths, best_alone=True)
-    assert (nothing is None) == (regime == "many")
+    assert nothing is None
     for one, two in zip(usual[:-1], alone[:-1], strict=True):
         assert torch.equal(one, two)
     torch.testing.assert_close(usual[-1], alone[-1], atol=1e-5, rtol=1e-5)
     assert torch.equal(log_probs.argmax(-1), alone[-2].long())
 
 
-@pytest.mark.parametrize("regime", ["few", "many"])
-def test_experts_in_eight_bits(device, monkeypatch, regime):
+def test_experts_in_eight_bits(device, monkeypatch):
     """The model whose experts have the rounded weights, but for float16 in front of them and bfloat16 elsewhere."""
     built = model(CONFIGS["experts"])
     with torch.no_grad():
@@ -157,7 +140,7 @@ def test_experts_in_eight_bits(device, monkeypatch, regime):
                 rounded = packed.weight.float() * packed.scale.unsqueeze(-1)
                 assert not torch.equal(rounded, layer.weight)
                 layer.weight.copy_(rounded)
-    engine = CudaEngine(built, "fp8", device, regime=regime)
+    engine = CudaEngine(built, "fp8", device)
     assert engine.forward.weights.main.blocks[0].up.weight.element_size() == 1
     inputs = []
     routed = forward_module.route
@@ -166,13 +149,12 @@ def test_experts_in_eight_bits(device, monkeypatch, regime):
     assert inputs and set(inputs) == {torch.float16}
 
 
-@pytest.mark.parametrize("regime", ["few", "many"])
-def test_alone_and_in_any_batch_of_the_same_bucket(device, regime):
+def test_alone_and_in_any_batch_of_the_same_bucket(device):
     """Bit for bit on the GPU, and whatever stands in the padding."""
     built = model(CONFIGS["experts"])
     # The interpreter multiplies with numpy, whose sums depend on where a row stands: there, equal but for rounding.
     tolerance = 0.0 if device.type == "cuda" else 1e-6
-    engine = CudaEngine(built, "bf16" if device.type == "cuda" else "fp32", device, regime=regime)
+    engine = CudaEngine(built, "bf16" if device.type == "cuda" else "fp32", device)
     features, lengths = batch(lengths=(33, 45))
     for b, length in enumerate(lengths):
         features[b, length:] = np.nan
@@ -191,8 +173,7 @@ def test_all_tokens_on_one_expert(device):
     with torch.no_grad():
         for block in built.encoder.blocks:
             block.feed_forward.router_bias[2] += 100.0
-    for regime in ("few", "many"):
-        assert_same(CudaEngine(built, "fp32", device, regime=regime), built, *batch(), TOLERANCE["fp32"])
+    assert_same(CudaEngine(built, "fp32", device), built, *batch(), TOLERANCE["fp32"])
 
 
 def test_poisoned_memory_is_never_read(device, monkeypatch):
@@ -203,12 +184,11 @@ def test_poisoned_memory_is_never_read(device, monkeypatch):
         return made.fill_(float("nan")) if made.dtype.is_floating_point else made.fill_(10**6)
 
     built = model(CONFIGS["experts"])
-    for regime in ("few", "many"):
-        engine = CudaEngine(built, "fp32", device, regime=regime)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", poisoned)
-            patch.setattr(torch, "empty_like", lambda t: poisoned(t.shape, dtype=t.dtype, device=t.device))
-            assert_same(engine, built, *batch(), TOLERANCE["fp32"])
+    engine = CudaEngine(built, "fp32", device)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned)
+        patch.setattr(torch, "empty_like", lambda t: poisoned(t.shape, dtype=t.dtype, device=t.device))
+        assert_same(engine, built, *batch(), TOLERANCE["fp32"])
 
 
 @pytest.mark.parametrize("frames", [0, 3, 7, 8, 10, 11, 30])
@@ -384,10 +364,9 @@ def test_weights_beyond_the_range_of_float16_are_refused(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("regime", ["few", "many"])
 @pytest.mark.parametrize("name", ["experts", "other embedding network"])
-def test_an_embedding_network_in_a_branch_of_its_own_changes_nothing(name, regime):
-    engine = CudaEngine(model(CONFIGS[name]), "bf16", "cuda", regime=regime)
+def test_an_embedding_network_in_a_branch_of_its_own_changes_nothing(name):
+    engine = CudaEngine(model(CONFIGS[name]), "bf16", "cuda")
     inputs = batch(), batch(20, (20,))
     engine.forward.beside = False
     expected = [engine(*given) for given in inputs]

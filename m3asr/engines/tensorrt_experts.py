@@ -80,17 +80,14 @@ def experts(x, expert_idx, w_1, b_1, w_2, b_2, *, activation: str):
 
 @experts.kernel
 def _launch(x, expert_idx, w_1, b_1, w_2, b_2, out, activation, workspace):
-    """Few tokens: weights of experts that have any, read once. Many: sorted by expert. The cuda engine's kernels."""
-    from m3asr.engines.cuda.tiles import are_few, fitted, tiles_for
-    from m3asr.kernels.experts_few import experts_few
+    """By the cuda engine's kernels: the tokens sorted by expert, then both products."""
+    from m3asr.engines.cuda.tiles import fitted, tiles_for
     from m3asr.kernels.experts_many import experts_many, most_tiles, sort_tokens
     from m3asr.kernels.pieces import shared_memory
 
     (tokens, width), (count, hidden) = x.shape, b_1.shape
     wide = x.dtype == torch.float32
-    few = are_few(tokens, width, wide)
-    tile = tiles_for("few" if few else "many", tokens, width, hidden, wide)
-    tile = fitted(tile, shared_memory(x.device), x.dtype.itemsize)
+    tile = fitted(tiles_for(tokens, width, hidden, wide), shared_memory(x.device), x.dtype.itemsize)
     taken = 0
 
     def piece(dtype, *shape):
@@ -105,11 +102,6 @@ def _launch(x, expert_idx, w_1, b_1, w_2, b_2, out, activation, workspace):
     # Three tf32 products keep float32's accuracy; Triton's interpreter multiplies bfloat16 operands wrongly (3.9).
     dot = {"dot": "tf32x3" if wide else "upcast" if x.device.type == "cpu" else "ieee"}
     up, down = {**dot, "tile": tile.expert_up, "activation": activation}, {**dot, "tile": tile.expert_down}
-    if few:
-        h = piece(x.dtype, tokens, hidden)
-        experts_few(x, w_1, b_1, expert_idx, h, **up)
-        experts_few(h, w_2, b_2, expert_idx, out, **down)
-        return
     rows = tile.expert_up.m
     tiles = most_tiles(tokens, count, rows)
     h = piece(x.dtype, tiles * rows, hidden)

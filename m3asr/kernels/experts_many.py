@@ -1,4 +1,4 @@
-"""Experts for many tokens: a counting sort on the device, then one grouped matrix product a layer.
+"""The experts of sorted tokens: a counting sort on the device, then one grouped matrix product a layer.
 
 The sort gives every expert a run of slots padded to whole tiles, so a tile belongs to one expert. The number of tiles
 is not known to the host: the grid is the most there can be, and tiles without an expert return at once.

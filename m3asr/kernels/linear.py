@@ -14,7 +14,6 @@ from m3asr.kernels.pieces import (
     copied_product,
     copyable,
     dot,
-    dot_parts,
     finished,
     gated,
     multiprocessors,
@@ -47,7 +46,6 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GLU: tl.constexpr,
     TABLE: tl.constexpr,
@@ -66,34 +64,22 @@ def _linear_kernel(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     bias = tl.load(b_ptr + cols, mask=cols < columns, other=0.0)
-    if BLOCK_K >= WIDTH:
-        # All of the inner dimension at once: the weights are on their way before the wait.
-        parts = tl.arange(0, PARTS)
-        k = parts[None, :, None] * (BLOCK_K // PARTS) + tl.arange(0, BLOCK_K // PARTS)[None, None, :]
-        inside = k < WIDTH  # (1, PARTS, BLOCK_K / PARTS)
-        w_at = w_ptr + cols[:, None, None] * WIDTH + k
-        w = tl.load(w_at, mask=(cols < columns)[:, None, None] & inside, other=0.0)
-        wait(PDL)
-        a_at = a_ptr + rows.to(tl.int64)[:, None, None] * WIDTH + k
-        a = tl.load(a_at, mask=(rows < tokens)[:, None, None] & inside, other=0.0)
-        acc = dot_parts(a, w, PARTS, DOT)
-    else:
-        k = tl.arange(0, BLOCK_K)
-        row_in = (rows < tokens)[:, None]
-        col_in = (cols < columns)[:, None]
-        a_at = a_ptr + rows.to(tl.int64)[:, None] * WIDTH + k[None, :]
-        w_at = w_ptr + cols[:, None] * WIDTH + k[None, :]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        wait(PDL)
-        for start in range(0, WIDTH, BLOCK_K):
-            if WIDTH % BLOCK_K == 0:
-                a = tl.load(a_at + start, mask=row_in, other=0.0)
-                w = tl.load(w_at + start, mask=col_in, other=0.0)
-            else:
-                inside = (k + start < WIDTH)[None, :]
-                a = tl.load(a_at + start, mask=row_in & inside, other=0.0)
-                w = tl.load(w_at + start, mask=col_in & inside, other=0.0)
-            acc = dot(a, tl.trans(w), acc, DOT)
+    k = tl.arange(0, BLOCK_K)
+    row_in = (rows < tokens)[:, None]
+    col_in = (cols < columns)[:, None]
+    a_at = a_ptr + rows.to(tl.int64)[:, None] * WIDTH + k[None, :]
+    w_at = w_ptr + cols[:, None] * WIDTH + k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    wait(PDL)
+    for start in range(0, WIDTH, BLOCK_K):
+        if WIDTH % BLOCK_K == 0:
+            a = tl.load(a_at + start, mask=row_in, other=0.0)
+            w = tl.load(w_at + start, mask=col_in, other=0.0)
+        else:
+            inside = (k + start < WIDTH)[None, :]
+            a = tl.load(a_at + start, mask=row_in & inside, other=0.0)
+            w = tl.load(w_at + start, mask=col_in & inside, other=0.0)
+        acc = dot(a, tl.trans(w), acc, DOT)
     finished(
         acc + bias[None, :], rows, tl.program_id(0) * BLOCK_N, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr,
         scale, BLOCK_M, BLOCK_N, ACTIVATION, GLU, TABLE, RESIDUAL, MASK,
@@ -266,7 +252,10 @@ def linear(
     """out = epilogue(a weight^T + bias), or, with `residual_scale`, out += residual_scale * epilogue(...).
 
     a (N, K) and weight (C, K) in the compute type, bias float32 (C,), out (N, C) of any type; with a leading group
-    dimension on all four, one independent product a group. activation, table, glu: as in `norm_linear`.
+    dimension on all four, one independent product a group.
+    activation: after the sum. table = (values (>= S, C/3), S): added to the middle third of the columns at position
+    token % S. glu = (lengths int32 (B,), S): columns alternate value, gate; value times sigmoid of gate, zero past the
+    length, so out is (N, C/2).
     mask = (lengths int32 (B,), S): the result counts as zero past the length.
     ahead: where programs stay, the weights are asked for, so many bytes at a time (0: not), before the wait for `a`.
     tile = LIBRARY rounds the product to the compute type once more, and ignores `dot`. A persistent tile is one
@@ -335,5 +324,5 @@ def linear(
         return
     _linear_kernel[grid](
         a_ptr=a, w_ptr=weight, table_ptr=values, a_group=tokens * width, w_group=columns * width,
-        out_group=out.shape[-1] * tokens, PARTS=tile.parts, **options,
+        out_group=out.shape[-1] * tokens, **options,
     )  # fmt: skip

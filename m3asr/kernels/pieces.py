@@ -15,11 +15,10 @@ from triton.language.extra import cuda
 class Tile:
     """How one launch is cut: output tile m x n, inner step k, and the warps and pipeline stages of a program.
 
-    parts: where a program holds the whole inner dimension, it may be cut into so many parts, summed apart by different
-    warps: a shorter chain of dependent matrix instructions, and rows whose norm is summed by few threads each.
+    parts: so many programs share the sort of an expert's tokens, if they have counts. Above 1, a program of the
+    depthwise convolution sums for the norms of all rows of a run together.
     copied: operands come by the card's copy engine. A product then runs so many programs a multiprocessor, which make
     one tile after another and fetch the next one's operands while they finish the last.
-    walkers: for the experts of few tokens, so many programs a multiprocessor walk over the experts that have tokens.
     stored: results, too, go by the copy engine, in so many slices of a tile's columns, a power of two: while they are
     under way the program multiplies on, and each slice needs few registers and little shared memory.
     """
@@ -31,7 +30,6 @@ class Tile:
     stages: int = 3
     parts: int = 1
     copied: int = 0
-    walkers: int = 0
     stored: int = 0
 
     def options(self, pdl: bool) -> dict:
@@ -80,7 +78,7 @@ def storable(tensor: torch.Tensor) -> bool:
 @triton.jit
 def release(PDL: tl.constexpr):
     """Let the next kernel begin its own prologue as soon as there is room for it: once each program called this or
-    ended. First thing in a kernel, but for `experts_few`.
+    ended. First thing in a kernel.
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -190,46 +188,12 @@ def dot(a, b, acc, DOT: tl.constexpr):
 
 
 @triton.jit
-def dot_batch(a, b, DOT: tl.constexpr):
-    """A batch of products a b, (B, M, K) (B, K, N) -> float32 (B, M, N); `dot` says what DOT is."""
-    if DOT == "upcast":
-        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        product = tl.dot(a, b, input_precision=DOT)
-    return product
-
-
-@triton.jit
-def dot_parts(a, w, PARTS: tl.constexpr, DOT: tl.constexpr):
-    """a (M, PARTS, K), w (N, PARTS, K) -> the sum over parts of a w^T, float32 (M, N); `dot` says what DOT is.
-
-    Rows stand before parts because the compiler spreads a load's threads over the first dimension after the last.
-    """
-    if PARTS == 1:
-        a, w = tl.reshape(a, (a.shape[0], a.shape[2])), tl.reshape(w, (w.shape[0], w.shape[2]))
-        product = dot(a, tl.trans(w), tl.zeros((a.shape[0], w.shape[0]), tl.float32), DOT)
-    else:
-        # A batch of products, one a part, which the compiler gives to different warps.
-        product = tl.sum(dot_batch(tl.permute(a, (1, 0, 2)), tl.permute(w, (1, 2, 0)), DOT), axis=0)
-    return product
-
-
-@triton.jit
 def normalise(x, inside, width, eps):
     """(x - mean) / sqrt(var + eps) of each row, two passes over float32 (rows, BLOCK); zero outside the width."""
     mean = mean_of(tl.sum(x, axis=1), width)
     x = tl.where(inside, x - mean[:, None], 0.0)
     variance = mean_of(tl.sum(x * x, axis=1), width)
     return x * (1.0 / tl.sqrt(variance + eps))[:, None]
-
-
-@triton.jit
-def normalise_parts(x, inside, width, eps):
-    """`normalise` of rows cut into parts: float32 (rows, parts, BLOCK / parts)."""
-    mean = mean_of(tl.sum(tl.sum(x, axis=1), axis=1), width)
-    x = tl.where(inside, x - mean[:, None, None], 0.0)
-    variance = mean_of(tl.sum(tl.sum(x * x, axis=1), axis=1), width)
-    return x * (1.0 / tl.sqrt(variance + eps))[:, None, None]
 
 
 @triton.jit

@@ -5,10 +5,8 @@ import torch
 
 from m3asr import ops
 from m3asr.engines.cuda.packing import _float8
-from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
 from m3asr.kernels.pieces import Tile
-from m3asr.kernels.router import route
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXPERTS, WIDTH, HIDDEN = 5, 32, 48
@@ -45,11 +43,7 @@ class Layer:
             result = ops.moe(self.y[valid].double(), self.expert_idx[valid].long(), *weights, "swish")
             self.reference[valid] += 0.5 * gate[valid].unsqueeze(-1) * result
 
-    def run_few(self, h, up: Tile, down: Tile, **both):
-        experts_few(self.y, self.w_1, self.b_1, self.expert_idx, h, tile=up, activation="swish", **both)
-        experts_few(h, self.w_2, self.b_2, self.expert_idx, self.x, tile=down, known=True, **self.down, **both)
-
-    def run_many(self, h, slot_token, tile_expert, tile: Tile, **both):
+    def run(self, h, slot_token, tile_expert, tile: Tile, **both):
         slots = (slot_token, tile_expert)
         experts_many(self.y, self.w_1, self.b_1, *slots, h, tile=tile, activation="swish", **both)
         experts_many(h, self.w_2, self.b_2, *slots, self.x, tile=tile, **self.down, **both)
@@ -64,29 +58,22 @@ KINDS = ["mixed", "one expert", "an empty expert", "padding", "only padding"]
 
 def cases():
     """All of them on a GPU; the interpreter, which is slow, takes each routing in float32, each type once."""
-    for regime, kind, tokens, dtype in product(["few", "many"], KINDS, [1, 37], TYPES):
+    for kind, tokens, dtype in product(KINDS, [1, 37], TYPES):
         usual = dtype == torch.float32 and tokens == 37
         marks = () if usual or (kind == "mixed" and (tokens == 37 or dtype == torch.float32)) else pytest.mark.gpu
-        yield pytest.param(dtype, tokens, kind, regime, marks=marks, id=f"{dtype}-{tokens}-{kind}-{regime}")
+        yield pytest.param(dtype, tokens, kind, marks=marks, id=f"{dtype}-{tokens}-{kind}")
 
 
-@pytest.mark.parametrize("dtype, tokens, kind, regime", list(cases()))
-def test_experts(device, options, check, poisoned, tile, dtype, tokens, kind, regime):
+@pytest.mark.parametrize("dtype, tokens, kind", list(cases()))
+def test_experts(device, options, check, poisoned, tile, dtype, tokens, kind):
     layer, both = Layer(kind, tokens, dtype, device), options(dtype)
-    if regime == "many":
-        slot_token, tile_expert = slots(tokens, EXPERTS, 16, device)
-        slot_token.fill_(10**6)
-        tile_expert.fill_(10**6)
-        sort_tokens(
-            layer.expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=16), pdl=both["pdl"]
-        )
-        taken = slot_token.view(-1, 16)[tile_expert >= 0]
-        assert sorted(taken[taken >= 0].tolist()) == layer.valid.nonzero().flatten().tolist()
-        layer.run_many(poisoned(slot_token.numel(), HIDDEN, dtype=dtype), slot_token, tile_expert, tile(), **both)
-    else:
-        # More tiles than walkers in the interpreter, whose 3 multiprocessors have few.
-        tiles = (Tile(16, 16, 32, 4, 1, 2, walkers=2), Tile(16, 16, 64, 4, 1, 4, walkers=1))
-        layer.run_few(poisoned(tokens, HIDDEN, dtype=dtype), *tiles, **both)
+    slot_token, tile_expert = slots(tokens, EXPERTS, 16, device)
+    slot_token.fill_(10**6)
+    tile_expert.fill_(10**6)
+    sort_tokens(layer.expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=16), pdl=both["pdl"])
+    taken = slot_token.view(-1, 16)[tile_expert >= 0]
+    assert sorted(taken[taken >= 0].tolist()) == layer.valid.nonzero().flatten().tolist()
+    layer.run(poisoned(slot_token.numel(), HIDDEN, dtype=dtype), slot_token, tile_expert, tile(), **both)
     layer.check(check, dtype)
 
 
@@ -102,60 +89,8 @@ def test_experts_by_programs_that_stay(device, options, check, poisoned, tile, k
     sort_tokens(layer.expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=rows, tile=tile(n=32), pdl=both["pdl"])
     h = poisoned(slot_token.numel(), HIDDEN, dtype=dtype)
     columns = 64 if rows < 64 and device.type == "cuda" else 32 if stored else 16
-    layer.run_many(h, slot_token, tile_expert, Tile(rows, columns, 32, stages=2, copied=1, stored=stored), **both)
+    layer.run(h, slot_token, tile_expert, Tile(rows, columns, 32, stages=2, copied=1, stored=stored), **both)
     layer.check(check, dtype)
-
-
-@pytest.mark.parametrize("columns", [16, 64])
-@pytest.mark.parametrize("kind", ["mixed", "one expert", "padding", "only padding"])
-def test_few_experts_whose_weights_are_copied(device, options, check, poisoned, kind, columns):
-    layer, dtype = Layer(kind, 21, torch.float16, device), torch.float16
-    tiles = (Tile(16, columns, k, stages=1, copied=1, walkers=2) for k in (32, 64))
-    layer.run_few(poisoned(21, HIDDEN, dtype=dtype), *tiles, **options(dtype))
-    layer.check(check, dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("copied", [0, 1])
-def test_the_second_product_knows_the_routing_of_its_own_layer(device, options, copied):
-    """In a chain of dependent launches whose layers route differently, and write that to one place."""
-    width, experts, tokens, layers, both = 512, 32, 64, 40, options(torch.bfloat16)
-    weights = [torch.randn(experts, *s, device=device).bfloat16() / 32 for s in ((1024, width), (width, 1024))]
-    biases = [torch.randn(experts, n, device=device) for n in (1024, width)]
-    y, x = torch.randn(tokens, width, device=device).bfloat16(), torch.randn(tokens, width, device=device)
-    zero, bias = torch.zeros(tokens, experts, device=device), torch.randn(layers, experts, device=device) * 30
-    router, lengths = torch.randn(width, experts, device=device), torch.tensor([50], dtype=torch.int32, device=device)
-    expert_idx, gate = torch.empty(tokens, dtype=torch.int32, device=device), torch.empty(tokens, device=device)
-    h = torch.empty(tokens, 1024, device=device, dtype=torch.bfloat16)
-    tiles = [Tile(16, n, k, 4, 1, copied=copied, walkers=3) for n, k in ((32, width), (16, 1024))]
-
-    def run(stop):
-        out = x.clone()
-        for i in range(layers):
-            route(
-                out, router, bias[i], zero, lengths, y, expert_idx, gate, frames=tokens, eps=1e-5, tile=Tile(1, 1),
-                pdl=both["pdl"],
-            )  # fmt: skip
-            stop()
-            experts_few(y, weights[0], biases[0], expert_idx, h, tile=tiles[0], activation="swish", **both)
-            stop()
-            experts_few(
-                h, weights[1], biases[1], expert_idx, out, tile=tiles[1], residual_scale=0.5, gate=gate, known=True,
-                **both,
-            )  # fmt: skip
-            stop()
-        return out
-
-    expected = run(torch.cuda.synchronize)
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run(lambda: None)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        captured = run(lambda: None)
-    for _ in range(20):
-        graph.replay()
-        assert torch.equal(captured, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -212,8 +147,7 @@ def test_sorting_by_counts_is_sorting(device, options, poisoned, tile, kind, tok
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("regime", ["few", "many"])
-def test_float8_weights_with_a_scale_for_each_row(device, options, check, poisoned, tile, dtype, regime):
+def test_float8_weights_with_a_scale_for_each_row(device, options, check, poisoned, tile, dtype):
     tokens = 21
     rows = torch.logspace(-3, 3, HIDDEN, device=device)
     weight = (torch.randn(EXPERTS, HIDDEN, WIDTH, device=device) / 6 * rows.view(-1, 1)).double()
@@ -227,18 +161,12 @@ def test_float8_weights_with_a_scale_for_each_row(device, options, check, poison
     chosen = expert_idx[valid].long()
     reference = (rounded[chosen] @ y[valid].double().unsqueeze(-1)).squeeze(-1) + packed.bias[chosen]
     both = {"weight_scale": packed.scale, **options(dtype)}
-    if regime == "many":
-        slot_token, tile_expert = slots(tokens, EXPERTS, 16, device)
-        sort_tokens(expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=32), pdl=both["pdl"])
-        h = poisoned(slot_token.numel(), HIDDEN)
-        experts_many(y, packed.weight, packed.bias, slot_token, tile_expert, h, tile=tile(), **both)
-        slot = torch.where(tile_expert >= 0, 1, 0).repeat_interleave(16).bool()
-        slot &= slot_token >= 0
-        out = poisoned(tokens, HIDDEN)
-        out[slot_token[slot].long()] = h[slot]
-    else:
-        out = poisoned(tokens, HIDDEN)
-        few = Tile(16, 16, 32, 4, 1, copied=1, walkers=2)
-        experts_few(y, packed.weight, packed.bias, expert_idx, out, tile=few, **both)
+    slot_token, tile_expert = slots(tokens, EXPERTS, 16, device)
+    sort_tokens(expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=32), pdl=both["pdl"])
+    h = poisoned(slot_token.numel(), HIDDEN)
+    experts_many(y, packed.weight, packed.bias, slot_token, tile_expert, h, tile=tile(), **both)
+    slot = (tile_expert >= 0).repeat_interleave(16) & (slot_token >= 0)
+    out = poisoned(tokens, HIDDEN)
+    out[slot_token[slot].long()] = h[slot]
     for columns in (slice(0, 8), slice(None), slice(-8, None)):  # each scale is right, not the largest alone
         check(out[valid][:, columns], reference[:, columns], factor=4.0)

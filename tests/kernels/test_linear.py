@@ -1,10 +1,8 @@
 import pytest
 import torch
-import torch.nn.functional as F
 
 from m3asr import ops
 from m3asr.kernels.linear import LIBRARY, linear
-from m3asr.kernels.norm_linear import norm_linear
 from m3asr.kernels.pieces import Tile
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,43 +32,9 @@ def added_to(reference, kind, lengths, frames, arguments):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("kind", ["swish", "relu", "gelu", "tanh", "hardtanh", "selu", "table", "glu", "prior"])
-@pytest.mark.parametrize("parts", [1, 4])
-def test_norm_linear(device, options, check, poisoned, tile, dtype, kind, parts):
-    frames, width, columns = 7, 48, 51 if kind != "glu" else 40
-    x = torch.randn(3 * frames, width, device=device) * 3 + 1
-    out_columns = columns // 2 if kind == "glu" else columns
-    weight = (torch.randn(columns, width, device=device) / 7).to(dtype)
-    bias = torch.randn(columns, device=device)
-    glu = (torch.tensor([7, 0, 4], dtype=torch.int32, device=device), frames) if kind == "glu" else None
-    table = (torch.randn(20, columns // 3, device=device).to(dtype), frames) if kind == "table" else None
-    activation = kind if kind in ops.ACTIVATIONS else "none"
-    prior, reference = None, x.double()
-    if kind == "prior":
-        w, b = torch.randn(2, width, device=device)
-        prior = (w, b, 1e-5, poisoned(*x.shape))
-        reference = F.layer_norm(reference, (width,), w.double(), b.double(), 1e-5)
-    expected_stream = reference
-    reference = F.layer_norm(reference, (width,), eps=1e-12)
-    reference = epilogue(reference @ weight.double().t() + bias, activation, table, glu)
-    out = poisoned(len(x), out_columns, dtype=dtype)
-    before = x.clone()
-    norm_linear(
-        x, weight, bias, out, eps=1e-12, tile=tile(parts=parts), activation=activation, table=table, glu=glu,
-        prior=prior, **options(dtype),
-    )  # fmt: skip
-    check(out, reference, dtype)
-    assert torch.equal(x, before)
-    if prior:
-        check(prior[3], expected_stream)
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(
-    "k, parts", [(16, 1), (32, 1), (64, 1), (64, 4), (0, 1)], ids=["k16", "k32", "whole", "parts", "library"]
-)
+@pytest.mark.parametrize("k", [16, 32, 64, 0], ids=["k16", "k32", "more than there is", "library"])
 @pytest.mark.parametrize("kind", ["swish", "table", "glu", "residual", "masked residual", "groups"])
-def test_linear(device, options, check, poisoned, tile, dtype, k, parts, kind):
+def test_linear(device, options, check, poisoned, tile, dtype, k, kind):
     frames, width, columns = 9, 48, 54
     a = torch.randn(2 * frames, width, device=device).to(dtype)
     weight = (torch.randn(columns, width, device=device) / 7).to(dtype)
@@ -92,7 +56,7 @@ def test_linear(device, options, check, poisoned, tile, dtype, k, parts, kind):
     out = poisoned(*reference.shape, dtype=dtype)
     if "residual" in kind:
         out, reference = added_to(reference, kind, lengths, frames, arguments)
-    linear(a, weight, bias, out, tile=tile(k=k, parts=parts) if k else LIBRARY, **arguments, **options(dtype))
+    linear(a, weight, bias, out, tile=tile(k=k) if k else LIBRARY, **arguments, **options(dtype))
     # The library's product is rounded before its epilogue.
     check(out, reference, dtype, factor=1.0 if k else 2.0)
     if k == 16 and kind in ("swish", "groups"):
@@ -102,6 +66,14 @@ def test_linear(device, options, check, poisoned, tile, dtype, k, parts, kind):
             ahead = 32 if options(dtype)["pdl"] else 0
             linear(a, weight, bias, out, tile=staying, ahead=ahead, **arguments, **options(dtype))
             check(out, reference, dtype)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh", "hardtanh", "selu"])
+def test_activations(device, options, check, poisoned, tile, activation):
+    a, weight = torch.randn(18, 48, device=device), torch.randn(54, 48, device=device) / 7
+    bias, out = torch.randn(54, device=device), poisoned(18, 54)
+    linear(a, weight, bias, out, tile=tile(), activation=activation, **options(torch.float32))
+    check(out, ops.ACTIVATIONS[activation](a.double() @ weight.double().t() + bias))
 
 
 @pytest.mark.parametrize("kind", ["swish", "table", "glu", "residual", "masked residual"])

@@ -107,7 +107,7 @@ class CudaEngine:
     # Frames of a batch that keep the card busy: 64 utterances of ten seconds.
     batch_frames = 1 << 16
 
-    def __init__(self, model, precision="fp16", device="cuda", warm=(), *, graphs=32, regime="auto", pdl=None):
+    def __init__(self, model, precision="fp16", device="cuda", warm=(), *, graphs=32, pdl=None):
         self._device = device_of(device)
         if isinstance(model, str | Path):
             from m3asr.folder import ModelFolder
@@ -130,7 +130,7 @@ class CudaEngine:
         else:
             self.device = f"Triton's interpreter on the CPU, {self.precision}"
             pdl = False
-        self.forward = Forward(self.config, packed.weights, self.precision, pdl, regime)
+        self.forward = Forward(self.config, packed.weights, self.precision, pdl)
         self._positions = 0
         self._decoder = self._load_decoder(packed.decoder)
         self._graphs: OrderedDict[tuple, Captured] = OrderedDict()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -21,12 +21,10 @@ from m3asr.kernels.attention import attention
 from m3asr.kernels.best import best_path
 from m3asr.kernels.clusters.products import ROWS, Products
 from m3asr.kernels.depthwise import depthwise
-from m3asr.kernels.experts_few import experts_few
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
-from m3asr.kernels.norm_linear import norm_linear
 from m3asr.kernels.pieces import copyable, shared_memory
 from m3asr.kernels.router import route
 from m3asr.kernels.stream import Stream, from_stream, norm_stream, to_stream
@@ -54,14 +52,13 @@ class Forward:
 
     `best_alone`: where the best path is all that is wanted, log-probabilities are not written.
     `beside`: the embedding network is a branch of its own, beside the main stack's first sub-layers, up to the router.
-    `regime` "few" or "many" fixes the kind of kernels; "auto" chooses by the number of tokens. `trace`, if set, is
-    called with ("blocks", block, x), x the block's output before its final norm, and ("routes", block, expert_idx).
-    `limits`: for how many tokens CUDA C++ takes the place of Triton. `fetches`: products by Triton of up to MOST_ASKED
-    tokens ask for their weights before they may begin.
+    `trace`, if set, is called with ("blocks", block, x), x the block's output before its final norm, and ("routes",
+    block, expert_idx). `limits`: for how many tokens CUDA C++ takes the place of Triton. `fetches`: products by Triton
+    of up to MOST_ASKED tokens ask for their weights before they may begin.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, precision: str, pdl: bool, regime: str = "auto"):
-        self.config, self.weights, self.pdl, self.regime = config, weights, pdl, regime
+    def __init__(self, config: ModelConfig, weights: Weights, precision: str, pdl: bool):
+        self.config, self.weights, self.pdl = config, weights, pdl
         self.dtype, self.experts_dtype = TYPES[precision], EXPERTS_TYPES[precision]
         self.wide = precision == "fp32"
         # Three tf32 products keep float32's accuracy; plain tf32 would not.
@@ -94,7 +91,7 @@ class Forward:
         y, hidden = self._stack(streams[-1], shape, self.weights.main, heard)
         head = self.weights.head
         best, peaks = self._new((shape.tokens,), torch.int32), self._new((shape.tokens,), torch.float32)
-        if best_alone and self.best_alone and not self._few(shape) and copyable(y) and copyable(head.weight):
+        if best_alone and self.best_alone and copyable(y) and copyable(head.weight):
             tile = self._tiles(shape, hidden.shape[1], hidden.shape[1]).best
             best_path(y, head.weight, head.bias, best, peaks, tile=tile, dot=self.dot, pdl=self.pdl)
             hidden, best, peaks = (t.unflatten(0, (shape.batch, frames)) for t in (hidden, best, peaks))
@@ -120,13 +117,8 @@ class Forward:
         """Wait for the second branch."""
         torch.cuda.current_stream(device).wait_stream(self._side)
 
-    def _few(self, shape: Shape) -> bool:
-        if self.regime != "auto":
-            return self.regime == "few"
-        return tiles.are_few(shape.tokens, self.config.encoder.attention_dim, self.wide)
-
     def _tiles(self, shape: Shape, width: int, hidden: int) -> tiles.Tiles:
-        chosen = tiles.tiles_for("few" if self._few(shape) else "many", shape.tokens, width, hidden, self.wide)
+        chosen = tiles.tiles_for(shape.tokens, width, hidden, self.wide)
         return tiles.fitted(chosen, shared_memory(self.weights.head.weight.device), self.dtype.itemsize)
 
     def _new(self, shape, dtype=None) -> Tensor:
@@ -188,12 +180,12 @@ class Forward:
     def _stack(self, x: Tensor, shape: Shape, stack: Stack, heard: Callable | None) -> tuple[Tensor, Tensor]:
         """All blocks and the last norm: -> hidden in the compute type (N, D), hidden float32 (N, D)."""
         config, prior = stack.config, None
-        products = None if self._few(shape) else self._in_clusters(config).for_products(self.limits, shape.tokens)
+        products = self._in_clusters(config).for_products(self.limits, shape.tokens)
         if products is not None:
             self._blocks_in_pairs(products, x, shape, stack, heard)
         else:
             for i, block in enumerate(stack.blocks):
-                x = self._block(x, shape, config, block, prior, partial(heard, i) if block.router else None)
+                self._block(x, shape, config, block, prior, partial(heard, i) if block.router else None)
                 self._traced(block, x)
                 prior = (*block.final_norm, config.norm_eps)
         y, hidden = self._new(x.shape), self._new(x.shape, torch.float32)
@@ -207,9 +199,9 @@ class Forward:
         if self.trace is not None:
             self.trace("blocks", block, x)
 
-    def _block(self, x, shape: Shape, config, block: Block, prior, heard) -> Tensor:
-        """One block without its final norm, which the next reader applies as its `prior`; x is overwritten. heard() is
-        asked for when the router needs it.
+    def _block(self, x, shape: Shape, config, block: Block, prior, heard) -> None:
+        """One block, in place, without its final norm, which the next reader applies as its `prior`. heard() is asked
+        for when the router needs it.
         """
         width, scale = x.shape[1], 0.5 if block.macaron_up else 1.0
         mask = (shape.lengths, shape.frames)
@@ -220,18 +212,18 @@ class Forward:
             clustered.convolution_part(kernels, x, glu, shape, config, block, routed, self.pdl)
             if routed is not None:
                 self._experts(x, shape, config, block, scale, *routed[1:])
-            return x
+            return
         if block.macaron_up:
             hidden = block.macaron_up.weight.shape[0]
             h = self._new((x.shape[0], hidden))
-            x = self._up(x, shape, config, "up", block.macaron_up, h, prior, activation=config.activation_type)
+            self._up(x, shape, config, "up", block.macaron_up, h, prior, activation=config.activation_type)
             prior = None
             tile = self._tiles(shape, width, hidden).down
             self._linear(h, block.macaron_down, x, tile=tile, residual_scale=0.5)
         tile = self._tiles(shape, width, width)
         qkv = self._new((x.shape[0], 3 * width))
         table = None if block.key_table is None else (block.key_table, shape.frames)
-        x = self._up(x, shape, config, "qkv", block.qkv, qkv, prior, table=table)
+        self._up(x, shape, config, "qkv", block.qkv, qkv, prior, table=table)
         context = self._context(qkv.view(shape.batch, shape.frames, -1), shape, config, block, tile).view(x.shape)
         self._linear(context, block.attention_out, x, tile=tile.out, residual_scale=1.0)
         glu = self._new(x.shape)
@@ -240,13 +232,12 @@ class Forward:
         self._linear(conv, block.pointwise_2, x, tile=tile.out, residual_scale=1.0, mask=mask)
         if block.router:
             self._experts(x, shape, config, block, scale, *self._route(x, shape, config, block, heard()))
-            return x
+            return
         hidden = block.up.weight.shape[0]
         h = self._new((x.shape[0], hidden))
         self._up(x, shape, config, "up", block.up, h, None, activation=config.activation_type)
         tile = self._tiles(shape, width, hidden).down
         self._linear(h, block.down, x, tile=tile, residual_scale=scale)
-        return x
 
     def _blocks_in_pairs(self, products: Products, x, shape: Shape, stack: Stack, heard: Callable | None) -> None:
         """What `_block` does, for all blocks of the stack, with products by pairs of programs and, between the first
@@ -304,25 +295,12 @@ class Forward:
         )  # fmt: skip
         return conv
 
-    def _up(self, x, shape: Shape, config, operation: str, layer, out, prior, **options) -> Tensor:
-        """out = epilogue(layer(norm(x))); returns x, or its layer norm with `prior` as the new residual stream."""
-        tiles_here = self._tiles(shape, x.shape[1], out.shape[1])
-        tile = getattr(tiles_here, operation)
-        if self._few(shape):
-            if prior:
-                prior = (*prior, torch.empty_like(x))
-                # The second norm would not fit into the registers of four warps.
-                tile = replace(tile, warps=max(8, tile.warps))
-            norm_linear(
-                x, layer.weight, layer.bias, out, eps=config.norm_eps, prior=prior, dot=self.dot, pdl=self.pdl,
-                tile=tile, **options,
-            )  # fmt: skip
-            return prior[3] if prior else x
-        y = self._new(x.shape)
+    def _up(self, x, shape: Shape, config, operation: str, layer, out, prior, **options) -> None:
+        """out = epilogue(layer(norm(x))); with `prior`, x first becomes its layer norm with that."""
+        tile, y = self._tiles(shape, x.shape[1], out.shape[1]), self._new(x.shape)
         prior = (*prior, x) if prior else None
-        norm(x, y, eps=config.norm_eps, tile=tiles_here.norm, prior=prior, pdl=self.pdl)
-        self._linear(y, layer, out, tile=tile, **options)
-        return x
+        norm(x, y, eps=config.norm_eps, tile=tile.norm, prior=prior, pdl=self.pdl)
+        self._linear(y, layer, out, tile=getattr(tile, operation), **options)
 
     def _in_clusters(self, config) -> clustered.ClusteredStack:
         return self.clustered[0 if config is self.weights.main.config else 1]
@@ -340,7 +318,7 @@ class Forward:
         tile, counts = self._tiles(shape, width, hidden), None
         counted = ROWS if products else tile.router.m
         # Whoever watches may change the choices, and then the router's counts are no longer theirs.
-        if tile.sort.parts > 1 and not self._few(shape) and self.trace is None:
+        if tile.sort.parts > 1 and self.trace is None:
             counts = self._new((-(-shape.tokens // counted), experts), torch.int32)
         options = {"frames": shape.frames, "eps": config.norm_eps, "scale": block.router_scale, "counts": counts}
         heard, *found = self._routed(shape, width, heard)
@@ -367,11 +345,6 @@ class Forward:
         up = {"activation": config.activation_type, "tile": tile.expert_up, "weight_scale": block.up.scale}
         down = {"residual_scale": scale, "gate": gate, "tile": tile.expert_down, "weight_scale": block.down.scale}
         both = {"dot": self.dot, "pdl": self.pdl}
-        if self._few(shape):
-            h = self._new((tokens, hidden), self.experts_dtype)
-            experts_few(y, block.up.weight, block.up.bias, expert_idx, h, **up, **both)
-            experts_few(h, block.down.weight, block.down.bias, expert_idx, x, known=True, **down, **both)
-            return None
         rows = tile.expert_up.m
         slot_token, tile_expert = slots(tokens, experts, rows, y.device)
         more = (self._new((slot_token.numel(), width)), torch.empty_like(expert_idx)) if streams else None

@@ -133,7 +133,7 @@ class Clusters:
     def attention_gated(
         self, qkv, lengths, key_bias, x, out, gated, gated_sums, glu, *, frames, eps, pdl=False
     ) -> None:
-        """x += out(attention(qkv)); glu = gated(norm(x)), zero past the length: see `attention` and `norm_linear`.
+        """x += out(attention(qkv)); glu = gated(norm(x)), zero past the length: see `attention` and `linear`.
 
         qkv (N, 3D), lengths int32 (B,), key_bias float32 (H, >= S) or None, glu (N, D).
         """
