@@ -1,5 +1,5 @@
-"""What CUDA C++ does (`kernels.clusters`): blocks of few tokens in three launches in place of ten, the experts of up to
-some hundred in one, and the products of many.
+"""What CUDA C++ does (`kernels.clusters`): blocks of few tokens in three launches, the experts of up to 256 in one, and the
+products of many.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from m3asr.kernels.clusters.products import Products, ProductSizes
 
 @dataclass(frozen=True)
 class Limits:
-    """The most tokens for which blocks, and experts, run so; 0: never. each: of these tokens, the most an expert, so many
-    that their weights come slower than they are multiplied. The fewest for which products do; inf: never.
-    With 16384 a forward of the seed's model takes 0.89 of what it takes without, with 4096 0.98, with 512 1.15 (H100).
+    """The most tokens for which blocks, and experts, run so; 0: never. each: the most tokens an expert, of so many that
+    its weights come slower than they are multiplied. The fewest tokens for which products run so; inf: never. With
+    16384 a forward of the seed's model takes 0.89 of what it takes without, with 4096 0.98, with 512 1.15 (H100).
     timed: see `clusters.Sizes`.
     """
 
