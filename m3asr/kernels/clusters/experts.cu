@@ -69,10 +69,10 @@ struct Routing {
     }
 };
 
-// N columns of a product over K, weights in shared memory as the copy engine leaves them: in tiles of 128 bytes of all N
-// rows. Warps share K in KG parts, 64 bytes of a row at a time, and the columns in WARPS / KG. Of 128 bytes a thread has
-// every fourth pair of 16: the same permutation of the matrix unit's order for both operands, and no two threads of a
-// request want the same bank.
+// N columns of a product over K, weights in shared memory as the copy engine leaves them: in tiles of 128 bytes of all
+// N rows. Warps share K in KG parts, 64 bytes of a row at a time, and the columns in WARPS / KG. Of 128 bytes a thread
+// has a pair of 16, one a step: the same permutation of the matrix unit's order for both operands, and no two threads of
+// a request want the same bank.
 template <int K, int N, int KG> struct Slice {
     static constexpr int TILES = (K * WEIGHT_BYTES + 127) / 128, BYTES = TILES * N * 128, PITCH = N + 8;
     static constexpr int STEPS = (2 * TILES + KG - 1) / KG, MINE = N * KG / WARPS;  // columns of a warp
@@ -98,7 +98,7 @@ template <int K, int N, int KG> struct Slice {
         float c[MINE / 8][4] = {};
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            const int step = i * KG + warp % KG, sixteen = step / 2 * 8 + t * 2 + step % 2;  // bytes of a row of weights
+            const int step = i * KG + warp % KG, sixteen = step / 2 * 8 + t * 2 + step % 2;  // of 16 bytes, which
             const int k = sixteen * (16 / WEIGHT_BYTES);
             if (step >= 2 * TILES) break;
             uint4 low[2 / WEIGHT_BYTES], high[2 / WEIGHT_BYTES];
@@ -175,7 +175,9 @@ struct Place {
         taken = (int*)(rows_empty + BUFFERS), routing = (Routing*)(taken + STAGES);
     }
     DEVICE void open() const {
-        for (int i = 0; i < STAGES; i++) opened(full + i, 1), opened(empty + i, 1), opened(known + i, 1), opened(made + i, 1);
+        for (int i = 0; i < STAGES; i++) {
+            opened(full + i, 1), opened(empty + i, 1), opened(known + i, 1), opened(made + i, 1);
+        }
         for (int i = 0; i < BUFFERS; i++) opened(rows_full + i, 1), opened(rows_empty + i, 1);
     }
     DEVICE char* weights(int stage) const { return memory + stage * STAGE; }
@@ -232,8 +234,9 @@ KERNEL experts(
         for (int n = 0, pass = 0;; n++) {
             const int stage = n % STAGES;
             arrived(place.known + stage, n / STAGES % 2);
-            const int slice = place.taken[stage], number = slice < ups ? slice / UP_SLICES : (slice - ups) / DOWN_SLICES;
+            const int slice = place.taken[stage];
             if (slice >= all) break;
+            const int number = slice < ups ? slice / UP_SLICES : (slice - ups) / DOWN_SLICES;
             if (slice >= ups) {
                 while (heard_of(state->done + number) < UP_SLICES) {}
                 written_seen_by_copies();
@@ -281,11 +284,13 @@ KERNEL experts(
                     Number* to = h + (long long)token * HIDDEN + slice % UP_SLICES * UP_COLUMNS + Up::column();
                     if (used)
 #pragma unroll
-                        for (int k = 0; k < Up::EACH; k += 2) *(u32*)(to + k) = pair(activate(v[k]), activate(v[k + 1]));
+                        for (int k = 0; k < Up::EACH; k += 2)
+                            *(u32*)(to + k) = pair(activate(v[k]), activate(v[k + 1]));
                 } else {
                     float v[Down::EACH];
                     Down::result(place.sums, place.of_columns(n), v);
-                    float* to = x + (long long)token * WIDTH + (slice - ups) % DOWN_SLICES * DOWN_COLUMNS + Down::column();
+                    float* to = x + (long long)token * WIDTH + (slice - ups) % DOWN_SLICES * DOWN_COLUMNS;
+                    to += Down::column();
                     if (used && Down::mine())
 #pragma unroll
                         for (int k = 0; k < Down::EACH; k += 2)

@@ -70,8 +70,8 @@ DEVICE void arrived(Flag* flag) {
                      : "=r"(done) : "r"(shared_address(flag)) : "memory");
 }
 
-// Numbers to the same place of another program of the cluster, whose flag at the same place counts their bytes: who waits
-// for them needs no barrier, which takes as long as they do. `opened` and `expected` come before the cluster meets.
+// Numbers to the same place of another program of the cluster, whose flag at the same place counts their bytes: who
+// waits for them needs no barrier, which takes as long as they do. `opened` and `expected` come before the cluster meets.
 DEVICE u32 address_at(const void* p, int program) {
     u32 there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(program));
