@@ -126,7 +126,8 @@ def own_block_errors(engine: CudaEngine, reference: Reference, frames: int) -> l
             if before is not None:
                 experts = stack.config.moe.num_experts if block.router else 0
                 mine = partial(heard.narrow, 1, i * experts, experts) if block.router else None
-                x = forward._block(before.float().flatten(0, 1).clone(), shape, stack.config, block, None, mine)
+                x = before.float().flatten(0, 1).clone()
+                forward._block(x, shape, stack.config, block, None, mine)
                 x = torch.nn.functional.layer_norm(x, x.shape[-1:], *block.final_norm, stack.config.norm_eps)
                 errors.append(float(f"{relative(x, expected.flatten(0, 1)):.1e}"))
             before = expected

@@ -61,7 +61,11 @@ static Fibre& mate(int lane) { return fibres[here->program * THREADS + here->thr
 
 DEVICE int thread() { return here->thread; }
 DEVICE int group() { return group_now; }
+#ifdef AT_ONCE  // single programs, so many of which run at once
+DEVICE int groups() { return groups_all * PROGRAMS; }
+#else
 DEVICE int groups() { return groups_all; }
+#endif
 DEVICE int rank() { return here->program; }
 DEVICE void sync() { meet(of_program[here->program], THREADS); }
 DEVICE void together() { meet(warp_gate(), 32); }

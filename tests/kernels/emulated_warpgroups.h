@@ -95,9 +95,9 @@ DEVICE void stores_read() {
     of_stores[here].clear();
 }
 static Gate of_four[PROGRAMS][THREADS / 128 + 1];
-static Gate of_eight, of_nine;
-DEVICE void sync_eight() { meet(of_eight, 256); }
-DEVICE void sync_nine() { meet(of_nine, 288); }
+static Gate of_eight[PROGRAMS], of_nine[PROGRAMS];
+DEVICE void sync_eight() { meet(of_eight[here->program], 256); }
+DEVICE void sync_nine() { meet(of_nine[here->program], 288); }
 DEVICE void written_seen_by_copies() {}
 DEVICE void sync_four(int group) { meet(of_four[here->program][group], 128); }
 

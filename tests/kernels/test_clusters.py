@@ -203,13 +203,13 @@ if torch.cuda.is_available():  # the emulated card is slow
     ] + [(512, hidden, 240, "spread", dtype) for hidden in (1024, 2048) for dtype in (torch.bfloat16, EIGHT_BITS)]
 
 
-@pytest.mark.parametrize("width, hidden, tokens, kind, dtype", EXPERT_CASES)
-def test_experts(load_experts, layer, check, device, width, hidden, tokens, kind, dtype):
+def run_experts(load, layer, check, device, width, hidden, experts, tokens, kind, dtype, seeds=(0, 0)):
+    """Twice and more, so that what programs told each other must be forgotten; the first time without gates."""
     inputs = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-    sizes = ExpertSizes(width, hidden, EXPERTS, inputs == torch.float16, True, dtype.itemsize)
+    sizes = ExpertSizes(width, hidden, experts, inputs == torch.float16, True, dtype.itemsize)
     assert sizes.fit()
-    experts = Experts(sizes, device, load_experts)
-    up, down = layer(hidden, width, inputs, EXPERTS), layer(width, hidden, inputs, EXPERTS)
+    launcher = Experts(sizes, device, load)
+    up, down = layer(hidden, width, inputs, experts), layer(width, hidden, inputs, experts)
     up.scale = down.scale = None
     weights = [up.weight, down.weight]
     if dtype == EIGHT_BITS:
@@ -217,26 +217,48 @@ def test_experts(load_experts, layer, check, device, width, hidden, tokens, kind
             part.scale = part.weight.float().abs().amax(-1) / 448
             part.weight = (part.weight.float() / part.scale[..., None]).to(dtype)
             weights[i] = part.weight.double() * part.scale[..., None].double()
-    for repeat in range(2):  # what programs told each other is forgotten
+    for repeat, seed in enumerate(seeds):
+        if device.type == "cpu":
+            launcher.kernels.seed = seed
         y, gate = torch.randn(tokens, width, device=device).to(inputs), torch.rand(tokens, device=device)
-        idx = torch.randint(3 if kind == "few experts" else EXPERTS, (tokens,), device=device)
+        idx = torch.randint(min(3, experts) if kind == "few experts" else experts, (tokens,), device=device)
         if kind == "one expert":
-            idx[:] = 31
+            idx[:] = experts - 1
         if kind in ("padding", "few experts"):
             idx[1::3] = -1
         if kind == "only padding":
             idx[:] = -1
         x = torch.randn(tokens, width, device=device)
         before, expected, valid = x.clone(), x.double(), idx >= 0
+        factor = 0.5 * (gate if repeat else torch.ones_like(gate))
         if valid.any():
             layers = (t.double() for t in (weights[0], up.bias, weights[1], down.bias))
-            expected[valid] += 0.5 * gate[valid, None] * ops.moe(y[valid].double(), idx[valid], *layers, "swish")
-        experts(y, idx.int(), gate if repeat else None, up, down, x, scale=0.5, pdl=pdl(device))
-        if not repeat:
-            expected[valid] = before[valid] + (expected[valid] - before[valid]) / gate[valid, None]
+            expected[valid] += factor[valid, None] * ops.moe(y[valid].double(), idx[valid], *layers, "swish")
+        launcher(y, idx.int(), gate if repeat else None, up, down, x, scale=0.5, pdl=pdl(device))
         check(x, expected, inputs)
         assert torch.equal(x[~valid], before[~valid])
-    assert not experts._state.any()
+    assert not launcher._state.any()
+
+
+@pytest.mark.parametrize("width, hidden, tokens, kind, dtype", EXPERT_CASES)
+def test_experts(load_experts, layer, check, device, width, hidden, tokens, kind, dtype):
+    run_experts(load_experts, layer, check, device, width, hidden, EXPERTS, tokens, kind, dtype)
+
+
+@pytest.mark.parametrize(
+    "experts, tokens, dtype", [(4, 20, EIGHT_BITS), (32, 48, torch.float16), (2, 250, torch.float16)]
+)
+def test_experts_of_programs_at_once(load_experts, layer, check, device, experts, tokens, dtype):
+    """Four programs take slices of each other, in whatever order their threads run."""
+    if device.type == "cuda":
+        pytest.skip("for the emulated card")
+
+    def load(defined, files, device):
+        return load_experts(
+            defined.replace("#define PROGRAMS 1\n", "#define PROGRAMS 4\n#define AT_ONCE\n"), files, device
+        )
+
+    run_experts(load, layer, check, device, 64, 128, experts, tokens, "padding", dtype, seeds=range(4))
 
 
 def test_order_of_threads_does_not_matter(clusters, layer, load, device):

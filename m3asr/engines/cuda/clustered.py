@@ -1,5 +1,5 @@
-"""What CUDA C++ does (`kernels.clusters`): blocks of few tokens in three launches, the experts of up to 256 in one, and the
-products of many.
+"""What CUDA C++ does (`kernels.clusters`): blocks of few tokens in three launches, the experts of up to 256 in one, and
+the products of many.
 """
 
 from __future__ import annotations
