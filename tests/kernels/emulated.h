@@ -94,14 +94,6 @@ DEVICE u32 bits_of(float v) {
     return bits;
 }
 DEVICE float shuffle(float v, int mask) { return float_of(shuffle(bits_of(v), mask)); }
-DEVICE u32 ballot(bool v) {
-    here->given[0] = v;
-    together();
-    u32 all = 0;
-    for (int lane = 0; lane < 32; lane++) all |= mate(lane).given[0] << lane;
-    together();
-    return all;
-}
 DEVICE u32 alike(int v) {
     here->given[0] = v;
     together();

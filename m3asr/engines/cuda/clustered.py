@@ -121,8 +121,8 @@ def on_hopper(device: torch.device) -> bool:
 def _aligned(blocks: list[Block]) -> bool:
     """Whether all weights begin where 16 bytes can be read at once."""
     parts = [getattr(block, field.name) for block in blocks for field in fields(block)]
-    tensors = [t for p in parts if isinstance(p, Linear) for t in (p.weight, p.bias)]
-    return all(t.data_ptr() % 16 == 0 for t in tensors + [p for p in parts if isinstance(p, Tensor)])
+    parts += [t for p in parts if isinstance(p, Linear) for t in (p.weight, p.bias, p.scale)]
+    return all(p.data_ptr() % 16 == 0 for p in parts if isinstance(p, Tensor))
 
 
 def clustered(weights: Weights, dtype: torch.dtype, experts_dtype: torch.dtype) -> list[ClusteredStack | None]:

@@ -26,18 +26,10 @@ DEVICE void release() { asm volatile("griddepcontrol.launch_dependents;" ::: "me
 DEVICE void wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE float shuffle(float v, int mask) { return __shfl_xor_sync(0xffffffff, v, mask); }
 DEVICE u32 shuffle(u32 v, int mask) { return __shfl_xor_sync(0xffffffff, v, mask); }
-DEVICE u32 ballot(bool v) { return __ballot_sync(0xffffffff, v); }
 DEVICE u32 alike(int v) { return __match_any_sync(0xffffffff, v); }  // the lanes that have the same
 DEVICE int ones(u32 v) { return __popc(v); }
 DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 bits_of(float v) { return __float_as_uint(v); }
-
-// The same place in the shared memory of another program of the cluster.
-template <class T> DEVICE T* of(T* place, int program) {
-    T* there;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(program));
-    return there;
-}
 
 // Weights, which no kernel writes; volatile, so that they are asked for before a wait that stands behind them.
 DEVICE uint4 weights16(const void* p) {
