@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,6 +208,20 @@ def test_empty_batch(device):
     engine = CudaEngine(model(CONFIGS["dense"]), "fp32", device)
     log_probs, hidden, lengths = engine(np.zeros((0, 30, 20), np.float32), np.zeros(0, np.int32))
     assert log_probs.shape == (0, 6, 37) and hidden.shape == (0, 6, 32) and lengths.shape == (0,)
+
+
+@torch.inference_mode()
+def test_what_the_benchmark_measures_errors_by(device, monkeypatch):
+    """`benchmarks.encoder` times nothing that this finds wrong: each block alone, a run told the experts, and all."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    from benchmarks.accuracy import Reference, check
+
+    built = model(CONFIGS["experts"], device)
+    features, lengths = (torch.from_numpy(given).to(device) for given in batch(lengths=(45,)))
+    found = check(CudaEngine(built, "fp32", device), Reference(built, features, lengths), features, lengths)
+    assert max(found["hidden_error_told"], *found["block_errors"], *found["own_block_errors"]) < TOLERANCE["fp32"]
+    assert len(found["block_errors"]) == 3 and len(found["own_block_errors"]) == 1  # of the blocks behind a first one
+    assert found["replay_equals_launches"] and found["lengths_right"]
 
 
 def test_a_replay_equals_the_launches_and_shapes_come_and_go(device):
