@@ -1,4 +1,4 @@
-"""What CUDA C++ does (`kernels.clusters`): blocks of few tokens in three launches, the experts of up to 256 in one, and
+"""What CUDA C++ does (`kernels.clusters`): blocks of few tokens in four launches, the experts of up to 256 in one, and
 the products of many.
 """
 

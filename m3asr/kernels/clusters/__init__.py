@@ -1,4 +1,4 @@
-"""A Conformer block for few tokens in three launches of several steps each, in CUDA C++; with experts one more.
+"""A Conformer block for few tokens in four launches of several steps each, in CUDA C++; one of them is the experts'.
 
 With few tokens a launch of one step spends most of its time on beginning, on reading what the launch before it wrote
 and on waiting for its last program. Here the steps of a launch are for 16 rows, and the programs that share them are a
