@@ -10,6 +10,7 @@ import torch
 
 from m3asr.engines.cuda.clustered import Limits
 from m3asr.engines.cuda.packing import Linear
+from m3asr.kernels.clusters import experts
 from m3asr.kernels.clusters.products import Products, ProductSizes
 from m3asr.kernels.linear import LIBRARY
 from m3asr.kernels.pieces import Tile
@@ -24,7 +25,7 @@ SHAPES = {
     "64x1024": (64, 256, 255),
 }
 # Cases that are for no more tokens than so many.
-MOST_TOKENS = {"experts": 256}
+MOST_TOKENS = {"experts": experts.MOST_TOKENS}
 WIDTH, HEADS, EXPERTS, VOCABULARY, BINS, TAPS = 512, 8, 32, 5537, 40, 15
 DTYPE = torch.bfloat16
 # In place of a tile: by pairs of programs (`kernels.clusters.products`).

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass, fields
+from functools import cached_property
 
 import torch
 
@@ -97,7 +98,7 @@ class Clusters:
         self.sizes, self._device, self._load = sizes, device, load
         self.sums = PerWeight(row_sums)
 
-    @property
+    @cached_property
     def kernels(self) -> Kernels:
         """Compiled, or found where they are kept, when they are first asked for."""
         return self._load(*self.sizes.source(), self._device)

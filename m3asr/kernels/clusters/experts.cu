@@ -200,9 +200,10 @@ KERNEL experts(
     if (thread() == 0) place.open();
     wait();
     int next = 0;
-    if (warp == WEIGHTS_WARP && lane == 0) next = counted_by_all(&state->taken, 1);
+    if (warp == WEIGHTS_WARP && lane == 0) next = counted_by_all(&state->taken);
     routing.read(chosen, gates, tokens);
     const int ups = routing.count * UP_SLICES, all = ups + routing.count * DOWN_SLICES;
+    auto part_of = [&](int slice) { return slice < ups ? slice / UP_SLICES : (slice - ups) / DOWN_SLICES; };
 
     if (warp == WEIGHTS_WARP) {  // takes slices, brings their weights, and tells of those that are made
         if (lane == 0)
@@ -211,7 +212,7 @@ KERNEL experts(
                 int made = all;
                 if (n >= STAGES) arrived(place.empty + stage, n / STAGES % 2 ^ 1), made = place.taken[stage];
                 const int slice = next;
-                next = counted_by_all(&state->taken, 1);
+                next = counted_by_all(&state->taken);
                 place.taken[stage] = slice;
                 arrive_here(place.known + stage);
                 char* to = place.weights(stage);
@@ -236,7 +237,7 @@ KERNEL experts(
             arrived(place.known + stage, n / STAGES % 2);
             const int slice = place.taken[stage];
             if (slice >= all) break;
-            const int number = slice < ups ? slice / UP_SLICES : (slice - ups) / DOWN_SLICES;
+            const int number = part_of(slice);
             if (slice >= ups) {
                 while (heard_of(state->done + number) < UP_SLICES) {}
                 written_seen_by_copies();
@@ -263,7 +264,7 @@ KERNEL experts(
             const int slice = place.taken[stage];
             if (slice >= all) break;
             const bool up = slice < ups;
-            const Part part = routing.parts[up ? slice / UP_SLICES : (slice - ups) / DOWN_SLICES];
+            const Part part = routing.parts[part_of(slice)];
             for (int first = 0; first < part.count; first += 16, pass++) {
                 const int buffer = pass % BUFFERS;
                 const bool used = first + row < part.count;
@@ -302,7 +303,7 @@ KERNEL experts(
         }
     }
     sync();
-    if (thread() == 0 && counted_by_all(&state->finished, 1) == groups() - 1) {
+    if (thread() == 0 && counted_by_all(&state->finished) == groups() - 1) {
         state->taken = state->finished = 0;
         for (int i = 0; i < MOST_PARTS; i++) state->done[i] = 0;
     }

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
+from functools import cached_property
 
 import torch
 
-from m3asr.kernels.clusters.machine import Kernels, PerWeight, on_card
+from m3asr.kernels.clusters.machine import SHARED_BYTES, Kernels, PerWeight, on_card
 from m3asr.kernels.pieces import multiprocessors
 
 FILES = ("activation.cu", "experts.cu")
 THREADS = 320  # eight warps that multiply, one that brings rows, one that takes slices and brings weights
 SLICE_BYTES = 64 << 10  # of weights, at most
 MOST_TOKENS, MOST_EXPERTS, PART = 256, 32, 64
-SHARED_BYTES, MOST_STAGES = 227 << 10, 4
+MOST_STAGES = 4
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,9 @@ class Experts:
         self.sizes, self._device, self._load = sizes, device, load
         # Not of self, which would then live until the garbage collector comes.
         self._matrix = PerWeight(lambda weight, kernels, rows: kernels.matrix(_flat(weight), rows))
-        self.programs = multiprocessors(device)
         self._state = torch.zeros(2 + MOST_EXPERTS + MOST_TOKENS // PART, dtype=torch.int32, device=device)
 
-    @property
+    @cached_property
     def kernels(self) -> Kernels:
         """Compiled, or found where they are kept, when they are first asked for."""
         return self._load(*self.sizes.source(), self._device)
@@ -104,7 +104,7 @@ class Experts:
         h = torch.empty(tokens, sizes.hidden, dtype=y.dtype, device=y.device)
         weights = (self._matrix(layer.weight, kernels, n) for layer, n in zip((up, down), sizes.columns, strict=True))
         kernels.launch(
-            "experts", self.programs, THREADS, *weights, y, expert_idx, gate, up.scale, up.bias,
+            "experts", multiprocessors(self._device), THREADS, *weights, y, expert_idx, gate, up.scale, up.bias,
             down.scale, down.bias, h, x, self._state, tokens, float(scale), shared=sizes.shared_bytes, pdl=pdl,
         )  # fmt: skip
 

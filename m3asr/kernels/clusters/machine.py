@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parent
 NVRTC_NAMES, DRIVER_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"), ("libcuda.so.1",)
 CLUSTER, DEPENDENT = 4, 6  # CUlaunchAttributeID
 DYNAMIC_SHARED, ANY_CLUSTER = 8, 14  # CUfunction_attribute
+SHARED_BYTES = 227 << 10  # that a program of a Hopper card may have
 TENSOR_TYPES = {torch.int8: 0, torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 SWIZZLED, PROMOTED_256 = {64: 2, 128: 3}, 3  # by a tile's bytes: CUtensorMapSwizzle; CUtensorMapL2promotion
 

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from m3asr.kernels.clusters.machine import Kernels, PerWeight, on_card, row_sums
+from m3asr.kernels.clusters.machine import SHARED_BYTES, Kernels, PerWeight, on_card, row_sums
 from m3asr.kernels.stream import Stream
 
 FILES, ROUTER_FILES = ("activation.cu", "stream.cu", "results.cu", "products.cu"), ("stream.cu", "route.cu")
@@ -18,7 +18,6 @@ PROGRAMS, ROWS = 2, 64
 GROUPS = 3  # of four warps that multiply; two more warps ask for copies
 THREADS = 128 * GROUPS + 64
 COLUMNS, ADDED_COLUMNS = 128, 64  # of a program: of a product by itself, and of one that is added to x
-SHARED_BYTES = 227 << 10
 MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again are for tiles
 ROUTER_THREADS, MOST_EXPERTS = 128, 64
 
