@@ -216,6 +216,8 @@ def test_what_the_benchmark_measures_errors_by(device, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
     from benchmarks.accuracy import Reference, check
 
+    # PyTorch's convolutions on a card would have 10 bits, as `benchmarks.encoder` knows: 2e-4 where 1e-5 is asked.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     built = model(CONFIGS["experts"], device)
     features, lengths = (torch.from_numpy(given).to(device) for given in batch(lengths=(45,)))
     found = check(CudaEngine(built, "fp32", device), Reference(built, features, lengths), features, lengths)
