@@ -1,5 +1,7 @@
 """The CUDA engine where programs work in clusters. Their kernels alone are tested everywhere (tests/kernels)."""
 
+import math
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -12,6 +14,7 @@ from m3asr.config import EncoderConfig, ModelConfig, MoEConfig  # noqa: E402
 from m3asr.engines.cuda import CudaEngine  # noqa: E402
 from m3asr.engines.cuda.clustered import ClusteredStack, Limits  # noqa: E402
 from m3asr.engines.cuda.packing import EXPERTS_TYPES, TYPES, pack  # noqa: E402
+from m3asr.kernels.clusters.products import MANY, SOME  # noqa: E402
 from m3asr.model import Model  # noqa: E402
 
 
@@ -79,12 +82,14 @@ def test_what_pairs_run(changes, precision, there):
     config_ = config(blocks=(1, 1), **changes)
     packed = pack(config_, model(config_).state_dict(), precision, "cpu")
     stack = ClusteredStack(packed.weights.main, 32, TYPES[precision], EXPERTS_TYPES[precision], load=lambda *_: None)
-    assert (stack.for_products(Limits(), 4096) is not None) == there
-    assert stack.for_products(Limits(), 4095) is None
-    assert stack.for_products(Limits(products=float("inf")), 10**6) is None
+    found = [stack.for_products(Limits(), tokens) for tokens in (1100, 2699, 2700)]
+    assert [products and products.sizes.cut for products in found] == ([SOME, SOME, MANY] if there else [None] * 3)
+    assert stack.for_products(Limits(), 1099) is None
+    assert stack.for_products(Limits(products=math.inf), 10**6) is None
 
 
-def test_blocks_in_pairs(tmp_path, few_programs):  # noqa: F811
+@pytest.mark.parametrize("many", [1, 10**9], ids=["many", "some"])
+def test_blocks_in_pairs(tmp_path, few_programs, many):  # noqa: F811
     """A whole forward whose products are made by pairs of programs, on an emulated card: the same but for rounding, and
     each block; the same bits when nobody watches, and the router counts for the sort.
     """
@@ -96,8 +101,8 @@ def test_blocks_in_pairs(tmp_path, few_programs):  # noqa: F811
     load = emulator(tmp_path, "emulated_warpgroups.h")
     stacks = forward.weights.main, forward.weights.embed
     forward.clustered = [ClusteredStack(stack, 4, torch.float16, torch.float16, load=load) for stack in stacks]
-    for products in (float("inf"), 1):
-        forward.limits = Limits(0, 0, products=products)
+    for products in (math.inf, 1):
+        forward.limits = Limits(0, 0, products=products, many=many)
         forward.trace = lambda kind, block, value: traced.append((kind, value.clone()))
         results.append(forward(features, lengths)[1])
     assert not torch.equal(*results), "the products were not used"
@@ -131,7 +136,9 @@ def test_clusters_agree_with_single_launches(engines, precision, tolerance, batc
     features = torch.randn(batch, frames, 20, device="cuda")
     lengths = torch.tensor([frames, frames // 2][:batch], dtype=torch.int32, device="cuda")
     results = []
-    for limits in (Limits(0, 0), Limits(block=0), Limits(), Limits(0, 0, products=1)):
+    for limits in (
+        Limits(0, 0, products=math.inf), Limits(block=0), Limits(), Limits(0, 0, products=1), Limits(0, products=1, many=1)
+    ):  # fmt: skip
         engine.forward.limits = limits
         engine.drop_graphs()
         results.append(engine(features, lengths)[1])

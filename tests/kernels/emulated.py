@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 
 class Matrix(ctypes.Structure):
     _fields_ = [("first", ctypes.c_void_p), ("inner", ctypes.c_longlong), ("count", ctypes.c_longlong)]
-    _fields_ += [("rows", ctypes.c_int), ("size", ctypes.c_int)]
+    _fields_ += [("rows", ctypes.c_int), ("size", ctypes.c_int), ("columns", ctypes.c_int)]
 
 
 class Emulated:
@@ -38,8 +38,8 @@ class Emulated:
     def most_clusters(self, name, threads, shared, cluster):
         return self.clusters
 
-    def matrix(self, tensor, rows):
-        return Matrix(tensor.data_ptr(), tensor.shape[1], tensor.shape[0], rows, tensor.element_size())
+    def matrix(self, tensor, rows, columns=64):
+        return Matrix(tensor.data_ptr(), tensor.shape[1], tensor.shape[0], rows, tensor.element_size(), columns)
 
 
 def emulator(folder: Path, *headers: str):

@@ -9,7 +9,9 @@ DEVICE int uniform(int v) {
     together();
     return v;
 }
-struct Matrix { char* first; long long inner, count; int rows, size; };
+struct Matrix { char* first; long long inner, count; int rows, size, columns; };
+
+DEVICE void described(const Matrix&) {}
 
 struct Phased {
     int arrivals = 0, left = 0, bytes = 0, phase = 0;
@@ -25,6 +27,7 @@ DEVICE void opened(Flag* flag, int arrivals) {
     of_phased[flag] = Phased();
     of_phased[flag].arrivals = of_phased[flag].left = arrivals;
 }
+DEVICE void all_opened() {}
 DEVICE void expected_here(Flag* flag, int bytes) {
     of_phased[flag].bytes += bytes, of_phased[flag].left--;
     turn(of_phased[flag]);
@@ -53,11 +56,11 @@ DEVICE void arrive_at(Flag* flag, int program) {
 
 // visit(place in the tile, place in the matrix, if there is one)
 template <class Visit> static void each_of(const void* tile, const Matrix& matrix, int column, int row, Visit visit) {
-    const int each = 16 / matrix.size, bytes = matrix.size == 1 ? 64 : 128;
+    const int each = 16 / matrix.size, bytes = matrix.columns * matrix.size;
     for (int r = 0; r < matrix.rows; r++)
         for (int c = 0; c < bytes / matrix.size; c++) {
             bool inside = row + r < matrix.count && column + c < matrix.inner;
-            int swapped = bytes == 64 ? r / 2 % 4 : r % 8;
+            int swapped = r / (128 / bytes) % (bytes / 16);
             visit((char*)tile + r * bytes + (c / each ^ swapped) * 16 + c % each * matrix.size,
                   inside ? matrix.first + ((row + r) * matrix.inner + column + c) * matrix.size : nullptr);
         }
@@ -65,7 +68,7 @@ template <class Visit> static void each_of(const void* tile, const Matrix& matri
 static void bring(void* to, const Matrix& matrix, int column, int row, Flag* flag) {
     if ((uintptr_t)to % 1024) abort();
     Phased& there = of_phased.at(flag);
-    there.bytes -= matrix.rows * (matrix.size == 1 ? 64 : 128);
+    there.bytes -= matrix.rows * matrix.columns * matrix.size;
     there.copies.push_back([=] { each_of(to, matrix, column, row, [&](char* here, char* there) {
         if (there) memcpy(here, there, matrix.size);
         else memset(here, 0, matrix.size);

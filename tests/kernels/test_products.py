@@ -12,7 +12,7 @@ from streams import floats, stream_of
 
 from m3asr import ops
 from m3asr.kernels.clusters.machine import on_card
-from m3asr.kernels.clusters.products import Products, ProductSizes, with_keys
+from m3asr.kernels.clusters.products import MANY, SOME, Products, ProductSizes, with_keys
 
 WIDTH, EPS = 256, 1e-12
 GPU = torch.cuda.is_available()
@@ -31,11 +31,16 @@ def load(tmp_path_factory):
     return emulator(tmp_path_factory.mktemp("emulated"), "emulated_warpgroups.h")
 
 
+@pytest.fixture(params=[MANY, SOME], ids=["many", "some"])
+def cut(request):
+    return request.param
+
+
 @pytest.fixture
-def products(load, device):
+def products(load, device, cut):
     def of(dtype, hidden=1024, experts=0, experts_dtype=None):
         half = dtype == torch.float16
-        sizes = ProductSizes(WIDTH, hidden, experts, half, (experts_dtype or dtype) == torch.float16, True)
+        sizes = ProductSizes(WIDTH, hidden, experts, half, (experts_dtype or dtype) == torch.float16, True, cut)
         assert sizes.fit()
         return Products(sizes, device, load)
 
@@ -142,7 +147,7 @@ if GPU:
 
 @pytest.mark.parametrize("experts, dtype, experts_dtype", ROUTED)
 @pytest.mark.parametrize("parts", [1, 4])
-def test_route(products, check, poisoned, device, experts, dtype, experts_dtype, parts):
+def test_route(products, cut, check, poisoned, device, experts, dtype, experts_dtype, parts):
     lengths = torch.tensor([45, 0, 17], device=device).int()
     frames, tokens = 50, 150
     x = torch.randn(tokens, WIDTH, device=device) + 2
@@ -151,7 +156,10 @@ def test_route(products, check, poisoned, device, experts, dtype, experts_dtype,
     weight, bias = torch.randn(WIDTH, experts, device=device), torch.randn(experts, device=device)
     heard = torch.randn(tokens, 3 * experts, device=device)[:, experts : 2 * experts]
     y, gate = poisoned(tokens, WIDTH, dtype=experts_dtype), poisoned(tokens)
-    expert_idx, counts = poisoned(tokens, dtype=torch.int32), poisoned(3, experts, dtype=torch.int32)
+    expert_idx, counts = (
+        poisoned(tokens, dtype=torch.int32),
+        poisoned(-(-tokens // cut.routed), experts, dtype=torch.int32),
+    )
     products(dtype, 1024, experts, experts_dtype).route(
         stream_of(x, dtype, WIDTH // parts), SimpleNamespace(weight=weight / 4, bias=bias), heard, lengths, y,
         expert_idx, gate, frames=frames, eps=EPS, scale=4.0, counts=counts, pdl=GPU,
@@ -163,7 +171,7 @@ def test_route(products, check, poisoned, device, experts, dtype, experts_dtype,
     assert torch.equal(expert_idx[valid].long(), expected[valid])
     assert (expert_idx[~valid] == -1).all() and not gate[~valid].any()
     check(gate[valid], best[valid], factor=2.0)
-    for i, chosen in enumerate(expert_idx.split(64)):
+    for i, chosen in enumerate(expert_idx.split(cut.routed)):
         assert counts[i].tolist() == [int((chosen == e).sum()) for e in range(experts)]
 
 

@@ -16,21 +16,21 @@ from m3asr.engines.cuda.packing import Block, Linear, Stack, Weights
 from m3asr.kernels.clusters import MOST_FRAMES, MOST_TOKENS, Clusters, Sizes, machine
 from m3asr.kernels.clusters.experts import MOST_TOKENS as MOST_WITH_EXPERTS
 from m3asr.kernels.clusters.experts import Experts, ExpertSizes
-from m3asr.kernels.clusters.products import Products, ProductSizes
+from m3asr.kernels.clusters.products import MANY, SOME, Cut, Products, ProductSizes
 
 
 @dataclass(frozen=True)
 class Limits:
     """The most tokens for which blocks, and experts, run so; 0: never. each: the most tokens an expert, of so many that
-    its weights come slower than they are multiplied. The fewest tokens for which products run so; inf: never. With
-    16384 a forward of the seed's model takes 0.89 of what it takes without, with 4096 0.98, with 512 1.15 (H100).
-    timed: see `clusters.Sizes`.
+    its weights come slower than they are multiplied. The fewest tokens for which products run so; inf: never; and from
+    how many on a program has more columns. timed: see `clusters.Sizes`.
     """
 
     block: int = MOST_TOKENS
     experts: int = MOST_WITH_EXPERTS
     each: int = 8
-    products: float = 4096
+    products: float = 1100
+    many: int = 2700
     timed: bool = False
 
 
@@ -65,6 +65,7 @@ class ClusteredStack:
             self._sizes.experts_half, self._sizes.swish,
         )  # fmt: skip
         self._products = usable and config.macaron_style and self._product_sizes.fit()
+        self._made_products = {}
 
     def _given(self) -> dict:
         return {} if self._load is None else {"load": self._load}
@@ -78,15 +79,16 @@ class ClusteredStack:
     def experts(self) -> Experts:
         return Experts(self._expert_sizes, self._device, **self._given())
 
-    @cached_property
-    def products(self) -> Products:
-        return Products(self._product_sizes, self._device, **self._given())
+    def products(self, cut: Cut) -> Products:
+        if cut not in self._made_products:
+            self._made_products[cut] = Products(replace(self._product_sizes, cut=cut), self._device, **self._given())
+        return self._made_products[cut]
 
     def compile(self) -> None:
         """Compile what will be used, which then lies beside what Triton keeps."""
-        if self._products:
-            _ = self.products.kernels
-            _ = self.products.router if self._product_sizes.experts else None  # the same for both stacks
+        for products in map(self.products, (SOME, MANY) if self._products else ()):
+            _ = products.kernels
+            _ = products.router if self._product_sizes.experts else None  # the same for both stacks
         if self._blocks:
             _ = self.kernels().kernels
         if self._experts:
@@ -104,7 +106,9 @@ class ClusteredStack:
 
     def for_products(self, limits: Limits, tokens: int) -> Products | None:
         """The kernels for products of so many tokens, if they are to be run so."""
-        return self.products if self._products and tokens >= limits.products else None
+        if not self._products or tokens < limits.products:
+            return None
+        return self.products(MANY if tokens >= limits.many else SOME)
 
 
 @cache

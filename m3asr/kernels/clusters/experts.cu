@@ -179,6 +179,7 @@ struct Place {
             opened(full + i, 1), opened(empty + i, 1), opened(known + i, 1), opened(made + i, 1);
         }
         for (int i = 0; i < BUFFERS; i++) opened(rows_full + i, 1), opened(rows_empty + i, 1);
+        all_opened();
     }
     DEVICE char* weights(int stage) const { return memory + stage * STAGE; }
     DEVICE float* of_columns(int n) const { return each + n % (2 * STAGES) * 2 * UP_COLUMNS; }

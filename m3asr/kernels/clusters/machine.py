@@ -18,7 +18,7 @@ CLUSTER, DEPENDENT = 4, 6  # CUlaunchAttributeID
 DYNAMIC_SHARED, ANY_CLUSTER = 8, 14  # CUfunction_attribute
 SHARED_BYTES = 227 << 10  # that a program of a Hopper card may have
 TENSOR_TYPES = {torch.int8: 0, torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
-SWIZZLED, PROMOTED_256 = {64: 2, 128: 3}, 3  # by a tile's bytes: CUtensorMapSwizzle; CUtensorMapL2promotion
+SWIZZLED, PROMOTED_256 = {32: 1, 64: 2, 128: 3}, 3  # by a tile row's bytes: CUtensorMapSwizzle; CUtensorMapL2promotion
 
 
 class _Attribute(ctypes.Structure):
@@ -154,15 +154,17 @@ class Kernels:
             self._most[name] = most.value
         return self._most[name]
 
-    def matrix(self, tensor: torch.Tensor, rows: int) -> ctypes.Array:
-        """A matrix as the copy engine takes it, in tiles of so many rows and 64 numbers."""
+    def matrix(self, tensor: torch.Tensor, rows: int, columns: int = 64) -> ctypes.Array:
+        """A matrix as the copy engine takes it, in tiles of so many rows and columns."""
         room = (ctypes.c_char * (128 + 64))()
         described = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
         (count, inner), size = tensor.shape, tensor.element_size()
         sizes, row_bytes = (ctypes.c_ulonglong * 2)(inner, count), (ctypes.c_ulonglong * 1)(size * inner)
-        tile, steps, at = (ctypes.c_uint * 2)(64, rows), (ctypes.c_uint * 2)(1, 1), tensor.data_ptr()
+        tile, steps, at = (ctypes.c_uint * 2)(columns, rows), (ctypes.c_uint * 2)(1, 1), tensor.data_ptr()
         values = TENSOR_TYPES[tensor.dtype], 2, ctypes.c_void_p(at), sizes, row_bytes, tile, steps
-        self._check(self._driver.cuTensorMapEncodeTiled(described, *values, 0, SWIZZLED[64 * size], PROMOTED_256, 0))
+        self._check(
+            self._driver.cuTensorMapEncodeTiled(described, *values, 0, SWIZZLED[columns * size], PROMOTED_256, 0)
+        )
         return described
 
     def numbers(self, name: str, count: int) -> list[int]:

@@ -1,6 +1,6 @@
 // Products of many tokens, a w^T with what follows them, weight-stationary: a program keeps the weights of its N
 // columns in shared memory and takes one tile of 64 rows after the other. A cluster of two shares the tiles' copies,
-// each of which brings half. One warp asks for copies; three times four warps multiply in turn, so that the matrix unit
+// each of which brings half. One warp asks for copies; GROUPS times four warps multiply in turn, so that the matrix unit
 // works on one tile while the results of the others are finished, and leave by the copy engine.
 //
 // The residual stream is 24 bits a number, `raw` in the compute type and `low`, which come and go in tiles. A norm costs
@@ -13,7 +13,8 @@ template <int K, int N, Kind KIND> struct Place {
     static constexpr int STEPS = K / 64 / PROGRAMS, WEIGHTS = K * N * 2;
     // Divides STEPS, so that each step has its place.
     static constexpr int STAGES = STEPS % 4 == 0 ? 4 : STEPS % 3 == 0 ? 3 : STEPS % 2 == 0 ? 2 : 1;
-    static constexpr int OUT_TILE = ROWS * 128, X_TILE = OUT_TILE + ROWS * 64;  // of x: `raw`, `low`
+    static constexpr int OUT_TILE = ROWS * Result<N, KIND>::MADE * 2;
+    static constexpr int X_TILE = OUT_TILE + ROWS * 64;  // of x: `raw`, `low`
     // Tiles of results, one a group, or of x.
     static constexpr int SLOTS = KIND != ADDED ? GROUPS : WEIGHTS > 65536 ? 2 : 4;
     static constexpr int SLOT = KIND != ADDED ? OUT_TILE : X_TILE;
@@ -32,9 +33,9 @@ template <int K, int N, Kind KIND> struct Place {
     }
     DEVICE void open() const {
         for (int i = 0; i < STAGES; i++) opened(full + i, 1), opened(empty + i, 2 * 4);
-        for (int i = 0; i < STEPS; i++) opened(loaded + i, 1);
         for (int i = 0; i < GROUPS; i++) opened(turn + i, 1);
         for (int i = 0; i < SLOTS; i++) opened(x_full + i, 1), opened(x_empty + i, 1);
+        all_opened();
     }
 };
 
@@ -62,6 +63,16 @@ template <int K, int N, Kind KIND> DEVICE void product(
     const Share share(layer, layer.columns / (2 * N));
     const int tiles = (layer.tokens + ROWS - 1) / ROWS, first = share.first, stride = share.stride;
     const int column = (share.pair * 2 + me) * N;
+    if (warp == WARPS && lane == 0) {  // weights concern no other program: they need not wait until all meet
+        for (int k = 0; k < STEPS; k++) opened(place.loaded + k, 1);
+        all_opened();
+        for (int k = 0; k < STEPS; k++) {
+            expected(place.loaded + k, PROGRAMS * N * 128);
+            for (int part = k * PROGRAMS; part < (k + 1) * PROGRAMS; part++)
+                tile_copied(memory + part * N * 128, weights, part * 64, column, place.loaded + k);
+        }
+        described(a_rows);
+    }
     if (thread() == 0) place.open();
     for (int i = thread(); i < N; i += THREADS) {
         place.bias[i] = weights4(layer.bias + column + i);
@@ -69,12 +80,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
     }
     arrive();
     all_here();
-    if (warp == WARPS && lane == 0) {  // brings weights, then rows of `a`
-        for (int k = 0; k < STEPS; k++) {
-            expected(place.loaded + k, PROGRAMS * N * 128);
-            for (int part = k * PROGRAMS; part < (k + 1) * PROGRAMS; part++)
-                tile_copied(memory + part * N * 128, weights, part * 64, column, place.loaded + k);
-        }
+    if (warp == WARPS && lane == 0) {  // brings rows of `a`
         wait();
         int step = 0;
         for (int tile = first; tile < tiles; tile += stride)
@@ -87,6 +93,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
                     place.full + stage);
             }
     } else if (KIND == ADDED && warp == WARPS + 1 && lane == 0) {  // brings tiles of x
+        described(out), described(low);
         wait();
         for (int i = 0, tile = first; tile < tiles; i++, tile += stride) {
             const int slot = i % SLOTS;
@@ -97,6 +104,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
             tile_copied(raw + Here::OUT_TILE, low, column, tile * ROWS, place.x_full + slot);
         }
     } else if (warp < WARPS) {
+        if (KIND != ADDED && thread() % 128 == 0) described(out);
         wait();
         const int mine = warp / 4;
         const Operand kept = operand(memory);
@@ -185,11 +193,11 @@ KERNEL product_added(
     CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix raw, CONSTANT Matrix low, CONSTANT Layer layer
 ) {
     SHARED(memory);
-    product<WIDTH, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, raw, low, layer);
+    product<WIDTH, 64, ADDED>(memory, a_rows, weights, raw, low, layer);
 }
 KERNEL product_added_from_hidden(
     CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix raw, CONSTANT Matrix low, CONSTANT Layer layer
 ) {
     SHARED(memory);
-    product<HIDDEN, ADDED_COLUMNS, ADDED>(memory, a_rows, weights, raw, low, layer);
+    product<HIDDEN, 64, ADDED>(memory, a_rows, weights, raw, low, layer);
 }

@@ -1,11 +1,11 @@
-"""Products of many tokens by pairs of programs, each of which keeps its columns' weights, and the router of what they
-make: see products.cu and route.cu.
+"""Products by pairs of programs, each of which keeps its columns' weights, and the router of what they make: see
+products.cu and route.cu.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,11 +15,28 @@ from m3asr.kernels.stream import Stream
 
 FILES, ROUTER_FILES = ("activation.cu", "stream.cu", "results.cu", "products.cu"), ("stream.cu", "route.cu")
 PROGRAMS, ROWS = 2, 64
-GROUPS = 3  # of four warps that multiply; two more warps ask for copies
-THREADS = 128 * GROUPS + 64
-COLUMNS, ADDED_COLUMNS = 128, 64  # of a program: of a product by itself, and of one that is added to x
+ADDED_COLUMNS = 64
 MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again are for tiles
 ROUTER_THREADS, MOST_EXPERTS = 128, 64
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How work is shared out: columns of a program (of one that adds to the stream ADDED_COLUMNS), and its groups of four
+    warps, which multiply in turn; rows of a program of the router.
+    """
+
+    columns: int
+    groups: int
+    routed: int  # 64, or 16, where four warps share their columns
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.groups + 64  # two more warps ask for copies
+
+
+# With some thousand tokens twice the programs are worth more than half the traffic.
+SOME, MANY = Cut(64, 2, 16), Cut(128, 3, 64)
 
 
 def _fields(*kinds) -> list:
@@ -52,24 +69,31 @@ class ProductSizes:
     half: bool  # float16, else bfloat16
     experts_half: bool
     swish: bool
+    cut: Cut = MANY
 
     def fit(self) -> bool:
         return (
             self.width in (256, 512)
-            and self.hidden % (2 * COLUMNS) == 0
+            and self.hidden % (PROGRAMS * self.cut.columns) == 0
             and self.experts <= MOST_EXPERTS
             and self.experts_half >= self.half
             and 2 * ADDED_COLUMNS * self.hidden <= MOST_WEIGHTS
         )
 
+    def shared_bytes(self, inner: int, columns: int, made: int, slots: int) -> int:
+        """As a kernel cuts it: weights of columns, stages of a's tiles, and `slots` tiles of `made` bytes a row."""
+        steps = inner // 64 // PROGRAMS
+        stages = next(n for n in (4, 3, 2, 1) if steps % n == 0)
+        return 2 * columns * inner + stages * PROGRAMS * ROWS * 128 + slots * ROWS * made + 8 * columns + 512
+
     def source(self, files=FILES) -> tuple[str, tuple[str, ...]]:
         """Definitions for FILES or ROUTER_FILES, and all files of CUDA C++ that stand behind them."""
-        names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
-        names |= {"THREADS": THREADS, "PROGRAMS": PROGRAMS, "RESIDENT": 1, "TIMED": 0, "GROUPS": GROUPS}
-        names |= {"COLUMNS": COLUMNS, "ADDED_COLUMNS": ADDED_COLUMNS, "SHARED_BYTES": SHARED_BYTES}
+        names = asdict(self)
+        names |= names.pop("cut") | {"threads": self.cut.threads, "programs": PROGRAMS, "resident": 1, "timed": 0}
+        names["shared_bytes"] = SHARED_BYTES
         if files == ROUTER_FILES:
-            names |= {"THREADS": ROUTER_THREADS, "PROGRAMS": 1, "RESIDENT": 2}
-        defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
+            names |= {"threads": ROUTER_THREADS, "programs": 1, "resident": 2}
+        defined = "".join(f"#define {name.upper()} {int(value)}\n" for name, value in names.items())
         return defined, ("machine.cu", "warpgroups.cu", *files)
 
 
@@ -127,7 +151,7 @@ class Products:
     def route(
         self, stream, layer, heard, lengths, y, expert_idx, gate, *, frames, eps, scale, counts=None, pdl=False
     ) -> None:  # fmt: skip
-        """What `kernels.router.route` does, of a stream; y of the experts' type, counts of ROWS tokens each."""
+        """What `kernels.router.route` does, of a stream; y of the experts' type, counts of `cut.routed` tokens each."""
         high, rest = self._halves(layer.weight)
         (tokens, width), (choices, _) = stream.raw.shape, high.shape
         tensors = {"bias": layer.bias, "parts": stream.parts, "lengths": lengths}
@@ -136,24 +160,33 @@ class Products:
             scale=scale, **_addresses(tensors),
         )  # fmt: skip
         tensors = {"raw": stream.raw, "low": stream.low, "heard": heard, "y": y, "chosen": expert_idx, "gate": gate}
+        routed, sums = self.sizes.cut.routed, 0 if self.sizes.cut.routed == ROWS else 3 * 16 * choices
         self.router.launch(
-            "route", -(-tokens // ROWS), ROUTER_THREADS, self.router.matrix(high, choices),
+            "route", -(-tokens // routed), ROUTER_THREADS, self.router.matrix(high, choices),
             self.router.matrix(rest, choices), task,
             _Router(stride=heard.stride(0), **_addresses({"counts": counts, **tensors})),
-            shared=4 * choices * width + 8 + 4 * ROWS, pdl=pdl,
+            shared=4 * choices * width + 8 + 4 * routed + 4 * sums, pdl=pdl,
         )  # fmt: skip
 
     def _launch(
         self, name: str, a, layer, pdl: bool, *, out, low=None, frames=1, eps=0.0, scale=1.0, **tensors
     ) -> None:
-        kernels, count = self.kernels, 0
+        kernels, cut, count = self.kernels, self.sizes.cut, 0
         if isinstance(a, Stream):
             tensors |= {"parts": a.parts, "sums": self.sums(layer.weight)}
             a, count = a.raw, a.parts.shape[0]
         tensors["bias"] = layer.bias
-        tokens, columns = a.shape[0], layer.weight.shape[0]
-        pairs = columns // (PROGRAMS * (COLUMNS if low is None else ADDED_COLUMNS))
-        most = kernels.most_clusters(name, THREADS, SHARED_BYTES, PROGRAMS)
+        (columns, inner), tokens = layer.weight.shape, a.shape[0]
+        if low is None:
+            its, slots = cut.columns, cut.groups
+            wide = min(64, its * out.shape[1] // columns)
+            made, matrices = 2 * wide, (kernels.matrix(out, ROWS, wide),)
+        else:
+            its = wide = ADDED_COLUMNS
+            slots = 2 if 2 * its * inner > 65536 else 4
+            made, matrices = 3 * wide, tuple(kernels.matrix(t, ROWS, wide) for t in (out, low))
+        pairs, shared = columns // (PROGRAMS * its), self.sizes.shared_bytes(inner, its, made, slots)
+        most = kernels.most_clusters(name, cut.threads, shared, PROGRAMS)
         tiles = -(-tokens // ROWS)
         together, more = max(1, min(most // pairs, tiles)), 0
         if tensors.get("table") is not None:
@@ -164,11 +197,9 @@ class Products:
             each=self.sizes.width / max(1, count), eps=eps, scale=scale,
             **_addresses(tensors),
         )  # fmt: skip
-        weight = self._matrix(layer.weight, kernels, COLUMNS if low is None else ADDED_COLUMNS)
-        made = (out,) if low is None else (out, low)
         kernels.launch(
-            name, programs, THREADS, kernels.matrix(a, ROWS), weight,
-            *(kernels.matrix(t, ROWS) for t in made), task, shared=SHARED_BYTES, cluster=PROGRAMS, pdl=pdl,
+            name, programs, cut.threads, kernels.matrix(a, ROWS), self._matrix(layer.weight, kernels, its), *matrices,
+            task, shared=shared, cluster=PROGRAMS, pdl=pdl,
         )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ enum Kind { ACTIVATED, GATED, KEYED, ADDED };
 // What is made of a product in `out`. `ask` stands at the product's first step, so that `finish` waits for nothing. 32
 // columns at a time: what is read of shared memory waits for what was written before, since both might be the same.
 template <int N, Kind KIND> struct Result {
-    static constexpr int WIDE = KIND == GATED ? 128 : 64;  // columns that make 64 results
+    static constexpr int WIDE = KIND != GATED ? 64 : N < 128 ? N : 128;  // columns that make a tile
+    static constexpr int MADE = KIND == GATED ? WIDE / 2 : 64;           // of so many results
     RowNorm norm[2];
     uint4 keys[KIND == KEYED ? 4 : 1];  // of the table: 16 bytes of every 16th row of the group's 64
     const Number* table;                // none: these columns are no keys
@@ -72,7 +73,8 @@ template <int N, Kind KIND> struct Result {
 #pragma unroll
                 for (int half = 0; half < 2; half++)
                     if (KIND == GATED)
-                        *in_tiles<Number>(out, rows.local(half), (many + n) * 4 + t) = made[n][half] & counts[half];
+                        *in_tiles<Number, MADE>(out, rows.local(half), (many + n) * 4 + t) =
+                            made[n][half] & counts[half];
                     else
                         *(u32*)in_tiles<Number>(out, rows.local(half), (many + n) * 8 + 2 * t) = made[n][half];
         }

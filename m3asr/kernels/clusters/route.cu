@@ -1,6 +1,7 @@
-// The router of many tokens, whose stream has 24 bits: what it computes is in kernels/router.py. A warp takes 16 rows
-// and makes their norm as they come; products are three of float16 halves. Which of an inner dimension's numbers stands
-// where is for both operands alike: a thread has 16 neighbouring columns of 64, as they lie in memory.
+// The router of a stream of 24 bits: what it computes is in kernels/router.py. A warp takes 16 rows, or a part of their
+// columns where a program's four share them (ROUTED 16), and makes their norm as they come; products are three of float16
+// halves. Which of an inner dimension's numbers stands where is for both operands alike: a thread has 16 neighbouring
+// columns of 64, as they lie in memory.
 struct Router {
     const Number* raw;    // (tokens, WIDTH)
     const char* low;
@@ -8,11 +9,12 @@ struct Router {
     void* y;              // (tokens, WIDTH), of the experts' type
     int* chosen;          // (tokens,)
     float* gate;
-    int* counts;          // (tokens / ROWS, EXPERTS), or none
+    int* counts;          // (tokens / ROUTED, EXPERTS), or none
     int stride;
 };
 
 constexpr int CHOICES = (EXPERTS + 7) / 8 * 8, PARTS_OF_ROW = WIDTH / 64, WEIGHTS_TILE = CHOICES * 128;
+constexpr int SHARERS = 64 / ROUTED, PARTS_OF_WARP = PARTS_OF_ROW / SHARERS;
 
 // 16 columns of two rows.
 struct Columns {
@@ -61,10 +63,14 @@ KERNEL route(
     SHARED(memory);
     Flag* loaded = (Flag*)(memory + 2 * PARTS_OF_ROW * WEIGHTS_TILE);
     int* chosen = (int*)(loaded + 1);
+    float* sums = (float*)(chosen + ROUTED);  // of the warps that share rows, but for the first
     release();
     const int warp = uniform(thread() / 32), t = thread() % 4;
+    const int local = (SHARERS == 1 ? warp * 16 : 0) + thread() % 32 / 4;  // row, of the program's
+    const int begin = SHARERS == 1 ? 0 : warp * PARTS_OF_WARP, end = begin + PARTS_OF_WARP;
     if (thread() == 0) {
         opened(loaded, 1);
+        all_opened();
         expected(loaded, 2 * PARTS_OF_ROW * WEIGHTS_TILE);
         for (int i = 0; i < PARTS_OF_ROW; i++) {
             tile_copied(memory + i * WEIGHTS_TILE, weights, i * 64, 0, loaded);
@@ -79,11 +85,11 @@ KERNEL route(
     }
     sync();
     wait();
-    const Rows rows(layer, group() * ROWS + warp * 16 + thread() % 32 / 4);
+    const Rows rows(layer, group() * ROUTED + local);
     RowNorm norm[2];
     norm[0].ask(layer, rows.row[0]), norm[1].ask(layer, rows.row[1]);
     Columns now, next;
-    now.ask(router, rows, 0);
+    now.ask(router, rows, begin);
     float c[CHOICES / 8][4], heard[2][CHOICES / 4];
 #pragma unroll
     for (int i = 0; i < CHOICES / 4; i++)
@@ -96,8 +102,8 @@ KERNEL route(
         }
     norm[0].join(layer), norm[1].join(layer);
     arrived(loaded, 0);
-    for (int part = 0; part < PARTS_OF_ROW; part++) {
-        if (part + 1 < PARTS_OF_ROW) next.ask(router, rows, part + 1);
+    for (int part = begin; part < end; part++) {
+        if (part + 1 < end) next.ask(router, rows, part + 1);
         char* tile = memory + part * WEIGHTS_TILE;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -129,6 +135,16 @@ KERNEL route(
         }
         now = next;
     }
+    if (SHARERS > 1) {
+        constexpr int MINE = CHOICES / 2;  // sums of a thread
+        if (warp)
+            for (int i = 0; i < MINE; i++) sums[((warp - 1) * MINE + i) * 32 + thread() % 32] = c[i / 4][i % 4];
+        sync();
+#pragma unroll
+        for (int i = 0; i < MINE; i++)
+            for (int other = 0; other < SHARERS - 1; other++)
+                c[i / 4][i % 4] += sums[(other * MINE + i) * 32 + thread() % 32];
+    }
     const float none = float_of(0xff800000);  // - infinity
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -151,8 +167,8 @@ KERNEL route(
             sum += power_of_two((c[i / 2][half * 2 + i % 2] - best) * 1.4426950408889634f);
         for (int mask = 2; mask; mask /= 2) sum += shuffle(sum, mask);
         const bool valid = rows.here[half] && rows.valid(half);
-        if (t == 0) {
-            chosen[Rows::local(half)] = valid ? (int)expert : -1;
+        if (t == 0 && (SHARERS == 1 || warp == 0)) {
+            chosen[local + 8 * half] = valid ? (int)expert : -1;
             if (rows.here[half]) {
                 router.chosen[rows.row[half]] = valid ? (int)expert : -1;
                 router.gate[rows.row[half]] = valid ? 1.0f / sum : 0.0f;
@@ -162,6 +178,6 @@ KERNEL route(
     sync();
     if (!router.counts || thread() >= EXPERTS) return;
     int hits = 0;
-    for (int row = 0; row < ROWS; row++) hits += chosen[row] == thread();
+    for (int row = 0; row < ROUTED; row++) hits += chosen[row] == thread();
     router.counts[group() * EXPERTS + thread()] = hits;
 }

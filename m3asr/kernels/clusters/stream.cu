@@ -73,10 +73,10 @@ struct RowNorm {
     }
 };
 
-// Where a number is in tiles of 64 rows, which have the copy engine's order: 128 bytes wide, of single bytes 64.
-template <class T> DEVICE T* in_tiles(char* tiles, int row, int column) {
-    constexpr int BYTES_WIDE = sizeof(T) == 1 ? 64 : 128, WIDE = BYTES_WIDE / sizeof(T), EACH = 16 / sizeof(T);
-    const int swapped = sizeof(T) == 1 ? row / 2 % 4 : row % 8;
+// Where a number is in tiles of 64 rows and WIDE columns, which have the copy engine's order.
+template <class T, int WIDE = 64> DEVICE T* in_tiles(char* tiles, int row, int column) {
+    constexpr int BYTES_WIDE = WIDE * sizeof(T), EACH = 16 / sizeof(T);
+    const int swapped = row / (128 / BYTES_WIDE) % (BYTES_WIDE / 16);
     char* at = tiles + column / WIDE * (ROWS * BYTES_WIDE) + row * BYTES_WIDE;
     return (T*)(at + ((column % WIDE / EACH ^ swapped) * 16 + column % EACH * (int)sizeof(T)));
 }

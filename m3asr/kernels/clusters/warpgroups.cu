@@ -2,6 +2,8 @@
 // tests/kernels/emulated_warpgroups.h has the same for a CPU.
 struct __align__(64) Matrix { char bytes[128]; };  // as the driver describes a matrix and its tiles
 #define CONSTANT const __grid_constant__
+// Asked for before a wait, so that the first copy by it need not.
+DEVICE void described(const Matrix& matrix) { asm volatile("prefetch.tensormap [%0];" :: "l"(&matrix) : "memory"); }
 
 DEVICE void together() { __syncwarp(); }
 DEVICE int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }  // lets the compiler know that a warp shares it
@@ -9,8 +11,8 @@ DEVICE int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }  // lets the
 // A flag with a phase: it turns when all `arrivals` and expected bytes are there, and begins again.
 DEVICE void opened(Flag* flag, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(flag)), "r"(arrivals) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+DEVICE void all_opened() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 DEVICE void arrived(Flag* flag, int parity) {
     u32 done = 0;
     while (!done)
