@@ -12,11 +12,7 @@ from streams import floats, stream_of
 
 from m3asr import ops
 from m3asr.kernels.clusters.machine import on_card
-from m3asr.kernels.clusters.products import MANY, ROWS, SOME, Products, ProductSizes, with_keys
-from m3asr.kernels.clusters.sorted_experts import SortedExperts
-from m3asr.kernels.experts_many import slots, sort_tokens
-from m3asr.kernels.gather import gather
-from m3asr.kernels.pieces import Tile
+from m3asr.kernels.clusters.products import MANY, SOME, Products, ProductSizes, with_keys
 
 WIDTH, EPS = 256, 1e-12
 GPU = torch.cuda.is_available()
@@ -189,47 +185,6 @@ def test_the_first_expert_wins_a_tie(products, poisoned, device):
         expert_idx, gate, frames=9, eps=EPS, scale=1.0, pdl=GPU,
     )  # fmt: skip
     assert expert_idx.tolist() == [2] * 9
-
-
-SORTED = ["spread", "one expert", "some"]
-
-
-@kinds
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("kind", SORTED)
-def test_sorted_experts(load, check, poisoned, device, dtype, kind, gated):
-    """With experts that have no tokens, many tiles and a part of one; tokens without an expert stand nowhere."""
-    experts, hidden, tokens = (32, 1024, 3000) if GPU else (3, 256, 250)
-    idx = torch.randint(experts, (tokens,), device=device).int()
-    if kind != "spread":
-        idx[:] = experts // 2
-    if kind == "some":
-        idx[::2] = torch.randint(2, (tokens // 2,), device=device).int() * (experts - 1)
-        idx[1::7] = -1
-    up, down = (torch.randn(experts, *s, device=device) for s in ((hidden, WIDTH), (WIDTH, hidden)))
-    up, down = (w.mul_(w.shape[-1] ** -0.5).to(dtype) for w in (up, down))
-    up, down = (SimpleNamespace(weight=w, bias=torch.randn(w.shape[:2], device=device) / 10) for w in (up, down))
-    x, gate = torch.randn(tokens, WIDTH, device=device).to(dtype), torch.rand(tokens, device=device)
-    slot_token, tile_expert = slots(tokens, experts, ROWS, device)
-    slot_token.fill_(10**6), tile_expert.fill_(10**6)
-    sort_tokens(idx, slot_token, tile_expert, experts=experts, rows=ROWS, tile=Tile(1, 1024), pdl=GPU)
-    y, out = (poisoned(slot_token.numel(), WIDTH, dtype=dtype) for _ in range(2))
-    gather(x, slot_token, tile_expert, y, tile=Tile(16, 1), pdl=GPU)
-    half = dtype == torch.float16
-    sizes = ProductSizes(WIDTH, hidden, experts, half, half, True)
-    assert sizes.fit()
-    SortedExperts(sizes, device, load)(
-        y, up, down, slot_token, tile_expert, gate if gated else None, out, scale=0.5, pdl=GPU
-    )
-    used = (tile_expert >= 0).repeat_interleave(ROWS)
-    listed = used.clone()
-    listed[used] = slot_token[used] >= 0
-    token = slot_token[listed].long()
-    assert torch.equal(token.sort().values, (idx >= 0).nonzero()[:, 0])
-    assert torch.equal(y[listed], x[token]) and not y[used & ~listed].any()
-    layers = (t.double() for t in (up.weight, up.bias, down.weight, down.bias))
-    expected = 0.5 * ops.moe(x[token].double(), idx[token].long(), *layers, "swish")
-    check(out[listed], expected * (gate[token, None] if gated else 1.0), dtype)
 
 
 def test_orders(products, layer, device):

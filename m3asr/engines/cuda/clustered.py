@@ -17,15 +17,13 @@ from m3asr.kernels.clusters import MOST_FRAMES, MOST_TOKENS, Clusters, Sizes, ma
 from m3asr.kernels.clusters.experts import MOST_TOKENS as MOST_WITH_EXPERTS
 from m3asr.kernels.clusters.experts import Experts, ExpertSizes
 from m3asr.kernels.clusters.products import MANY, SOME, Cut, Products, ProductSizes
-from m3asr.kernels.clusters.sorted_experts import SortedExperts
 
 
 @dataclass(frozen=True)
 class Limits:
     """The most tokens for which blocks, and experts, run so; 0: never. each: the most tokens an expert, of so many that
     its weights come slower than they are multiplied. The fewest tokens for which products run so; inf: never; and from
-    how many on a program has more columns. sorted_experts: the fewest for which the experts' products do, where all
-    others do. timed: see `clusters.Sizes`.
+    how many on a program has more columns. timed: see `clusters.Sizes`.
     """
 
     block: int = MOST_TOKENS
@@ -33,7 +31,6 @@ class Limits:
     each: int = 8
     products: float = 1100
     many: int = 2700
-    sorted_experts: float = 0
     timed: bool = False
 
 
@@ -69,9 +66,6 @@ class ClusteredStack:
         )  # fmt: skip
         self._products = usable and config.macaron_style and self._product_sizes.fit()
         self._made_products = {}
-        self._sorted_sizes = replace(self._product_sizes, hidden=moe.hidden_units if moe else 0)
-        self._sorted = self._products and moe is not None and dtype == experts_dtype and up.weight.dtype == dtype
-        self._sorted = self._sorted and self._sorted_sizes.fit()
 
     def _given(self) -> dict:
         return {} if self._load is None else {"load": self._load}
@@ -90,10 +84,6 @@ class ClusteredStack:
             self._made_products[cut] = Products(replace(self._product_sizes, cut=cut), self._device, **self._given())
         return self._made_products[cut]
 
-    @cached_property
-    def sorted_experts(self) -> SortedExperts:
-        return SortedExperts(self._sorted_sizes, self._device, **self._given())
-
     def compile(self) -> None:
         """Compile what will be used, which then lies beside what Triton keeps."""
         for products in map(self.products, (SOME, MANY) if self._products else ()):
@@ -103,8 +93,6 @@ class ClusteredStack:
             _ = self.kernels().kernels
         if self._experts:
             _ = self.experts.kernels
-        if self._sorted:
-            _ = self.sorted_experts.kernels
 
     def for_blocks(self, limits: Limits, tokens: int, frames: int, chunk) -> Clusters | None:
         """The kernels for blocks of so many tokens, if they are to be run so."""
@@ -115,10 +103,6 @@ class ClusteredStack:
         """The kernel for a layer of experts with so many tokens, if it is to be run so."""
         most = min(limits.experts, MOST_WITH_EXPERTS, limits.each * self._expert_sizes.experts)
         return self.experts if self._experts and tokens <= most else None
-
-    def for_sorted_experts(self, limits: Limits, tokens: int) -> SortedExperts | None:
-        """The kernels for a layer of experts whose tokens are sorted, if it is to be run so; needs a `Stream`."""
-        return self.sorted_experts if self._sorted and tokens >= limits.sorted_experts else None
 
     def for_products(self, limits: Limits, tokens: int) -> Products | None:
         """The kernels for products of so many tokens, if they are to be run so."""

@@ -19,10 +19,9 @@ from m3asr.engines.cuda import clustered, tiles
 from m3asr.engines.cuda.packing import EXPERTS_TYPES, TYPES, Block, Stack, Subsampling, Weights
 from m3asr.kernels.attention import attention
 from m3asr.kernels.best import best_path
-from m3asr.kernels.clusters.products import ROWS, Products
+from m3asr.kernels.clusters.products import Products
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
-from m3asr.kernels.gather import gather
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
@@ -346,21 +345,13 @@ class Forward:
         up = {"activation": config.activation_type, "tile": tile.expert_up, "weight_scale": block.up.scale}
         down = {"residual_scale": scale, "gate": gate, "tile": tile.expert_down, "weight_scale": block.down.scale}
         both = {"dot": self.dot, "pdl": self.pdl}
-        products = self._in_clusters(config).for_sorted_experts(self.limits, tokens) if streams else None
-        rows = ROWS if products else tile.expert_up.m
+        rows = tile.expert_up.m
         slot_token, tile_expert = slots(tokens, experts, rows, y.device)
         more = (self._new((slot_token.numel(), width)), torch.empty_like(expert_idx)) if streams else None
         sort_tokens(
             expert_idx, slot_token, tile_expert, experts=experts, rows=rows, tile=tile.sort, pdl=self.pdl,
             counts=counts, token_slot=more[1] if more else None,
         )  # fmt: skip
-        if products:
-            sorted_y = self._new(more[0].shape)
-            gather(y, slot_token, tile_expert, sorted_y, tile=tile.gather, pdl=self.pdl)
-            products(
-                sorted_y, block.up, block.down, slot_token, tile_expert, gate, more[0], scale=scale, pdl=self.pdl
-            )
-            return more
         h = self._new((slot_token.numel(), hidden), self.experts_dtype)
         experts_many(y, block.up.weight, block.up.bias, slot_token, tile_expert, h, **up, **both)
         to, places = more[0] if more else x, (slot_token, tile_expert)

@@ -36,7 +36,6 @@ class Tiles:
     expert_up: Tile
     expert_down: Tile
     sort: Tile
-    gather: Tile
     heard: Tile
     head: Tile
     log_softmax: Tile
@@ -154,7 +153,6 @@ def rule(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         sort=Tile(1, max(128, 1 << (tokens - 1).bit_length()))
         if tokens <= 1024
         else Tile(1, 1024, parts=4 if tokens <= 8192 else 16),
-        gather=Tile(16, 1, warps=4),
         heard=Tile(64 if tokens > 1024 else 16, 64, k=32, warps=4, stages=2),
         head=product(tokens, 8 * width, wide),
         log_softmax=Tile(1, 2048, warps=8),

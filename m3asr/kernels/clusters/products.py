@@ -1,5 +1,5 @@
 """Products by pairs of programs, each of which keeps its columns' weights, and the router of what they make: see
-product.cu and route.cu.
+products.cu and route.cu.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from m3asr.kernels.clusters.machine import SHARED_BYTES, Kernels, PerWeight, on_card, row_sums
 from m3asr.kernels.stream import Stream
 
-FILES, ROUTER_FILES = ("activation.cu", "stream.cu", "results.cu", "product.cu", "products.cu"), ("stream.cu", "route.cu")
+FILES, ROUTER_FILES = ("activation.cu", "stream.cu", "results.cu", "products.cu"), ("stream.cu", "route.cu")
 PROGRAMS, ROWS = 2, 64
 ADDED_COLUMNS = 64
 MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again are for tiles
@@ -22,8 +22,8 @@ ROUTER_THREADS, MOST_EXPERTS = 128, 64
 
 @dataclass(frozen=True)
 class Cut:
-    """How work is shared out: columns of a program (of one that adds to the stream ADDED_COLUMNS), and its groups of
-    four warps, which multiply in turn; rows of a program of the router.
+    """How work is shared out: columns of a program (of one that adds to the stream ADDED_COLUMNS), and its groups of four
+    warps, which multiply in turn; rows of a program of the router.
     """
 
     columns: int
@@ -39,16 +39,16 @@ class Cut:
 SOME, MANY = Cut(64, 2, 16), Cut(128, 3, 64)
 
 
-def fields(*kinds) -> list:
+def _fields(*kinds) -> list:
     return [(name, kind) for kind, names in kinds for name in names.split()]
 
 
-def addresses(tensors: dict) -> dict:
+def _addresses(tensors: dict) -> dict:
     return {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
 
 
-class Layer(ctypes.Structure):
-    _fields_ = fields(
+class _Layer(ctypes.Structure):
+    _fields_ = _fields(
         (ctypes.c_void_p, "bias sums parts table lengths x_parts"),
         (ctypes.c_int, "tokens frames columns count more"),
         (ctypes.c_float, "each eps scale"),
@@ -56,7 +56,7 @@ class Layer(ctypes.Structure):
 
 
 class _Router(ctypes.Structure):
-    _fields_ = fields((ctypes.c_void_p, "raw low heard y chosen gate counts"), (ctypes.c_int, "stride"))
+    _fields_ = _fields((ctypes.c_void_p, "raw low heard y chosen gate counts"), (ctypes.c_int, "stride"))
 
 
 @dataclass(frozen=True)
@@ -155,16 +155,16 @@ class Products:
         high, rest = self._halves(layer.weight)
         (tokens, width), (choices, _) = stream.raw.shape, high.shape
         tensors = {"bias": layer.bias, "parts": stream.parts, "lengths": lengths}
-        task = Layer(
+        task = _Layer(
             tokens=tokens, frames=frames, count=stream.parts.shape[0], each=width / stream.parts.shape[0], eps=eps,
-            scale=scale, **addresses(tensors),
+            scale=scale, **_addresses(tensors),
         )  # fmt: skip
         tensors = {"raw": stream.raw, "low": stream.low, "heard": heard, "y": y, "chosen": expert_idx, "gate": gate}
         routed, sums = self.sizes.cut.routed, 0 if self.sizes.cut.routed == ROWS else 3 * 16 * choices
         self.router.launch(
             "route", -(-tokens // routed), ROUTER_THREADS, self.router.matrix(high, choices),
             self.router.matrix(rest, choices), task,
-            _Router(stride=heard.stride(0), **addresses({"counts": counts, **tensors})),
+            _Router(stride=heard.stride(0), **_addresses({"counts": counts, **tensors})),
             shared=4 * choices * width + 8 + 4 * routed + 4 * sums, pdl=pdl,
         )  # fmt: skip
 
@@ -192,10 +192,10 @@ class Products:
         if tensors.get("table") is not None:
             together, more = with_keys(most, pairs, tiles)
         programs = PROGRAMS * (pairs * together + pairs // 3 * more)
-        task = Layer(
+        task = _Layer(
             tokens=tokens, frames=frames, columns=columns, count=count, more=more,
             each=self.sizes.width / max(1, count), eps=eps, scale=scale,
-            **addresses(tensors),
+            **_addresses(tensors),
         )  # fmt: skip
         kernels.launch(
             name, programs, cut.threads, kernels.matrix(a, ROWS), self._matrix(layer.weight, kernels, its), *matrices,

@@ -2,30 +2,8 @@
 // A stage holds 128 columns of 64 rows: two tiles, one of each program.
 constexpr int STAGE = PROGRAMS * ROWS * 128, WARPS = 4 * GROUPS;
 
-// What follows the product: activation; GLU of neighbours, zero past the length; the table; the sum with `x`; a factor a
-// row, for the bias too, whose place is that of `sums`.
-enum Kind { ACTIVATED, GATED, KEYED, ADDED, SCALED };
-
-struct Range {
-    int first, stride, end;  // tiles
-};
-
-// Tokens in tiles of one expert each.
-struct Sorted {
-    const int *tile_expert, *slot_token;  // (tiles,), ascending, -1 behind the last; (ROWS * tiles,), -1: no token
-    const float* gates;                   // (tokens,), or none
-    int tiles;
-
-    DEVICE Range tiles_of(int expert) const {  // by a whole warp
-        u32 before = 0, its = 0;
-        for (int i = thread() % 32; i < tiles; i += 32) {
-            const int other = written(tile_expert + i);
-            before += other >= 0 && other < expert, its += other == expert;
-        }
-        for (int mask = 16; mask; mask /= 2) before += shuffle(before, mask), its += shuffle(its, mask);
-        return {(int)before, 1, (int)(before + its)};
-    }
-};
+// What follows the product: activation; GLU of neighbours, zero past the length; the table; the sum with `x`.
+enum Kind { ACTIVATED, GATED, KEYED, ADDED };
 
 // What is made of a product in `out`. `ask` stands at the product's first step, so that `finish` waits for nothing. 32
 // columns at a time: what is read of shared memory waits for what was written before, since both might be the same.
@@ -41,14 +19,6 @@ template <int N, Kind KIND> struct Result {
         const int third = layer.columns / 3, key = column - third;  // a program's columns are keys or not
         table = KIND == KEYED && layer.table && key >= 0 && key < third ? layer.table + key : nullptr;
         if (table) ask_keys(layer, first, 0);
-    }
-    DEVICE void ask_gates(const Layer& layer, const Rows& rows, const Sorted& sorted) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int token = sorted.gates ? written(sorted.slot_token + rows.row[half]) : -1;
-            const float gate = token >= 0 ? written(sorted.gates + token) : 1.0f;
-            norm[half].factor = norm[half].off = layer.scale * gate;
-        }
     }
     DEVICE void ask_keys(const Layer& layer, int row, int column) {
         const int part = thread() % 8 * 8;
