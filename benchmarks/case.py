@@ -11,7 +11,7 @@ import torch
 from m3asr.engines.cuda.clustered import Limits
 from m3asr.engines.cuda.packing import Linear
 from m3asr.kernels.clusters import experts
-from m3asr.kernels.clusters.products import Products, ProductSizes
+from m3asr.kernels.clusters.products import MANY, SOME, Products, ProductSizes
 from m3asr.kernels.linear import LIBRARY
 from m3asr.kernels.pieces import Tile
 from m3asr.kernels.stream import Stream, to_stream
@@ -21,6 +21,8 @@ SHAPES = {
     "1x206": (1, 64, 50),
     "1x1024": (1, 256, 255),
     "1x2048": (1, 512, 511),
+    "4x1024": (4, 256, 255),
+    "8x1024": (8, 256, 255),
     "16x1024": (16, 256, 255),
     "64x1024": (64, 256, 255),
 }
@@ -59,10 +61,10 @@ def tensor(*shape, dtype=DTYPE, scale=1.0):
     return (torch.randn(*shape, device="cuda") * scale).to(dtype)
 
 
-def in_pairs(hidden: int, weights, bias) -> tuple[Products, list[Linear]]:
-    """What launches PAIRS, and the layers as it takes them."""
-    half = DTYPE == torch.float16
-    sizes = ProductSizes(WIDTH, hidden, experts=EXPERTS, half=half, experts_half=half, swish=True)
+def in_pairs(tokens: int, hidden: int, weights, bias) -> tuple[Products, list[Linear]]:
+    """What launches PAIRS of so many tokens, and the layers as it takes them."""
+    half, cut = DTYPE == torch.float16, MANY if tokens >= Limits().many else SOME
+    sizes = ProductSizes(WIDTH, hidden, experts=EXPERTS, half=half, experts_half=half, swish=True, cut=cut)
     return Products(sizes, torch.device("cuda", 0)), [Linear(weight, bias) for weight in weights]
 
 

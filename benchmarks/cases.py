@@ -57,7 +57,7 @@ def make_up(batch, frames, valid, hidden, kind):
         "qkv": {"table": (table, frames)},
         "gated": {"glu": (lengths, frames)},
     }[kind]
-    pairs, layers = in_pairs(hidden, weights, bias)
+    pairs, layers = in_pairs(tokens, hidden, weights, bias)
     a = y
     if kind != "up":
         nothing = Linear(torch.zeros(WIDTH, WIDTH, device="cuda", dtype=DTYPE), torch.zeros(WIDTH, device="cuda"))
@@ -91,7 +91,7 @@ def make_residual(batch, frames, valid, width):
     weights, bias = tensor(copies, WIDTH, width, scale=width**-0.5), tensor(WIDTH, dtype=torch.float32)
     a, x = tensor(tokens, width), tensor(tokens, WIDTH, dtype=torch.float32)
     out = x.clone()
-    pairs, layers = in_pairs(max(width, 1024), weights, bias)
+    pairs, layers = in_pairs(tokens, max(width, 1024), weights, bias)
     stream, one, used = to_stream(x, DTYPE, tile=ONE), torch.empty_like(x), []
 
     def launch(i, tile):

@@ -45,7 +45,7 @@ def make_router(batch, frames, valid):
     y, gate = tensor(tokens, WIDTH), tensor(tokens, dtype=torch.float32)
     idx = torch.empty(tokens, device="cuda", dtype=torch.int32)
     if streams(tokens):
-        pairs, (layer,) = in_pairs(1024, [weight], bias)
+        pairs, (layer,) = in_pairs(tokens, 1024, [weight], bias)
         columns = x.unflatten(1, (-1, 64))
         parts = torch.stack((columns.mean(-1), columns.var(-1, correction=0) * 64), -1).transpose(0, 1).contiguous()
         stream = replace(to_stream(x, DTYPE, tile=ONE), parts=parts)

@@ -82,9 +82,9 @@ def test_what_pairs_run(changes, precision, there):
     config_ = config(blocks=(1, 1), **changes)
     packed = pack(config_, model(config_).state_dict(), precision, "cpu")
     stack = ClusteredStack(packed.weights.main, 32, TYPES[precision], EXPERTS_TYPES[precision], load=lambda *_: None)
-    found = [stack.for_products(Limits(), tokens) for tokens in (1100, 2699, 2700)]
+    found = [stack.for_products(Limits(), tokens) for tokens in (768, 2559, 2560)]
     assert [products and products.sizes.cut for products in found] == ([SOME, SOME, MANY] if there else [None] * 3)
-    assert stack.for_products(Limits(), 1099) is None
+    assert stack.for_products(Limits(), 767) is None
     assert stack.for_products(Limits(products=math.inf), 10**6) is None
 
 
@@ -137,8 +137,12 @@ def test_clusters_agree_with_single_launches(engines, precision, tolerance, batc
     lengths = torch.tensor([frames, frames // 2][:batch], dtype=torch.int32, device="cuda")
     results = []
     for limits in (
-        Limits(0, 0, products=math.inf), Limits(block=0), Limits(), Limits(0, 0, products=1), Limits(0, products=1, many=1)
-    ):  # fmt: skip
+        Limits(0, 0, products=math.inf),
+        Limits(block=0),
+        Limits(),
+        Limits(0, 0, products=1),
+        Limits(0, 0, products=1, many=1),
+    ):
         engine.forward.limits = limits
         engine.drop_graphs()
         results.append(engine(features, lengths)[1])

@@ -18,6 +18,7 @@ WIDTH, EPS = 256, 1e-12
 GPU = torch.cuda.is_available()
 TYPES = (torch.bfloat16, torch.float16) if GPU else (torch.bfloat16,)
 kinds = pytest.mark.parametrize("dtype", TYPES)
+cuts = pytest.mark.parametrize("cut", [MANY, SOME], ids=["many", "some"])
 # Less than a tile, more tiles than clusters; and on a card a tile and a bit, and enough for many turns.
 counts = pytest.mark.parametrize("tokens", [7, 450, 65, 5000][: 4 if GPU else 2])
 
@@ -31,14 +32,9 @@ def load(tmp_path_factory):
     return emulator(tmp_path_factory.mktemp("emulated"), "emulated_warpgroups.h")
 
 
-@pytest.fixture(params=[MANY, SOME], ids=["many", "some"])
-def cut(request):
-    return request.param
-
-
 @pytest.fixture
-def products(load, device, cut):
-    def of(dtype, hidden=1024, experts=0, experts_dtype=None):
+def products(load, device):
+    def of(dtype, hidden=1024, experts=0, experts_dtype=None, cut=MANY):
         half = dtype == torch.float16
         sizes = ProductSizes(WIDTH, hidden, experts, half, (experts_dtype or dtype) == torch.float16, True, cut)
         assert sizes.fit()
@@ -65,19 +61,21 @@ def norm(x):
 
 
 @kinds
+@cuts
 @counts
 @pytest.mark.parametrize("normed", [False, True])
-def test_up(products, layer, check, poisoned, device, dtype, tokens, normed):
+def test_up(products, layer, check, poisoned, device, dtype, tokens, normed, cut):
     x, up = torch.randn(tokens, WIDTH, device=device) + 0.3, layer(512, WIDTH, dtype)
     x[5] = 3.3  # a constant row has no variance: its norm is zero
     a, out = stream_of(x, dtype) if normed else x.to(dtype), poisoned(tokens, 512, dtype=dtype)
-    products(dtype).up(a, up, out, activation="swish", eps=EPS, pdl=GPU)
+    products(dtype, cut=cut).up(a, up, out, activation="swish", eps=EPS, pdl=GPU)
     check(out, F.silu(linear(norm(x) if normed else a, up)), dtype)
 
 
 @kinds
+@cuts
 @pytest.mark.parametrize("lengths", [(40, 23, 0), (150, 1, 149), (9,)][: 3 if GPU else 2])
-def test_gated(products, layer, check, poisoned, device, dtype, lengths):
+def test_gated(products, layer, check, poisoned, device, dtype, lengths, cut):
     frames = max(lengths) + 3
     tokens, lengths = frames * len(lengths), torch.tensor(lengths, device=device).int()
     x, gate, out = (
@@ -85,23 +83,24 @@ def test_gated(products, layer, check, poisoned, device, dtype, lengths):
         layer(512, WIDTH, dtype),
         poisoned(tokens, WIDTH, dtype=dtype),
     )
-    products(dtype).up(stream_of(x, dtype), gate, out, glu=(lengths, frames), eps=EPS, pdl=GPU)
+    products(dtype, cut=cut).up(stream_of(x, dtype), gate, out, glu=(lengths, frames), eps=EPS, pdl=GPU)
     z, valid = linear(norm(x), gate), ops.frame_mask(lengths, frames).flatten()[:, None]
     check(out, z[:, ::2] * torch.sigmoid(z[:, 1::2]) * valid, dtype)
     assert not out[~valid[:, 0]].any()
 
 
 @kinds
+@cuts
 @pytest.mark.parametrize("frames, batch", [(9, 30), (100, 5), (45, 3), (70, 1)][: 4 if GPU else 2])
 @pytest.mark.parametrize("table", [False, True])
-def test_qkv(products, layer, check, poisoned, device, dtype, frames, batch, table):
+def test_qkv(products, layer, check, poisoned, device, dtype, frames, batch, table, cut):
     x, qkv = torch.randn(frames * batch, WIDTH, device=device), layer(3 * WIDTH, WIDTH, dtype)
     out, expected = poisoned(frames * batch, 3 * WIDTH, dtype=dtype), linear(norm(x), qkv)
     positions = torch.randn(frames + 2, WIDTH, device=device).to(dtype)
     if table:
         expected[:, WIDTH : 2 * WIDTH] += positions[:frames].double().repeat(batch, 1)
     options = {"table": (positions, frames) if table else None, "eps": EPS, "pdl": GPU}
-    products(dtype).up(stream_of(x, dtype), qkv, out, **options)
+    products(dtype, cut=cut).up(stream_of(x, dtype), qkv, out, **options)
     check(out, expected, dtype)
 
 
@@ -112,8 +111,9 @@ if GPU:
 
 
 @kinds
+@cuts
 @pytest.mark.parametrize("tokens, inner, masked", ADDED)
-def test_add(products, layer, check, device, dtype, tokens, inner, masked):
+def test_add(products, layer, check, device, dtype, tokens, inner, masked, cut):
     x, a = torch.randn(tokens, WIDTH, device=device), torch.randn(tokens, inner, device=device).to(dtype)
     x *= torch.logspace(-2, 3, WIDTH, device=device)
     down, mask, before = layer(WIDTH, inner, dtype), None, stream_of(x, dtype)
@@ -123,7 +123,7 @@ def test_add(products, layer, check, device, dtype, tokens, inner, masked):
         valid = ops.frame_mask(*mask).flatten()[:, None]
     expected = floats(before).double() + 0.5 * linear(a, down) * valid
     kernels, options = (
-        products(dtype, 1024 if inner == 256 else inner),
+        products(dtype, 1024 if inner == 256 else inner, cut=cut),
         {"scale": 0.5, "mask": mask, "pdl": GPU},
     )
     copies = [replace(before, raw=before.raw.clone(), low=before.low.clone(), parts=None) for _ in range(2)]
@@ -146,8 +146,9 @@ if GPU:
 
 
 @pytest.mark.parametrize("experts, dtype, experts_dtype", ROUTED)
-@pytest.mark.parametrize("parts", [1, 4])
-def test_route(products, cut, check, poisoned, device, experts, dtype, experts_dtype, parts):
+@pytest.mark.parametrize("parts, rows", [(1, 16), (4, 16), (4, 64)])
+def test_route(products, monkeypatch, rows, check, poisoned, device, experts, dtype, experts_dtype, parts):
+    monkeypatch.setattr("m3asr.kernels.clusters.products.MOST_SHARED", 150 if rows == 16 else 0)
     lengths = torch.tensor([45, 0, 17], device=device).int()
     frames, tokens = 50, 150
     x = torch.randn(tokens, WIDTH, device=device) + 2
@@ -158,7 +159,7 @@ def test_route(products, cut, check, poisoned, device, experts, dtype, experts_d
     y, gate = poisoned(tokens, WIDTH, dtype=experts_dtype), poisoned(tokens)
     expert_idx, counts = (
         poisoned(tokens, dtype=torch.int32),
-        poisoned(-(-tokens // cut.routed), experts, dtype=torch.int32),
+        poisoned(-(-tokens // rows), experts, dtype=torch.int32),
     )
     products(dtype, 1024, experts, experts_dtype).route(
         stream_of(x, dtype, WIDTH // parts), SimpleNamespace(weight=weight / 4, bias=bias), heard, lengths, y,
@@ -171,7 +172,7 @@ def test_route(products, cut, check, poisoned, device, experts, dtype, experts_d
     assert torch.equal(expert_idx[valid].long(), expected[valid])
     assert (expert_idx[~valid] == -1).all() and not gate[~valid].any()
     check(gate[valid], best[valid], factor=2.0)
-    for i, chosen in enumerate(expert_idx.split(cut.routed)):
+    for i, chosen in enumerate(expert_idx.split(rows)):
         assert counts[i].tolist() == [int((chosen == e).sum()) for e in range(experts)]
 
 
@@ -187,10 +188,11 @@ def test_the_first_expert_wins_a_tie(products, poisoned, device):
     assert expert_idx.tolist() == [2] * 9
 
 
-def test_orders(products, layer, device):
+@cuts
+def test_orders(products, layer, device, cut):
     """Whatever runs first, every bit is the same; and a row's do not depend on where it stands."""
     dtype, found = TYPES[0], []
-    kernels, up, down = products(dtype), layer(1024, 256, dtype), layer(256, 1024, dtype)
+    kernels, up, down = products(dtype, cut=cut), layer(1024, 256, dtype), layer(256, 1024, dtype)
     a, x = torch.randn(300, 256, device=device).to(dtype), torch.randn(300, 256, device=device)
     for Emulated.seed, first in ((0, 0), (1, 0), (2, 77)):
         h = torch.empty(300 - first, 1024, dtype=dtype, device=device)

@@ -16,7 +16,7 @@ from m3asr.engines.cuda.packing import Block, Linear, Stack, Weights
 from m3asr.kernels.clusters import MOST_FRAMES, MOST_TOKENS, Clusters, Sizes, machine
 from m3asr.kernels.clusters.experts import MOST_TOKENS as MOST_WITH_EXPERTS
 from m3asr.kernels.clusters.experts import Experts, ExpertSizes
-from m3asr.kernels.clusters.products import MANY, SOME, Cut, Products, ProductSizes
+from m3asr.kernels.clusters.products import MANY, ROWS, SOME, Cut, Products, ProductSizes
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Limits:
     block: int = MOST_TOKENS
     experts: int = MOST_WITH_EXPERTS
     each: int = 8
-    products: float = 1100
-    many: int = 2700
+    products: float = 768
+    many: int = 2560
     timed: bool = False
 
 
@@ -88,7 +88,8 @@ class ClusteredStack:
         """Compile what will be used, which then lies beside what Triton keeps."""
         for products in map(self.products, (SOME, MANY) if self._products else ()):
             _ = products.kernels
-            _ = products.router if self._product_sizes.experts else None  # the same for both stacks
+            if self._product_sizes.experts:  # the same for both stacks
+                _ = products.router(16), products.router(ROWS)
         if self._blocks:
             _ = self.kernels().kernels
         if self._experts:

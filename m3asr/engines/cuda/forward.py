@@ -19,7 +19,7 @@ from m3asr.engines.cuda import clustered, tiles
 from m3asr.engines.cuda.packing import EXPERTS_TYPES, TYPES, Block, Stack, Subsampling, Weights
 from m3asr.kernels.attention import attention
 from m3asr.kernels.best import best_path
-from m3asr.kernels.clusters.products import Products
+from m3asr.kernels.clusters.products import Products, routed
 from m3asr.kernels.depthwise import depthwise
 from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
 from m3asr.kernels.linear import linear
@@ -316,7 +316,7 @@ class Forward:
         """
         experts, hidden, width = block.up.weight.shape
         tile, counts = self._tiles(shape, width, hidden), None
-        counted = products.sizes.cut.routed if products else tile.router.m
+        counted = routed(shape.tokens) if products else tile.router.m
         # Whoever watches may change the choices, and then the router's counts are no longer theirs.
         if tile.sort.parts > 1 and self.trace is None:
             counts = self._new((-(-shape.tokens // counted), experts), torch.int32)

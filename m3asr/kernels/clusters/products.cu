@@ -60,8 +60,8 @@ template <int K, int N, Kind KIND> DEVICE void product(
     release();
     const Here place(memory);
     const int me = rank(), warp = uniform(thread() / 32), lane = thread() % 32;
+    const int tiles = (layer.tokens + ROWS - 1) / ROWS;
     const Share share(layer, layer.columns / (2 * N));
-    const int tiles = (layer.tokens + ROWS - 1) / ROWS, first = share.first, stride = share.stride;
     const int column = (share.pair * 2 + me) * N;
     if (warp == WARPS && lane == 0) {  // weights concern no other program: they need not wait until all meet
         for (int k = 0; k < STEPS; k++) opened(place.loaded + k, 1);
@@ -80,10 +80,10 @@ template <int K, int N, Kind KIND> DEVICE void product(
     }
     arrive();
     all_here();
-    if (warp == WARPS && lane == 0) {  // brings rows of `a`
+    if (warp == WARPS) {  // brings rows of `a`; asked of the whole warp, which costs the others fewer registers
         wait();
         int step = 0;
-        for (int tile = first; tile < tiles; tile += stride)
+        for (int tile = share.first; lane == 0 && tile < tiles; tile += share.stride)
             for (int k = 0; k < STEPS; k++, step++) {
                 const int stage = k % STAGES;
                 arrived(place.empty + stage, step / STAGES % 2 ^ 1);
@@ -95,7 +95,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
     } else if (KIND == ADDED && warp == WARPS + 1 && lane == 0) {  // brings tiles of x
         described(out), described(low);
         wait();
-        for (int i = 0, tile = first; tile < tiles; i++, tile += stride) {
+        for (int i = 0, tile = share.first; tile < tiles; i++, tile += share.stride) {
             const int slot = i % SLOTS;
             char* raw = place.slots + slot * Here::X_TILE;
             arrived(place.x_empty + slot, i / SLOTS % 2 ^ 1);
@@ -106,7 +106,7 @@ template <int K, int N, Kind KIND> DEVICE void product(
     } else if (warp < WARPS) {
         if (KIND != ADDED && thread() % 128 == 0) described(out);
         wait();
-        const int mine = warp / 4;
+        const int mine = warp / 4, first = share.first, stride = share.stride;
         const Operand kept = operand(memory);
         for (int i = mine, tile = first + mine * stride; tile < tiles; i += GROUPS, tile += GROUPS * stride) {
             const Rows rows(layer, tile * ROWS + warp % 4 * 16 + lane / 4);

@@ -18,17 +18,22 @@ PROGRAMS, ROWS = 2, 64
 ADDED_COLUMNS = 64
 MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again are for tiles
 ROUTER_THREADS, MOST_EXPERTS = 128, 64
+MOST_SHARED = 8192  # tokens, up to which a program of the router has 16 rows, whose columns its four warps share
+
+
+def routed(tokens: int) -> int:
+    """Rows of a program of the router, of each of which it leaves a row of counts."""
+    return 16 if tokens <= MOST_SHARED else ROWS
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How work is shared out: columns of a program (of one that adds to the stream ADDED_COLUMNS), and its groups of four
-    warps, which multiply in turn; rows of a program of the router.
+    """How products are shared out: columns of a program (ADDED_COLUMNS of one that adds to the stream), and its groups
+    of four warps, which multiply in turn.
     """
 
     columns: int
     groups: int
-    routed: int  # 64, or 16, where four warps share their columns
 
     @property
     def threads(self) -> int:
@@ -36,7 +41,7 @@ class Cut:
 
 
 # With some thousand tokens twice the programs are worth more than half the traffic.
-SOME, MANY = Cut(64, 2, 16), Cut(128, 3, 64)
+SOME, MANY = Cut(64, 2), Cut(128, 3)
 
 
 def _fields(*kinds) -> list:
@@ -86,13 +91,18 @@ class ProductSizes:
         stages = next(n for n in (4, 3, 2, 1) if steps % n == 0)
         return 2 * columns * inner + stages * PROGRAMS * ROWS * 128 + slots * ROWS * made + 8 * columns + 512
 
-    def source(self, files=FILES) -> tuple[str, tuple[str, ...]]:
-        """Definitions for FILES or ROUTER_FILES, and all files of CUDA C++ that stand behind them."""
-        names = asdict(self)
-        names |= names.pop("cut") | {"threads": self.cut.threads, "programs": PROGRAMS, "resident": 1, "timed": 0}
-        names["shared_bytes"] = SHARED_BYTES
-        if files == ROUTER_FILES:
-            names |= {"threads": ROUTER_THREADS, "programs": 1, "resident": 2}
+    def source(self) -> tuple[str, tuple[str, ...]]:
+        """Definitions, and all files of CUDA C++ that stand behind them."""
+        rest = {"threads": self.cut.threads, "programs": PROGRAMS, "resident": 1, "shared_bytes": SHARED_BYTES}
+        return self._defined(FILES, **asdict(self.cut), **rest)
+
+    def router_source(self, rows: int) -> tuple[str, tuple[str, ...]]:
+        """The same for the router, with so many rows a program."""
+        return self._defined(ROUTER_FILES, threads=ROUTER_THREADS, programs=1, resident=2, routed=rows)
+
+    def _defined(self, files, **names) -> tuple[str, tuple[str, ...]]:
+        names = {**asdict(self), **names, "timed": 0}
+        del names["cut"]
         defined = "".join(f"#define {name.upper()} {int(value)}\n" for name, value in names.items())
         return defined, ("machine.cu", "warpgroups.cu", *files)
 
@@ -113,10 +123,9 @@ class Products:
         """Compiled, or found where they are kept, when they are first asked for."""
         return self._load(*self.sizes.source(), self._device)
 
-    @cached_property
-    def router(self) -> Kernels:
-        """The same of the router."""
-        return self._load(*self.sizes.source(ROUTER_FILES), self._device)
+    def router(self, rows: int) -> Kernels:
+        """The same of the router with so many rows a program."""
+        return self._load(*self.sizes.router_source(rows), self._device)
 
     def up(self, a, layer, out, *, activation=None, glu=None, table=None, eps=0.0, pdl=False) -> None:
         """out (N, C) = layer(a), and then one of three.
@@ -151,7 +160,7 @@ class Products:
     def route(
         self, stream, layer, heard, lengths, y, expert_idx, gate, *, frames, eps, scale, counts=None, pdl=False
     ) -> None:  # fmt: skip
-        """What `kernels.router.route` does, of a stream; y of the experts' type, counts of `cut.routed` tokens each."""
+        """What `kernels.router.route` does, of a stream; y of the experts' type, counts of `routed` tokens each."""
         high, rest = self._halves(layer.weight)
         (tokens, width), (choices, _) = stream.raw.shape, high.shape
         tensors = {"bias": layer.bias, "parts": stream.parts, "lengths": lengths}
@@ -160,12 +169,13 @@ class Products:
             scale=scale, **_addresses(tensors),
         )  # fmt: skip
         tensors = {"raw": stream.raw, "low": stream.low, "heard": heard, "y": y, "chosen": expert_idx, "gate": gate}
-        routed, sums = self.sizes.cut.routed, 0 if self.sizes.cut.routed == ROWS else 3 * 16 * choices
-        self.router.launch(
-            "route", -(-tokens // routed), ROUTER_THREADS, self.router.matrix(high, choices),
-            self.router.matrix(rest, choices), task,
+        rows = routed(tokens)
+        kernels, sums = self.router(rows), 0 if rows == ROWS else 3 * 16 * choices
+        weights = (kernels.matrix(half, choices) for half in (high, rest))
+        kernels.launch(
+            "route", -(-tokens // rows), ROUTER_THREADS, *weights, task,
             _Router(stride=heard.stride(0), **_addresses({"counts": counts, **tensors})),
-            shared=4 * choices * width + 8 + 4 * routed + 4 * sums, pdl=pdl,
+            shared=4 * (choices * width + rows + sums) + 8, pdl=pdl,
         )  # fmt: skip
 
     def _launch(
