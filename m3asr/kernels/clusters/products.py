@@ -18,7 +18,7 @@ PROGRAMS, ROWS = 2, 64
 ADDED_COLUMNS = 64
 MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again are for tiles
 ROUTER_THREADS, MOST_EXPERTS = 128, 64
-MOST_SHARED = 8192  # tokens, up to which a program of the router has 16 rows, whose columns its four warps share
+MOST_SHARED = 6144  # tokens, up to which a program of the router has 16 rows, whose columns its four warps share
 
 
 def routed(tokens: int) -> int:
