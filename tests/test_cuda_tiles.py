@@ -39,7 +39,12 @@ def test_what_was_measured_serves_near_its_size_and_width():
     near = tiles.tiles_for(100, 512, 1024, False)
     assert near.up == tiles.rule(100, 512, 1024, False).up
     assert near.next_convolution == tiles.MEASURED["next_convolution"][64]
-    for tokens, width, wide in ((1536, 512, False), (4096, 256, False), (4096, 512, True)):
+    between = tiles.tiles_for(
+        1536, 512, 1024, False
+    )  # of products, which pairs of programs make there, none was measured
+    assert between.up == tiles.rule(1536, 512, 1024, False).up
+    assert between.expert_up == tiles.MEASURED["expert_up"][2048]
+    for tokens, width, wide in ((4096, 256, False), (4096, 512, True)):
         chosen = tiles.tiles_for(tokens, width, 1024, wide)
         assert chosen == tiles.rule(tokens, width, 1024, wide)
         assert LIBRARY not in (chosen.up, chosen.qkv, chosen.down, chosen.out, chosen.gated, chosen.head)
@@ -49,7 +54,7 @@ def test_what_was_measured_is_of_operations_that_there_are():
     assert tiles.MEASURED.keys() <= {field.name for field in dataclasses.fields(tiles.Tiles)}
 
 
-@pytest.mark.parametrize("tokens", [64, 256, 512, 4096, 16384])
+@pytest.mark.parametrize("tokens", [64, 256, 512, 1024, 2048, 4096, 16384])
 def test_tiles_fit_cards_with_less_shared_memory(tokens):
     usual = tiles.tiles_for(tokens, 512, 1024, False)
     assert tiles.fitted(usual, 227 << 10) == usual  # where they were measured
