@@ -14,12 +14,12 @@ template <int K, int N, Kind KIND> struct Place {
     // Divides STEPS, so that each step has its place.
     static constexpr int STAGES = STEPS % 4 == 0 ? 4 : STEPS % 3 == 0 ? 3 : STEPS % 2 == 0 ? 2 : 1;
     static constexpr int OUT_TILE = ROWS * Result<N, KIND>::MADE * 2;
-    static constexpr int X_TILE = OUT_TILE + ROWS * 64;  // of x: `raw`, `low`
+    static constexpr int X_TILE = OUT_TILE + ROWS * N;  // of x: `raw`, `low`
     // Tiles of results, one a group, or of x.
     static constexpr int SLOTS = KIND != ADDED ? GROUPS : WEIGHTS > 65536 ? 2 : 4;
     static constexpr int SLOT = KIND != ADDED ? OUT_TILE : X_TILE;
     static constexpr int TILES = WEIGHTS + STAGES * STAGE + SLOTS * SLOT;
-    static_assert(TILES + 2 * N * 4 + 512 <= SHARED_BYTES && (KIND != ADDED || N == 64), "");
+    static_assert(TILES + 2 * N * 4 + 512 <= SHARED_BYTES && (KIND != ADDED || N <= 64), "");
 
     char *a, *slots;
     Flag *full, *empty, *loaded, *turn, *x_full, *x_empty;
@@ -193,11 +193,11 @@ KERNEL product_added(
     CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix raw, CONSTANT Matrix low, CONSTANT Layer layer
 ) {
     SHARED(memory);
-    product<WIDTH, 64, ADDED>(memory, a_rows, weights, raw, low, layer);
+    product<WIDTH, OUT_COLUMNS, ADDED>(memory, a_rows, weights, raw, low, layer);
 }
 KERNEL product_added_from_hidden(
     CONSTANT Matrix a_rows, CONSTANT Matrix weights, CONSTANT Matrix raw, CONSTANT Matrix low, CONSTANT Layer layer
 ) {
     SHARED(memory);
-    product<HIDDEN, 64, ADDED>(memory, a_rows, weights, raw, low, layer);
+    product<HIDDEN, DOWN_COLUMNS, ADDED>(memory, a_rows, weights, raw, low, layer);
 }

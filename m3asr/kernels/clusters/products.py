@@ -15,7 +15,7 @@ from m3asr.kernels.stream import Stream
 
 FILES, ROUTER_FILES = ("activation.cu", "stream.cu", "results.cu", "products.cu"), ("stream.cu", "route.cu")
 PROGRAMS, ROWS = 2, 64
-ADDED_COLUMNS = 64
+OUT_COLUMNS = 64  # of a program of a product that is added to the stream
 MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again are for tiles
 ROUTER_THREADS, MOST_EXPERTS = 128, 64
 MOST_SHARED = 6144  # tokens, up to which a program of the router has 16 rows, whose columns its four warps share
@@ -28,8 +28,8 @@ def routed(tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """How products are shared out: columns of a program (ADDED_COLUMNS of one that adds to the stream), and its groups
-    of four warps, which multiply in turn.
+    """How products are shared out: columns of a program, where they are not added to the stream, and its groups of four
+    warps, which multiply in turn.
     """
 
     columns: int
@@ -82,8 +82,13 @@ class ProductSizes:
             and self.hidden % (PROGRAMS * self.cut.columns) == 0
             and self.experts <= MOST_EXPERTS
             and self.experts_half >= self.half
-            and 2 * ADDED_COLUMNS * self.hidden <= MOST_WEIGHTS
+            and 2 * self.down_columns * self.hidden <= MOST_WEIGHTS
         )
+
+    @property
+    def down_columns(self) -> int:
+        """Of a program of the product that adds the feed-forward's result to the stream."""
+        return OUT_COLUMNS if 2 * OUT_COLUMNS * self.hidden <= MOST_WEIGHTS else OUT_COLUMNS // 2
 
     def shared_bytes(self, inner: int, columns: int, made: int, slots: int) -> int:
         """As a kernel cuts it: weights of columns, stages of a's tiles, and `slots` tiles of `made` bytes a row."""
@@ -94,14 +99,14 @@ class ProductSizes:
     def source(self) -> tuple[str, tuple[str, ...]]:
         """Definitions, and all files of CUDA C++ that stand behind them."""
         rest = {"threads": self.cut.threads, "programs": PROGRAMS, "resident": 1, "shared_bytes": SHARED_BYTES}
-        return self._defined(FILES, **asdict(self.cut), **rest)
+        return self._defined(FILES, **asdict(self.cut), **rest, out_columns=OUT_COLUMNS)
 
     def router_source(self, rows: int) -> tuple[str, tuple[str, ...]]:
         """The same for the router, with so many rows a program."""
         return self._defined(ROUTER_FILES, threads=ROUTER_THREADS, programs=1, resident=2, routed=rows)
 
     def _defined(self, files, **names) -> tuple[str, tuple[str, ...]]:
-        names = {**asdict(self), **names, "timed": 0}
+        names = {**asdict(self), **names, "down_columns": self.down_columns, "timed": 0}
         del names["cut"]
         defined = "".join(f"#define {name.upper()} {int(value)}\n" for name, value in names.items())
         return defined, ("machine.cu", "warpgroups.cu", *files)
@@ -150,9 +155,10 @@ class Products:
         """
         from_hidden = layer.weight.shape[1] == self.sizes.hidden
         (tokens, width), (lengths, frames) = stream.raw.shape, mask or (None, 1)
-        parts = torch.empty(width // ADDED_COLUMNS, tokens, 2, device=stream.raw.device) if normed else None
+        its = self.sizes.down_columns if from_hidden else OUT_COLUMNS
+        parts = torch.empty(width // its, tokens, 2, device=stream.raw.device) if normed else None
         self._launch(
-            "product_added_from_hidden" if from_hidden else "product_added", a, layer, pdl, out=stream.raw,
+            "product_added_from_hidden" if from_hidden else "product_added", a, layer, pdl, its=its, out=stream.raw,
             low=stream.low, lengths=lengths, frames=frames, scale=scale, x_parts=parts,
         )  # fmt: skip
         return replace(stream, parts=parts)
@@ -179,8 +185,9 @@ class Products:
         )  # fmt: skip
 
     def _launch(
-        self, name: str, a, layer, pdl: bool, *, out, low=None, frames=1, eps=0.0, scale=1.0, **tensors
+        self, name: str, a, layer, pdl: bool, *, out, low=None, its=None, frames=1, eps=0.0, scale=1.0, **tensors
     ) -> None:
+        """its: columns of a program, where they are added to the stream `out`, `low`."""
         kernels, cut, count = self.kernels, self.sizes.cut, 0
         if isinstance(a, Stream):
             tensors |= {"parts": a.parts, "sums": self.sums(layer.weight)}
@@ -192,9 +199,8 @@ class Products:
             wide = min(64, its * out.shape[1] // columns)
             made, matrices = 2 * wide, (kernels.matrix(out, ROWS, wide),)
         else:
-            its = wide = ADDED_COLUMNS
             slots = 2 if 2 * its * inner > 65536 else 4
-            made, matrices = 3 * wide, tuple(kernels.matrix(t, ROWS, wide) for t in (out, low))
+            made, matrices = 3 * its, tuple(kernels.matrix(t, ROWS, its) for t in (out, low))
         pairs, shared = columns // (PROGRAMS * its), self.sizes.shared_bytes(inner, its, made, slots)
         most = kernels.most_clusters(name, cut.threads, shared, PROGRAMS)
         tiles = -(-tokens // ROWS)

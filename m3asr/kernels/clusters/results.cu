@@ -9,7 +9,7 @@ enum Kind { ACTIVATED, GATED, KEYED, ADDED };
 // columns at a time: what is read of shared memory waits for what was written before, since both might be the same.
 template <int N, Kind KIND> struct Result {
     static constexpr int WIDE = KIND != GATED ? 64 : N < 128 ? N : 128;  // columns that make a tile
-    static constexpr int MADE = KIND == GATED ? WIDE / 2 : 64;           // of so many results
+    static constexpr int MADE = KIND == GATED ? WIDE / 2 : KIND == ADDED ? N : 64;  // of so many results
     RowNorm norm[2];
     uint4 keys[KIND == KEYED ? 4 : 1];  // of the table: 16 bytes of every 16th row of the group's 64
     const Number* table;                // none: these columns are no keys
@@ -97,8 +97,8 @@ template <int N> DEVICE void add_to_stream(
             add[n] = *(const float2*)(bias + at);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                high[n][half] = *(u32*)in_tiles<Number>(raw, rows.local(half), at);
-                rest[n][half] = *(Number*)in_tiles<char>(low, rows.local(half), at);
+                high[n][half] = *(u32*)in_tiles<Number, N>(raw, rows.local(half), at);
+                rest[n][half] = *(Number*)in_tiles<char, N>(low, rows.local(half), at);
             }
         }
 #pragma unroll
@@ -115,8 +115,8 @@ template <int N> DEVICE void add_to_stream(
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int at = (first + n) * 8 + 2 * t;
-                *(u32*)in_tiles<Number>(raw, rows.local(half), at) = high[n][half];
-                *(Number*)in_tiles<char>(low, rows.local(half), at) = (Number)rest[n][half];
+                *(u32*)in_tiles<Number, N>(raw, rows.local(half), at) = high[n][half];
+                *(Number*)in_tiles<char, N>(low, rows.local(half), at) = (Number)rest[n][half];
             }
     }
 }

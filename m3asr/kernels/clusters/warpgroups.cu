@@ -92,6 +92,13 @@ DEVICE void multiply_tile(float (&c)[32], Operand a, Operand b, int add) {
                  "%27,%28,%29,%30,%31}, a, b, p, 1, 1, 0, 0;}"
                  : SIXTEEN(0), SIXTEEN(16) : "r"(a), "r"(b), "r"(add));
 }
+DEVICE void multiply_tile(float (&c)[16], Operand a, Operand b, int add) {
+    asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+                 ".reg .b64 a, b;\nmov.b64 a, {%16, " REST "};\nmov.b64 b, {%17, " REST "};\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32." OPERANDS " {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, a, b, p, 1, 1, 0, 0;}"
+                 : SIXTEEN(0) : "r"(a), "r"(b), "r"(add));
+}
 DEVICE float2 written_now(const float2* p) {  // `written`, asked for where it stands
     float2 v;
     asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
