@@ -68,23 +68,32 @@ def test_what_clusters_run(changes, tokens, frames, blocks, experts):
 
 
 @pytest.mark.parametrize(
-    "changes, precision, there",
+    "changes, precision, most",
     [
-        ({}, "fp8", True),
-        ({"causal": True}, "bf16", True),
-        ({}, "fp32", False),
-        ({"macaron_style": False}, "bf16", False),
-        ({"activation_type": "gelu"}, "bf16", False),
-        ({"attention_dim": 320, "attention_heads": 5}, "bf16", False),
+        ({}, "fp8", 10**6),
+        ({"causal": True}, "bf16", 10**6),
+        ({"linear_units": 2048}, "bf16", 4096),  # a program keeps 32 columns of them, and many tokens would suffer
+        ({}, "fp32", 0),
+        ({"macaron_style": False}, "bf16", 0),
+        ({"activation_type": "gelu"}, "bf16", 0),
+        ({"attention_dim": 320, "attention_heads": 5}, "bf16", 0),
     ],
 )
-def test_what_pairs_run(changes, precision, there):
+def test_what_pairs_run(changes, precision, most):
     config_ = config(blocks=(1, 1), **changes)
     packed = pack(config_, model(config_).state_dict(), precision, "cpu")
     stack = ClusteredStack(packed.weights.main, 32, TYPES[precision], EXPERTS_TYPES[precision], load=lambda *_: None)
-    found = [stack.for_products(Limits(), tokens) for tokens in (768, 2559, 2560)]
-    assert [products and products.sizes.cut for products in found] == ([SOME, SOME, MANY] if there else [None] * 3)
-    assert stack.for_products(Limits(), 767) is None
+    for tokens, cut in (
+        (639, None),
+        (640, SOME),
+        (2559, SOME),
+        (2560, MANY),
+        (4096, MANY),
+        (4097, MANY),
+        (10**6, MANY),
+    ):
+        found = stack.for_products(Limits(), tokens)
+        assert (found and found.sizes.cut) == (cut if tokens <= most else None)
     assert stack.for_products(Limits(products=math.inf), 10**6) is None
 
 

@@ -16,21 +16,23 @@ from m3asr.engines.cuda.packing import Block, Linear, Stack, Weights
 from m3asr.kernels.clusters import MOST_FRAMES, MOST_TOKENS, Clusters, Sizes, machine
 from m3asr.kernels.clusters.experts import MOST_TOKENS as MOST_WITH_EXPERTS
 from m3asr.kernels.clusters.experts import Experts, ExpertSizes
-from m3asr.kernels.clusters.products import MANY, ROWS, SOME, Cut, Products, ProductSizes
+from m3asr.kernels.clusters.products import MANY, OUT_COLUMNS, ROWS, SOME, Cut, Products, ProductSizes
 
 
 @dataclass(frozen=True)
 class Limits:
     """The most tokens for which blocks, and experts, run so; 0: never. each: the most tokens an expert, of so many that
-    its weights come slower than they are multiplied. The fewest tokens for which products run so; inf: never; and from
-    how many on a program has more columns. timed: see `clusters.Sizes`.
+    its weights come slower than they are multiplied. The fewest tokens for which products run so; inf: never; from how
+    many on a program has more columns; and the most where the feed-forward leaves it less than OUT_COLUMNS. All by
+    measurement (benchmarks/NOTES.md). timed: see `clusters.Sizes`.
     """
 
     block: int = MOST_TOKENS
     experts: int = MOST_WITH_EXPERTS
     each: int = 8
-    products: float = 768
+    products: float = 640
     many: int = 2560
+    narrow: int = 4096
     timed: bool = False
 
 
@@ -107,7 +109,8 @@ class ClusteredStack:
 
     def for_products(self, limits: Limits, tokens: int) -> Products | None:
         """The kernels for products of so many tokens, if they are to be run so."""
-        if not self._products or tokens < limits.products:
+        narrow = self._product_sizes.down_columns < OUT_COLUMNS
+        if not self._products or tokens < limits.products or (narrow and tokens > limits.narrow):
             return None
         return self.products(MANY if tokens >= limits.many else SOME)
 
