@@ -104,6 +104,16 @@ STAGES = {
         "--out {out}/between",
         110,
     ),
+    "kernels-some": Stage(
+        "{python} -m benchmarks.kernels --shapes 4x1024 8x1024 --cases expert_up expert_down sort norm attention depthwise "
+        "next_convolution subsampling_out first_convolution head log_softmax --budget 150 --out {out}/some",
+        170,
+    ),
+    "some": Stage(
+        "{python} -m benchmarks.encoder --inputs 4x1024 8x1024 --precisions bf16 fp16 --variants pairs --budget 80 "
+        "--no-baselines {tiles} --out {out}/some",
+        100,
+    ),
     # What a table of results needs, with all decisions taken.
     "texts": Stage(
         "{python} -m benchmarks.texts --manifest {manifest} --precisions bf16 fp32 --batch 64 --out {out}",

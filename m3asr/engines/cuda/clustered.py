@@ -24,7 +24,7 @@ class Limits:
     """The most tokens for which blocks, and experts, run so; 0: never. each: the most tokens an expert, of so many that
     its weights come slower than they are multiplied. The fewest tokens for which products run so; inf: never; from how
     many on a program has more columns; and the most where the feed-forward leaves it less than OUT_COLUMNS. All by
-    measurement (benchmarks/NOTES.md). timed: see `clusters.Sizes`.
+    measurement (benchmarks/VERSIONS.md, 9 to 12). timed: see `clusters.Sizes`.
     """
 
     block: int = MOST_TOKENS
