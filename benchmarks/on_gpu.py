@@ -105,8 +105,8 @@ STAGES = {
         110,
     ),
     "kernels-some": Stage(
-        "{python} -m benchmarks.kernels --shapes 4x1024 8x1024 --cases expert_up expert_down sort norm attention depthwise "
-        "next_convolution subsampling_out first_convolution head log_softmax --budget 150 --out {out}/some",
+        "{python} -m benchmarks.kernels --shapes 4x1024 8x1024 --cases expert_up expert_down sort norm attention "
+        "depthwise next_convolution subsampling_out first_convolution head log_softmax --budget 150 --out {out}/some",
         170,
     ),
     "some": Stage(

@@ -39,9 +39,8 @@ def test_what_was_measured_serves_near_its_size_and_width():
     near = tiles.tiles_for(100, 512, 1024, False)
     assert near.up == tiles.rule(100, 512, 1024, False).up
     assert near.next_convolution == tiles.MEASURED["next_convolution"][64]
-    between = tiles.tiles_for(
-        1536, 512, 1024, False
-    )  # of products, which pairs of programs make there, none was measured
+    # Of products, which pairs of programs make there, none was measured.
+    between = tiles.tiles_for(1536, 512, 1024, False)
     assert between.up == tiles.rule(1536, 512, 1024, False).up
     assert between.expert_up == tiles.MEASURED["expert_up"][2048]
     for tokens, width, wide in ((4096, 256, False), (4096, 512, True)):

@@ -104,15 +104,15 @@ def test_qkv(products, layer, check, poisoned, device, dtype, frames, batch, tab
     check(out, expected, dtype)
 
 
-# tokens, inner, masked; each width of the feed-forward is another compilation.
-ADDED = [(450, 256, True), (65, 1024, False), (450, 768, True), (300, 2048, True)]
+# tokens, inner, masked, cut; each width of the feed-forward is another compilation.
+ADDED = [(450, 256, True, MANY), (450, 256, True, SOME), (65, 1024, False, SOME), (450, 768, True, MANY)]
+ADDED += [(130, 2048, True, SOME)]
 if GPU:
-    ADDED = list(product([7, 65, 450, 5000], [256, 512, 768, 1024, 2048], [False, True]))
+    ADDED = list(product([7, 65, 450, 5000], [256, 512, 768, 1024, 2048], [False, True], [MANY, SOME]))
 
 
 @kinds
-@cuts
-@pytest.mark.parametrize("tokens, inner, masked", ADDED)
+@pytest.mark.parametrize("tokens, inner, masked, cut", ADDED)
 def test_add(products, layer, check, device, dtype, tokens, inner, masked, cut):
     x, a = torch.randn(tokens, WIDTH, device=device), torch.randn(tokens, inner, device=device).to(dtype)
     x *= torch.logspace(-2, 3, WIDTH, device=device)
