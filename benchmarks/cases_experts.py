@@ -23,9 +23,10 @@ from benchmarks.case import (
 )
 from m3asr.engines.cuda.packing import Linear
 from m3asr.kernels.clusters.experts import Experts, ExpertSizes
-from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
+from m3asr.kernels.expert_product import expert_product
 from m3asr.kernels.pieces import Tile
 from m3asr.kernels.router import route
+from m3asr.kernels.sort import slots, sort_tokens
 from m3asr.kernels.stream import to_stream
 
 
@@ -135,7 +136,7 @@ def make_expert_product(batch, frames, valid, hidden, down):
         by_slot = {"residual_scale": 0.5, "gate": gate, "by_slot": streams(tokens)}
         kwargs = by_slot if down else {"activation": "swish"}
         slot_token, tile_expert, sorted_a, out = sorts[tile.m]
-        experts_many(
+        expert_product(
             sorted_a if down else a, weights[i], bias, slot_token, tile_expert, out, tile=tile, pdl=True, **kwargs
         )
 

@@ -16,8 +16,8 @@ from m3asr.kernels.clusters.experts import Experts
 from m3asr.kernels.pieces import Tile, release, wait
 
 NAMES = (
-    "attention", "depthwise", "experts_many", "first_convolution", "linear", "log_softmax", "next_convolution", "norm",
-    "route", "sort_tokens",
+    "attention", "depthwise", "expert_product", "first_convolution", "linear", "log_softmax", "next_convolution",
+    "norm", "route", "sort_tokens",
 )  # fmt: skip
 METHODS = {
     **{name: (Clusters, name) for name in ("attention_gated", "convolution", "convolution_router")},
@@ -122,7 +122,7 @@ class Launches:
         choices, by_expert = self.changed or (self.choices, self.sorted)
         if kind == "cluster: experts":
             args[1] = choices[layer]
-        elif name == "experts_many":
+        elif name == "expert_product":
             args[3:5] = by_expert[layer]
         elif name == "sort_tokens":
             args[0] = self.choices[layer]

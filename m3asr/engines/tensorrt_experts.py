@@ -82,8 +82,9 @@ def experts(x, expert_idx, w_1, b_1, w_2, b_2, *, activation: str):
 def _launch(x, expert_idx, w_1, b_1, w_2, b_2, out, activation, workspace):
     """By the cuda engine's kernels: the tokens sorted by expert, then both products."""
     from m3asr.engines.cuda.tiles import fitted, tiles_for
-    from m3asr.kernels.experts_many import experts_many, most_tiles, sort_tokens
+    from m3asr.kernels.expert_product import expert_product
     from m3asr.kernels.pieces import shared_memory
+    from m3asr.kernels.sort import most_tiles, sort_tokens
 
     (tokens, width), (count, hidden) = x.shape, b_1.shape
     wide = x.dtype == torch.float32
@@ -107,5 +108,5 @@ def _launch(x, expert_idx, w_1, b_1, w_2, b_2, out, activation, workspace):
     h = piece(x.dtype, tiles * rows, hidden)
     slot_token, tile_expert = piece(torch.int32, tiles * rows), piece(torch.int32, tiles)
     sort_tokens(expert_idx, slot_token, tile_expert, experts=count, rows=rows, tile=tile.sort)
-    experts_many(x, w_1, b_1, slot_token, tile_expert, h, **up)
-    experts_many(h, w_2, b_2, slot_token, tile_expert, out, residual_scale=1.0, **down)
+    expert_product(x, w_1, b_1, slot_token, tile_expert, h, **up)
+    expert_product(h, w_2, b_2, slot_token, tile_expert, out, residual_scale=1.0, **down)

@@ -5,8 +5,9 @@ import torch
 
 from m3asr import ops
 from m3asr.engines.cuda.packing import _float8
-from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
+from m3asr.kernels.expert_product import expert_product
 from m3asr.kernels.pieces import Tile
+from m3asr.kernels.sort import slots, sort_tokens
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXPERTS, WIDTH, HIDDEN = 5, 32, 48
@@ -45,8 +46,8 @@ class Layer:
 
     def run(self, h, slot_token, tile_expert, tile: Tile, **both):
         slots = (slot_token, tile_expert)
-        experts_many(self.y, self.w_1, self.b_1, *slots, h, tile=tile, activation="swish", **both)
-        experts_many(h, self.w_2, self.b_2, *slots, self.x, tile=tile, **self.down, **both)
+        expert_product(self.y, self.w_1, self.b_1, *slots, h, tile=tile, activation="swish", **both)
+        expert_product(h, self.w_2, self.b_2, *slots, self.x, tile=tile, **self.down, **both)
 
     def check(self, check, dtype):
         check(self.x, self.reference, dtype)
@@ -107,8 +108,8 @@ def test_experts_whose_results_stay_sorted(device, options, check, poisoned, til
     assert torch.equal(token_slot == -1, ~layer.valid)
     h, out = (poisoned(slot_token.numel(), n, dtype=dtype) for n in (HIDDEN, WIDTH))
     how, places = Tile(64, 32, 32, stages=2, copied=copied, stored=stored), (slot_token, tile_expert)
-    experts_many(layer.y, layer.w_1, layer.b_1, *places, h, tile=how, activation="swish", **both)
-    experts_many(h, layer.w_2, layer.b_2, *places, out, tile=how, by_slot=True, **layer.down, **both)
+    expert_product(layer.y, layer.w_1, layer.b_1, *places, h, tile=how, activation="swish", **both)
+    expert_product(h, layer.w_2, layer.b_2, *places, out, tile=how, by_slot=True, **layer.down, **both)
     summand = torch.zeros(tokens, WIDTH, device=device)
     summand[layer.valid] = out[token_slot[layer.valid].long()].float()
     check(layer.x + summand, layer.reference, dtype)
@@ -164,7 +165,7 @@ def test_float8_weights_with_a_scale_for_each_row(device, options, check, poison
     slot_token, tile_expert = slots(tokens, EXPERTS, 16, device)
     sort_tokens(expert_idx, slot_token, tile_expert, experts=EXPERTS, rows=16, tile=tile(n=32), pdl=both["pdl"])
     h = poisoned(slot_token.numel(), HIDDEN)
-    experts_many(y, packed.weight, packed.bias, slot_token, tile_expert, h, tile=tile(), **both)
+    expert_product(y, packed.weight, packed.bias, slot_token, tile_expert, h, tile=tile(), **both)
     slot = (tile_expert >= 0).repeat_interleave(16) & (slot_token >= 0)
     out = poisoned(tokens, HIDDEN)
     out[slot_token[slot].long()] = h[slot]

@@ -21,12 +21,13 @@ from m3asr.kernels.attention import attention
 from m3asr.kernels.best import best_path
 from m3asr.kernels.clusters.products import Products, routed
 from m3asr.kernels.depthwise import depthwise
-from m3asr.kernels.experts_many import experts_many, slots, sort_tokens
+from m3asr.kernels.expert_product import expert_product
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
 from m3asr.kernels.pieces import copyable, shared_memory
 from m3asr.kernels.router import route
+from m3asr.kernels.sort import slots, sort_tokens
 from m3asr.kernels.stream import Stream, from_stream, norm_stream, to_stream
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
@@ -353,7 +354,7 @@ class Forward:
             counts=counts, token_slot=more[1] if more else None,
         )  # fmt: skip
         h = self._new((slot_token.numel(), hidden), self.experts_dtype)
-        experts_many(y, block.up.weight, block.up.bias, slot_token, tile_expert, h, **up, **both)
+        expert_product(y, block.up.weight, block.up.bias, slot_token, tile_expert, h, **up, **both)
         to, places = more[0] if more else x, (slot_token, tile_expert)
-        experts_many(h, block.down.weight, block.down.bias, *places, to, by_slot=streams, **down, **both)
+        expert_product(h, block.down.weight, block.down.bias, *places, to, by_slot=streams, **down, **both)
         return more
