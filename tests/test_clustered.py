@@ -99,8 +99,7 @@ def test_what_pairs_run(changes, precision, most):
 
 def test_blocks_in_pairs(tmp_path, few_programs):  # noqa: F811
     """A whole forward whose products are made by pairs of programs, on an emulated card: the same but for rounding, and
-    each block, with many columns a program or fewer; the same bits when nobody watches, and the router counts for the
-    sort.
+    each block; the same bits when nobody watches, and the router counts for the sort.
     """
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
@@ -110,20 +109,19 @@ def test_blocks_in_pairs(tmp_path, few_programs):  # noqa: F811
     load = emulator(tmp_path, "emulated_warpgroups.h")
     stacks = forward.weights.main, forward.weights.embed
     forward.clustered = [ClusteredStack(stack, 4, torch.float16, torch.float16, load=load) for stack in stacks]
-    for products, many in ((math.inf, 1), (1, 10**9), (1, 1)):
-        forward.limits, traced = Limits(0, 0, products=products, many=many), []
+    for products in (math.inf, 1):
+        forward.limits, traced = Limits(0, 0, products=products), []
         forward.trace = lambda kind, block, value, traced=traced: traced.append((kind, value.clone()))
         runs.append((forward(features, lengths)[1], traced))
-    (reference, expected), *rest = runs
+    (reference, expected), (hidden, traced) = runs
+    assert not torch.equal(hidden, reference), "the products were not used"
     valid = torch.arange(reference.shape[1]) < torch.tensor([[7], [4]])
-    for hidden, traced in rest:
-        assert not torch.equal(hidden, reference), "the products were not used"
-        assert relative(hidden[valid], reference[valid]) < 3e-3
-        # Of the embedding network a block, of the main stack a routing and a block.
-        assert [kind for kind, _ in expected] == [kind for kind, _ in traced] == ["blocks", "routes", "blocks"]
-        for (kind, one), (_, two) in zip(expected, traced, strict=True):
-            one, two = one[valid.flatten()], two[valid.flatten()]
-            assert torch.equal(one, two) if kind == "routes" else relative(two, one) < 3e-3
+    assert relative(hidden[valid], reference[valid]) < 3e-3
+    # Of the embedding network a block, of the main stack a routing and a block.
+    assert [kind for kind, _ in expected] == [kind for kind, _ in traced] == ["blocks", "routes", "blocks"]
+    for (kind, one), (_, two) in zip(expected, traced, strict=True):
+        one, two = one[valid.flatten()], two[valid.flatten()]
+        assert torch.equal(one, two) if kind == "routes" else relative(two, one) < 3e-3
     forward.trace = None
     assert torch.equal(forward(features, lengths)[1], hidden)
 
