@@ -11,7 +11,7 @@ import torch
 from m3asr.engines.cuda.clustered import Limits
 from m3asr.engines.cuda.packing import Linear
 from m3asr.kernels.clusters import experts
-from m3asr.kernels.clusters.products import MANY, SOME, Products, ProductSizes
+from m3asr.kernels.clusters.products import Products, ProductSizes
 from m3asr.kernels.linear import LIBRARY
 from m3asr.kernels.pieces import Tile
 from m3asr.kernels.stream import Stream, to_stream
@@ -63,7 +63,7 @@ def tensor(*shape, dtype=DTYPE, scale=1.0):
 
 def in_pairs(tokens: int, hidden: int, weights, bias) -> tuple[Products, list[Linear]]:
     """What launches PAIRS of so many tokens, and the layers as it takes them."""
-    half, cut = DTYPE == torch.float16, MANY if tokens >= Limits().many else SOME
+    half, cut = DTYPE == torch.float16, Limits().cut(tokens)
     sizes = ProductSizes(WIDTH, hidden, experts=EXPERTS, half=half, experts_half=half, swish=True, cut=cut)
     return Products(sizes, torch.device("cuda", 0)), [Linear(weight, bias) for weight in weights]
 

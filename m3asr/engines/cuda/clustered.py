@@ -16,7 +16,7 @@ from m3asr.engines.cuda.packing import Block, Linear, Stack, Weights
 from m3asr.kernels.clusters import MOST_FRAMES, MOST_TOKENS, Clusters, Sizes, machine
 from m3asr.kernels.clusters.experts import MOST_TOKENS as MOST_WITH_EXPERTS
 from m3asr.kernels.clusters.experts import Experts, ExpertSizes
-from m3asr.kernels.clusters.products import MANY, OUT_COLUMNS, ROWS, SOME, Cut, Products, ProductSizes
+from m3asr.kernels.clusters.products import MANY, OUT_COLUMNS, ROUTED, SOME, Cut, Products, ProductSizes
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Limits:
     many: int = 2560
     narrow: int = 4096
     timed: bool = False
+
+    def cut(self, tokens: int) -> Cut:
+        """How products of so many tokens are shared out."""
+        return MANY if tokens >= self.many else SOME
 
 
 class ClusteredStack:
@@ -88,10 +92,10 @@ class ClusteredStack:
 
     def compile(self) -> None:
         """Compile what will be used, which then lies beside what Triton keeps."""
-        for products in map(self.products, (SOME, MANY) if self._products else ()):
-            _ = products.kernels
+        if self._products:
+            _ = [self.products(cut).kernels for cut in (SOME, MANY)]
             if self._product_sizes.experts:  # the same for both stacks
-                _ = products.router(16), products.router(ROWS)
+                _ = [self.products(MANY).router(rows) for rows in ROUTED]
         if self._blocks:
             _ = self.kernels().kernels
         if self._experts:
@@ -112,7 +116,7 @@ class ClusteredStack:
         narrow = self._product_sizes.down_columns < OUT_COLUMNS
         if not self._products or tokens < limits.products or (narrow and tokens > limits.narrow):
             return None
-        return self.products(MANY if tokens >= limits.many else SOME)
+        return self.products(limits.cut(tokens))
 
 
 @cache

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 
@@ -18,12 +18,13 @@ PROGRAMS, ROWS = 2, 64
 OUT_COLUMNS = 64  # of a program of a product that is added to the stream
 MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again are for tiles
 ROUTER_THREADS, MOST_EXPERTS = 128, 64
-MOST_SHARED = 6144  # tokens, up to which a program of the router has 16 rows, whose columns its four warps share
+ROUTED = 16, ROWS  # rows of a program of the router: of 16 its four warps share the columns
+MOST_SHARED = 6144  # tokens, up to which they do
 
 
 def routed(tokens: int) -> int:
-    """Rows of a program of the router, of each of which it leaves a row of counts."""
-    return 16 if tokens <= MOST_SHARED else ROWS
+    """Rows of a program of the router, which leaves a row of counts."""
+    return ROUTED[tokens > MOST_SHARED]
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,13 @@ class Products:
         self.sizes, self._device, self._load = sizes, device, load
         self.sums, self._halves = PerWeight(row_sums), PerWeight(_halves)
         # Not of self, which would then live until the garbage collector comes.
+        self.router = cache(lambda rows: load(*sizes.router_source(rows), device))  # with so many rows a program
         self._matrix = PerWeight(lambda weight, kernels, rows: kernels.matrix(weight, rows))
 
     @cached_property
     def kernels(self) -> Kernels:
         """Compiled, or found where they are kept, when they are first asked for."""
         return self._load(*self.sizes.source(), self._device)
-
-    def router(self, rows: int) -> Kernels:
-        """The same of the router with so many rows a program."""
-        return self._load(*self.sizes.router_source(rows), self._device)
 
     def up(self, a, layer, out, *, activation=None, glu=None, table=None, eps=0.0, pdl=False) -> None:
         """out (N, C) = layer(a), and then one of three.
@@ -176,7 +174,7 @@ class Products:
         )  # fmt: skip
         tensors = {"raw": stream.raw, "low": stream.low, "heard": heard, "y": y, "chosen": expert_idx, "gate": gate}
         rows = routed(tokens)
-        kernels, sums = self.router(rows), 0 if rows == ROWS else 3 * 16 * choices
+        kernels, sums = self.router(rows), (ROWS - rows) * choices  # of all warps but the first that share rows
         weights = (kernels.matrix(half, choices) for half in (high, rest))
         kernels.launch(
             "route", -(-tokens // rows), ROUTER_THREADS, *weights, task,
