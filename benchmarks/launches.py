@@ -13,6 +13,7 @@ from m3asr.engines.cuda import CudaEngine
 from m3asr.engines.cuda import forward as launches
 from m3asr.kernels.clusters import Clusters
 from m3asr.kernels.clusters.experts import Experts
+from m3asr.kernels.clusters.products import Products
 from m3asr.kernels.pieces import Tile, release, wait
 
 NAMES = (
@@ -23,8 +24,11 @@ METHODS = {
     **{name: (Clusters, name) for name in ("attention_gated", "convolution", "convolution_router")},
     **{name: (Clusters, name) for name in ("feed_forward", "feed_forward_qkv")},
     "experts": (Experts, "__call__"),
+    "route": (Products, "route"),
 }
-ROUTED = ("router", "sort", "experts 1", "experts 2", "cluster: convolution router", "cluster: experts")
+# Where the launches that choose experts have their choices.
+ROUTERS = {"router": 6, "cluster: route": 5, "cluster: convolution router": 11}
+ROUTED = (*ROUTERS, "sort", "experts 1", "experts 2", "cluster: experts")
 
 
 @triton.jit
@@ -98,7 +102,7 @@ class Launches:
             weight = args[1]
             if weight.dim() == 3:
                 return "subsampling's projection"
-            if weight.dtype == torch.float32 and args[0].dtype == torch.float32:
+            if weight.dtype == torch.float32:
                 return "heard"
             if options.get("residual_scale") is not None:
                 square = weight.shape[0] == weight.shape[1]
@@ -108,7 +112,7 @@ class Launches:
             return "qkv" if options.get("table") else "gated" if options.get("glu") else "head"
         if name.startswith("cluster"):
             return name.replace("_", " ")
-        if name.startswith("experts"):
+        if name == "expert_product":
             return "experts 2" if options.get("residual_scale") is not None else "experts 1"
         plain = {"route": "router", "sort_tokens": "sort", "log_softmax": "log-softmax"}
         return plain.get(name, name.replace("_", " "))
@@ -133,8 +137,8 @@ class Launches:
     def _record(self, kind, args, options):
         if kind == "first convolution":
             self.lengths = args[5]
-        elif kind in ("router", "cluster: convolution router"):
-            self.choices.append(args[6 if kind == "router" else 11])
+        elif kind in ROUTERS:
+            self.choices.append(args[ROUTERS[kind]])
         elif kind == "sort":
             self.sorted.append((args[1], args[2]))
             self.counted.append(options.get("counts"))

@@ -196,8 +196,10 @@ def of_one_input(engine: CudaEngine, watch: Launches, name: str, args, results: 
             if us is not None:
                 say(f"{us:9.1f} us, {whole - us:8.1f} less: {what}")
 
-        for kinds in (ROUTED, ("experts 1", "experts 2"), ("qkv", "attention", "attention out"),
-                      ("gated", "depthwise", "pointwise 2"), ("up", "down"), ("router", "experts 1")):  # fmt: skip
+        for kinds in (
+            ROUTED, ("experts 1", "experts 2"), ("qkv", "attention", "attention out"),
+            ("gated", "depthwise", "pointwise 2"), ("up", "down"), ("router", "cluster: route", "experts 1"),
+        ):  # fmt: skip
             words = ", ".join(k for k in kinds if k in counts)
             if not words:
                 continue

@@ -114,8 +114,8 @@ def _copied_kernel(
     rows = first + tl.arange(0, BLOCK_M)
     row, col = batch * frames, head * HEAD_WIDTH
     wait(PDL)
+    length = tl.load(lengths_ptr + batch)  # first: a copy is waited for where it stands
     q = queries.load([row + first, col])
-    length = tl.load(lengths_ptr + batch)
     top = tl.full((BLOCK_M,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_WIDTH), tl.float32)

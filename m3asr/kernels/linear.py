@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from m3asr.kernels.epilogue import Unnormed, asked, finished, left, parts_asked, parts_joined, scale_of
 from m3asr.kernels.pieces import (
     Tile,
     activate,
     ask,
+    at_least_16,
     copied_product,
     copyable,
     dot,
-    finished,
     gated,
     multiprocessors,
     release,
@@ -65,12 +68,16 @@ def _linear_kernel(
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     bias = tl.load(b_ptr + cols, mask=cols < columns, other=0.0)
     k = tl.arange(0, BLOCK_K)
+    col = tl.program_id(0) * BLOCK_N
     row_in = (rows < tokens)[:, None]
     col_in = (cols < columns)[:, None]
     a_at = a_ptr + rows.to(tl.int64)[:, None] * WIDTH + k[None, :]
     w_at = w_ptr + cols[:, None] * WIDTH + k[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     wait(PDL)
+    valid, added = asked(
+        rows, col, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, BLOCK_N, GLU, TABLE, RESIDUAL, MASK
+    )
     for start in range(0, WIDTH, BLOCK_K):
         if WIDTH % BLOCK_K == 0:
             a = tl.load(a_at + start, mask=row_in, other=0.0)
@@ -81,13 +88,13 @@ def _linear_kernel(
             w = tl.load(w_at + start, mask=col_in & inside, other=0.0)
         acc = dot(a, tl.trans(w), acc, DOT)
     finished(
-        acc + bias[None, :], rows, tl.program_id(0) * BLOCK_N, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr,
-        scale, BLOCK_M, BLOCK_N, ACTIVATION, GLU, TABLE, RESIDUAL, MASK,
+        acc + bias[None, :], valid, added, rows, col, tokens, columns, out_ptr, scale, BLOCK_M, BLOCK_N, ACTIVATION,
+        GLU, TABLE, RESIDUAL, MASK,
     )  # fmt: skip
 
 
 @triton.jit
-def _persistent_kernel(
+def _copied_kernel(
     a,
     w,
     w_ptr,
@@ -95,14 +102,24 @@ def _persistent_kernel(
     table_ptr,
     lengths_ptr,
     out_ptr,
+    parts_ptr,
+    sums_ptr,
+    left_raw_ptr,
+    left_parts_ptr,
+    groups,
     tokens,
     frames,
     columns,
     scale,
+    eps,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    LEAVES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GLU: tl.constexpr,
     TABLE: tl.constexpr,
@@ -112,21 +129,71 @@ def _persistent_kernel(
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Operands by the copy engine. STAYS: programs make one tile after another; otherwise there is one for each tile,
+    and where BLOCK_K is all of WIDTH its weights come before the wait.
+    """
     release(PDL)
-    ask(w_ptr, columns * WIDTH * 2, ASK)
-    wait(PDL)
-    tiles_n = tl.cdiv(columns, BLOCK_N)
-    tiles = tl.cdiv(tokens, BLOCK_M) * tiles_n
-    # One loop over all steps of all tiles: the copies of a tile's first steps begin before the last one is finished.
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        row, col = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
-        acc = copied_product(a, w, row, col, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
-        cols = col + tl.arange(0, BLOCK_N)
-        acc += tl.load(b_ptr + cols, mask=cols < columns, other=0.0)[None, :]
-        finished(
-            acc, row + tl.arange(0, BLOCK_M), col, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, scale,
-            BLOCK_M, BLOCK_N, ACTIVATION, GLU, TABLE, RESIDUAL, MASK,
+    ask(w_ptr, groups * columns * WIDTH * 2, ASK)
+    if STAYS:
+        wait(PDL)
+        tiles = groups * tl.cdiv(tokens, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+        # One loop over all steps of all tiles: a tile's first copies begin before the one before it is finished.
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _tile(
+                tile, a, w, b_ptr, table_ptr, lengths_ptr, out_ptr, parts_ptr, sums_ptr, left_raw_ptr, left_parts_ptr,
+                tokens, frames, columns, scale, eps, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PART, LEAVES, ACTIVATION,
+                GLU, TABLE, RESIDUAL, MASK, DOT, False, False,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0), a, w, b_ptr, table_ptr, lengths_ptr, out_ptr, parts_ptr, sums_ptr, left_raw_ptr,
+            left_parts_ptr, tokens, frames, columns, scale, eps, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PART, LEAVES,
+            ACTIVATION, GLU, TABLE, RESIDUAL, MASK, DOT, PDL, BLOCK_K >= WIDTH,
         )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    tile, a, w, b_ptr, table_ptr, lengths_ptr, out_ptr, parts_ptr, sums_ptr, left_raw_ptr, left_parts_ptr, tokens,
+    frames, columns, scale, eps, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, LEAVES: tl.constexpr, ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr, TABLE: tl.constexpr, RESIDUAL: tl.constexpr, MASK: tl.constexpr, DOT: tl.constexpr,
+    WAITS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One tile of `_copied_kernel`. All that it takes besides the operands is asked for before the product."""
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    row, col = tile // tiles_n % tl.cdiv(tokens, BLOCK_M) * BLOCK_M, tile % tiles_n * BLOCK_N
+    group = tile // (tl.cdiv(tokens, BLOCK_M) * tiles_n)
+    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    a_row, w_row = group * tokens + row, group * columns + col
+    out_ptr += group.to(tl.int64) * tokens * columns  # where there are groups, all columns are stored
+    bias = tl.load(b_ptr + group * columns + cols, mask=cols < columns, other=0.0)
+    if PARTS:
+        BLOCK_P: tl.constexpr = triton.next_power_of_2(PARTS)
+        sums = tl.load(sums_ptr + cols, mask=cols < columns, other=0.0)
+    if WHOLE:
+        weights = w.load([w_row, 0])
+    wait(WAITS)
+    if PARTS:
+        means, squares = parts_asked(parts_ptr, rows, tokens, PARTS, BLOCK_P)
+    valid, added = asked(
+        rows, col, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, BLOCK_N, GLU, TABLE, RESIDUAL, MASK
+    )
+    if WHOLE and BLOCK_M < 64:
+        acc = tl.trans(dot(weights, tl.trans(a.load([a_row, 0])), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), DOT))
+    elif WHOLE:
+        acc = dot(a.load([a_row, 0]), tl.trans(weights), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), DOT)
+    else:
+        acc = copied_product(a, w, a_row, w_row, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
+    if PARTS:
+        mean, scaled = parts_joined(means, squares, eps, WIDTH, PART, BLOCK_P)
+        acc = acc * (scaled / scale_of(a.dtype))[:, None] - (mean * scaled)[:, None] * sums[None, :]
+    acc = finished(
+        acc + bias[None, :], valid, added, rows, col, tokens, columns, out_ptr, scale, BLOCK_M, BLOCK_N, ACTIVATION,
+        GLU, TABLE, RESIDUAL, MASK,
+    )  # fmt: skip
+    if LEAVES:
+        left(acc, rows, cols, tokens, columns, left_raw_ptr, left_parts_ptr, col // BLOCK_N, BLOCK_N)
 
 
 @triton.jit
@@ -159,7 +226,7 @@ def _stored_kernel(
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`_persistent_kernel` with `finished` a slice of columns at a time, each stored, or added, by the copy engine."""
+    """`_copied_kernel` with `finished` a slice of columns at a time, each stored, or added, by the copy engine."""
     release(PDL)
     ask(w_ptr, columns * WIDTH * 2, ASK)
     wait(PDL)
@@ -227,9 +294,13 @@ def _finish_kernel(
     wait(PDL)
     at = product_ptr + (group * tokens + rows)[:, None] * columns + cols[None, :]
     acc = tl.load(at, mask=(rows < tokens)[:, None] & (cols < columns)[None, :], other=0.0).to(tl.float32)
+    col, out_ptr = tl.program_id(0) * BLOCK_N, out_ptr + group * out_group
+    valid, added = asked(
+        rows, col, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, BLOCK_N, GLU, TABLE, RESIDUAL, MASK
+    )
     finished(
-        acc + bias[None, :], rows, tl.program_id(0) * BLOCK_N, tokens, frames, columns, table_ptr, lengths_ptr,
-        out_ptr + group * out_group, scale, BLOCK_M, BLOCK_N, ACTIVATION, GLU, TABLE, RESIDUAL, MASK,
+        acc + bias[None, :], valid, added, rows, col, tokens, columns, out_ptr, scale, BLOCK_M, BLOCK_N, ACTIVATION,
+        GLU, TABLE, RESIDUAL, MASK,
     )  # fmt: skip
 
 
@@ -245,6 +316,9 @@ def linear(
     glu=None,
     residual_scale=None,
     mask=None,
+    sums=None,
+    eps=0.0,
+    leaves: Unnormed | None = None,
     dot="ieee",
     ahead=0,
     pdl=False,
@@ -257,11 +331,17 @@ def linear(
     token % S. glu = (lengths int32 (B,), S): columns alternate value, gate; value times sigmoid of gate, zero past the
     length, so out is (N, C/2).
     mask = (lengths int32 (B,), S): the result counts as zero past the length.
-    ahead: where programs stay, the weights are asked for, so many bytes at a time (0: not), before the wait for `a`.
-    tile = LIBRARY rounds the product to the compute type once more, and ignores `dot`. A persistent tile is one
-    only for operands that the copy engine takes (`pieces.copyable`).
+    Where the copy engine takes the operands, a may be `Unnormed` rows, whose norm with eps is then multiplied; sums
+    float32 (C,): of weight's rows. And `out` += ... may leave what the next norm takes in `leaves`, whose parts have
+    tile.n columns.
+    ahead: the weights are asked for, so many bytes at a time (0: not), before the wait for `a`.
+    tile = LIBRARY rounds the product to the compute type once more, and ignores `dot`. A tile is `copied` only with
+    operands that the copy engine takes (`pieces.copyable`).
     """
-    if a.dim() == 3 and tile.copied:
+    parts, part, count = bias, 1, 0
+    if isinstance(a, Unnormed):
+        a, parts, part, count = a.raw, a.parts, a.columns, a.parts.shape[0]
+    if a.dim() == 3 and tile.stored:
         # Programs that stay fill the card with one group.
         for each in zip(a, weight, bias, out, strict=True):
             linear(*each, tile=tile, activation=activation, residual_scale=residual_scale, dot=dot, pdl=pdl)
@@ -304,24 +384,35 @@ def linear(
         **tile.options(pdl),
     }
     grid = (triton.cdiv(columns, tile.n), triton.cdiv(tokens, tile.m), groups)
-    if tile.copied and copyable(a) and copyable(weight):
-        programs = (min(grid[0] * grid[1], tile.copied * multiprocessors(a.device)),)
-        options["a"] = TensorDescriptor.from_tensor(a, [tile.m, tile.k])
-        options["w_ptr"], options["ASK"] = weight, ahead
-        options["w"] = TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
+    joins = count or leaves is not None
+    rows_of_a, rows_of_w = a.reshape(-1, width), weight.reshape(-1, width)
+    if (tile.copied or joins) and copyable(rows_of_a) and copyable(rows_of_w):
+        tiles = math.prod(grid)
+        programs = min(tiles, max(1, tile.copied) * multiprocessors(a.device))
+        stays = programs < tiles
+        k = options["BLOCK_K"] = min(tile.k, at_least_16(width))
+        options["a"] = TensorDescriptor.from_tensor(rows_of_a, [tile.m, k])
+        options["w_ptr"], options["ASK"] = weight, 0 if k >= width and not stays else ahead
+        options["w"] = TensorDescriptor.from_tensor(rows_of_w, [tile.n, k])
         sliced = tile.n // max(tile.stored, 1)
         positions = table[0][:frames] if table else weight
         aligned = not table or (columns // 3 % sliced == 0 and copyable(positions))  # a slice is of keys or not
-        if tile.stored and storable(out) and aligned:
+        if tile.stored and storable(out) and aligned and not joins:
             stored = sliced // 2 if glu else sliced
-            _stored_kernel[programs](
+            _stored_kernel[(programs,)](
                 out=TensorDescriptor.from_tensor(out, [tile.m, stored]),
                 table=TensorDescriptor.from_tensor(positions, [tile.m, sliced]), third=columns // 3, SLICES=tile.stored,
                 ADDS=a.is_cuda and out.dtype == torch.float32, **options,  # the interpreter's copies do not add
             )  # fmt: skip
-        else:
-            _persistent_kernel[programs](table_ptr=values, **options)
+            return
+        assert leaves is None or leaves.columns == tile.n, "a tile's columns are not those of a part"
+        _copied_kernel[(programs,)](
+            table_ptr=values, parts_ptr=parts, sums_ptr=bias if sums is None else sums,
+            left_raw_ptr=a if leaves is None else leaves.raw, left_parts_ptr=bias if leaves is None else leaves.parts,
+            eps=eps, groups=groups, STAYS=stays, PARTS=count, PART=part, LEAVES=leaves is not None, **options,
+        )  # fmt: skip
         return
+    assert not joins, "norms are made only of what the copy engine takes"
     _linear_kernel[grid](
         a_ptr=a, w_ptr=weight, table_ptr=values, a_group=tokens * width, w_group=columns * width,
         out_group=out.shape[-1] * tokens, **options,

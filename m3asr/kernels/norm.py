@@ -32,19 +32,24 @@ def _norm_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     d_in = d < WIDTH
+    if PRIOR:
+        prior_w, prior_b = (
+            tl.load(prior_w_ptr + d, mask=d_in, other=0.0),
+            tl.load(prior_b_ptr + d, mask=d_in, other=0.0),
+        )
+    if AFFINE:
+        w, b = tl.load(w_ptr + d, mask=d_in, other=0.0), tl.load(b_ptr + d, mask=d_in, other=0.0)
     wait(PDL)
     at = rows.to(tl.int64)[:, None] * WIDTH + d[None, :]
     mask = (rows < tokens)[:, None] & d_in[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
     if PRIOR:
         x = normalise(x, d_in[None, :], WIDTH, prior_eps)
-        x = x * tl.load(prior_w_ptr + d, mask=d_in, other=0.0)[None, :]
-        x += tl.load(prior_b_ptr + d, mask=d_in, other=0.0)[None, :]
+        x = x * prior_w[None, :] + prior_b[None, :]
         tl.store(prior_out_ptr + at, x, mask=mask)
     y = normalise(x, d_in[None, :], WIDTH, eps)
     if AFFINE:
-        y = y * tl.load(w_ptr + d, mask=d_in, other=0.0)[None, :]
-        y += tl.load(b_ptr + d, mask=d_in, other=0.0)[None, :]
+        y = y * w[None, :] + b[None, :]
         tl.store(float_out_ptr + at, y, mask=mask)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -202,39 +202,3 @@ def mean_of(total, width):
     constant row would then have a variance far above an eps of 1e-12, and come out as 0.2 instead of 0.
     """
     return tl.div_rn(total, total * 0.0 + width)
-
-
-@triton.jit
-def finished(
-    acc, rows, col, tokens, frames, columns, table_ptr, lengths_ptr, out_ptr, scale, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr, GLU: tl.constexpr, TABLE: tl.constexpr, RESIDUAL: tl.constexpr,
-    MASK: tl.constexpr,
-):  # fmt: skip
-    """What follows a product with its bias, acc (BLOCK_M, BLOCK_N), up to the store into `out`: see `linear`.
-
-    col is the first of the product's columns, of which GLU joins neighbours; `columns` counts those of the product too.
-    """
-    row_in = (rows < tokens)[:, None]
-    if GLU or MASK:
-        valid = (rows % frames) < tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)
-    if GLU:
-        acc = gated(acc, BLOCK_M, BLOCK_N)
-        acc = tl.where(valid[:, None], acc, 0.0)
-        columns = columns // 2
-        cols = col // 2 + tl.arange(0, BLOCK_N // 2)
-    else:
-        cols = col + tl.arange(0, BLOCK_N)
-    out_mask = row_in & (cols < columns)[None, :]
-    if TABLE:
-        # One summand a position, for the columns of the keys: the second third.
-        third = columns // 3
-        keys = (cols >= third) & (cols < 2 * third)
-        at = (rows % frames)[:, None] * third + (cols - third)[None, :]
-        acc += tl.load(table_ptr + at, mask=out_mask & keys[None, :], other=0.0).to(tl.float32)
-    acc = activate(acc, ACTIVATION)
-    out_at = out_ptr + rows.to(tl.int64)[:, None] * columns + cols[None, :]
-    if MASK:
-        acc = tl.where(valid[:, None], acc, 0.0)
-    if RESIDUAL:
-        acc = tl.load(out_at, mask=out_mask, other=0.0) + scale * acc
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)

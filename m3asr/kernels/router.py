@@ -50,6 +50,9 @@ def _router_kernel(
         # A token a program: the whole matrix is loaded before the wait, the product is a sum.
         w = tl.load(w_ptr + d[:, None] * EXPERTS + e[None, :], mask=d_in[:, None] & e_in[None, :], other=0.0)
     wait(PDL)
+    heard_at = heard_ptr + rows.to(tl.int64)[:, None] * heard_stride + e[None, :]
+    heard = tl.load(heard_at, mask=row_in & e_in[None, :], other=0.0)
+    length = tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)
     if BLOCK_M == 1:
         x = tl.load(x_ptr + at + d[None, :], mask=row_in & d_in[None, :], other=0.0)
         y = normalise(x, d_in[None, :], WIDTH, eps)  # (1, BLOCK_D)
@@ -83,13 +86,12 @@ def _router_kernel(
             logits = tl.dot(y_low, w_high, logits)
             logits = tl.dot(y_high, w_low, logits)
             logits = tl.dot(y_high, w_high, logits)
-    heard_at = heard_ptr + rows.to(tl.int64)[:, None] * heard_stride + e[None, :]
-    logits = logits * scale + bias[None, :] + tl.load(heard_at, mask=row_in & e_in[None, :], other=0.0)
+    logits = logits * scale + bias[None, :] + heard
     logits = tl.where(e_in[None, :], logits, -float("inf"))
     top, expert = tl.max(logits, axis=1, return_indices=True, return_indices_tie_break_left=True)
     gate = 1.0 / tl.sum(tl.exp(logits - top[:, None]), axis=1)
     # Padding goes to no expert: it costs no weights, and no result depends on it.
-    valid = (rows % frames) < tl.load(lengths_ptr + rows // frames, mask=rows < tokens, other=0)
+    valid = (rows % frames) < length
     expert = tl.where(valid, expert, -1)
     tl.store(expert_ptr + rows, expert, mask=rows < tokens)
     if COUNTS:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from m3asr import ops
+from m3asr.kernels.epilogue import Unnormed
 from m3asr.kernels.linear import LIBRARY, linear
 from m3asr.kernels.pieces import Tile
 
@@ -96,3 +97,45 @@ def test_results_stored_by_copies(device, options, check, poisoned, kind, rows, 
     tile, ahead = Tile(rows, 32 * stored, 32, stages=2, copied=1, stored=stored), 16 if options(dtype)["pdl"] else 0
     linear(a, weight, bias, out, tile=tile, ahead=ahead, **arguments, **options(dtype))
     check(out, reference, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("k", [16, 64], ids=["steps", "whole"])
+@pytest.mark.parametrize("rows, copied, columns", [(16, 9, 16), (64, 9, 32), (16, 1, 64), (64, 1, 16)])
+def test_a_norm_between_two_products(device, options, check, poisoned, dtype, k, rows, copied, columns):
+    """What one product leaves of the stream the next one multiplies normalised: parts that do not divide the width,
+    tiles past the last row, one for each program and more; rows beside zero, large ones, of equal numbers, and padded.
+    """
+    frames, width, inner, eps = 21, 48, 40, 1e-5
+    tokens, tile = 2 * frames, Tile(rows, columns, k, stages=2, copied=copied)
+    lengths = torch.tensor([21, 3], dtype=torch.int32, device=device)
+    a = torch.randn(tokens, inner, device=device).to(dtype)
+    weight = (torch.randn(width, inner, device=device) / 7).to(dtype)
+    bias = torch.randn(width, device=device)
+    x = torch.randn(tokens, width, device=device)
+    x[-1] = 3.7  # and nothing is added to it
+    x[2] += 2.0
+    x[3] *= 1e4
+    product = (a.double() @ weight.double().t() + bias).unflatten(0, (2, frames))
+    valid = ops.frame_mask(lengths, frames).unsqueeze(-1)
+    expected = x.double() + 0.5 * product.masked_fill(~valid, 0.0).flatten(0, 1)
+    left = Unnormed(x, poisoned(tokens, width, dtype=dtype), poisoned(-(-width // columns), tokens, 2), columns)
+    arguments = {"residual_scale": 0.5, "mask": (lengths, frames)}
+    linear(a, weight, bias, x, tile=tile, leaves=left, **arguments, **options(dtype))
+    check(x, expected)
+    up = (torch.randn(2 * width, width, device=device) / 7).to(dtype)
+    up_bias, sums = torch.randn(2 * width, device=device), up.float().sum(1)
+    normed = torch.nn.functional.layer_norm(expected, (width,), eps=eps)
+    table = torch.randn(frames, 2 * width // 3, device=device).to(dtype)
+    for kind in ("swish", "table", "glu"):
+        more = {"activation": "swish"} if kind == "swish" else {}
+        more |= {"table": (table, frames)} if kind == "table" else {}
+        more |= {"glu": (lengths, frames)} if kind == "glu" else {}
+        reference = epilogue(
+            normed @ up.double().t() + up_bias, more.get("activation", "none"), more.get("table"), more.get("glu")
+        )
+        out = poisoned(*reference.shape, dtype=dtype)
+        linear(left, up, up_bias, out, tile=tile, sums=sums, eps=eps, **more, **options(dtype))
+        check(out, reference, dtype)
+        if kind != "glu":
+            check(out[-1], reference[-1], dtype)  # of equal numbers nothing is left but the bias

@@ -13,6 +13,7 @@ from streams import floats, stream_of
 from m3asr import ops
 from m3asr.kernels.clusters.machine import on_card
 from m3asr.kernels.clusters.products import MANY, SOME, Products, ProductSizes, with_keys
+from m3asr.kernels.epilogue import Unnormed
 
 WIDTH, EPS = 256, 1e-12
 GPU = torch.cuda.is_available()
@@ -146,8 +147,8 @@ if GPU:
 
 
 @pytest.mark.parametrize("experts, dtype, experts_dtype", ROUTED)
-@pytest.mark.parametrize("parts, rows", [(1, 16), (4, 16), (4, 64)])
-def test_route(products, monkeypatch, rows, check, poisoned, device, experts, dtype, experts_dtype, parts):
+@pytest.mark.parametrize("parts, rows, floats32", [(1, 16, 0), (4, 16, 0), (4, 64, 0), (4, 16, 1), (16, 16, 1)])
+def test_route(products, monkeypatch, rows, check, poisoned, device, experts, dtype, experts_dtype, parts, floats32):
     monkeypatch.setattr("m3asr.kernels.clusters.products.MOST_SHARED", 150 if rows == 16 else 0)
     lengths = torch.tensor([45, 0, 17], device=device).int()
     frames, tokens = 50, 150
@@ -161,8 +162,11 @@ def test_route(products, monkeypatch, rows, check, poisoned, device, experts, dt
         poisoned(tokens, dtype=torch.int32),
         poisoned(-(-tokens // rows), experts, dtype=torch.int32),
     )
+    stream = stream_of(x, dtype, WIDTH // parts)
+    if floats32:
+        stream = Unnormed(x, None, stream.parts, WIDTH // parts)
     products(dtype, 1024, experts, experts_dtype).route(
-        stream_of(x, dtype, WIDTH // parts), SimpleNamespace(weight=weight / 4, bias=bias), heard, lengths, y,
+        stream, SimpleNamespace(weight=weight / 4, bias=bias), heard, lengths, y,
         expert_idx, gate, frames=frames, eps=EPS, scale=4.0, counts=counts, pdl=GPU,
     )  # fmt: skip
     chances = (norm(x) @ weight.double() + bias + heard).softmax(-1)

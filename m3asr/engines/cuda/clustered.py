@@ -16,7 +16,7 @@ from m3asr.engines.cuda.packing import Block, Linear, Stack, Weights
 from m3asr.kernels.clusters import MOST_FRAMES, MOST_TOKENS, Clusters, Sizes, machine
 from m3asr.kernels.clusters.experts import MOST_TOKENS as MOST_WITH_EXPERTS
 from m3asr.kernels.clusters.experts import Experts, ExpertSizes
-from m3asr.kernels.clusters.products import MANY, OUT_COLUMNS, ROUTED, SOME, Cut, Products, ProductSizes
+from m3asr.kernels.clusters.products import MANY, OUT_COLUMNS, ROUTERS, SOME, Cut, Products, ProductSizes
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Limits:
     """The most tokens for which blocks, and experts, run so; 0: never. each: the most tokens an expert, of so many that
     its weights come slower than they are multiplied. The fewest tokens for which products run so; inf: never; from how
     many on a program has more columns; and the most where the feed-forward leaves it less than OUT_COLUMNS. All by
-    measurement (benchmarks/VERSIONS.md, 9 to 12). timed: see `clusters.Sizes`.
+    measurement (benchmarks/VERSIONS.md, 9 to 12). router: whether it runs so where products do not. timed: see
+    `clusters.Sizes`.
     """
 
     block: int = MOST_TOKENS
@@ -33,6 +34,7 @@ class Limits:
     products: float = 640
     many: int = 2560
     narrow: int = 4096
+    router: bool = True
     timed: bool = False
 
     def cut(self, tokens: int) -> Cut:
@@ -95,7 +97,7 @@ class ClusteredStack:
         if self._products:
             _ = [self.products(cut).kernels for cut in (SOME, MANY)]
             if self._product_sizes.experts:  # the same for both stacks
-                _ = [self.products(MANY).router(rows) for rows in ROUTED]
+                _ = [self.products(MANY).router(*which) for which in ROUTERS]
         if self._blocks:
             _ = self.kernels().kernels
         if self._experts:
@@ -110,6 +112,10 @@ class ClusteredStack:
         """The kernel for a layer of experts with so many tokens, if it is to be run so."""
         most = min(limits.experts, MOST_WITH_EXPERTS, limits.each * self._expert_sizes.experts)
         return self.experts if self._experts and tokens <= most else None
+
+    def for_router(self, limits: Limits) -> Products | None:
+        """The kernels for the router of a stream in float32, if it is to be run so."""
+        return self.products(SOME) if self._products and limits.router else None
 
     def for_products(self, limits: Limits, tokens: int) -> Products | None:
         """The kernels for products of so many tokens, if they are to be run so."""

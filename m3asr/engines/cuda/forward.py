@@ -19,19 +19,22 @@ from m3asr.engines.cuda import clustered, tiles
 from m3asr.engines.cuda.packing import EXPERTS_TYPES, TYPES, Block, Stack, Subsampling, Weights
 from m3asr.kernels.attention import attention
 from m3asr.kernels.best import best_path
+from m3asr.kernels.clusters.machine import PerWeight, row_sums
 from m3asr.kernels.clusters.products import Products, routed
 from m3asr.kernels.depthwise import depthwise
+from m3asr.kernels.epilogue import Unnormed
 from m3asr.kernels.expert_product import expert_product
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
-from m3asr.kernels.pieces import copyable, shared_memory
+from m3asr.kernels.pieces import Tile, copyable, shared_memory
 from m3asr.kernels.router import route
 from m3asr.kernels.sort import slots, sort_tokens
 from m3asr.kernels.stream import Stream, from_stream, norm_stream, to_stream
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
 MOST_ASKED = 1024  # tokens, up to which products ask for their weights before they may begin
+MOST_JOINED = 1024  # tokens, up to which products by Triton make the norms in front of them
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Forward:
         if not self.wide:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
         self.beside, self.fetches, self.best_alone = True, True, True
+        self.joins, self._sums = MOST_JOINED, PerWeight(row_sums)
         self._side = None
         self.limits = clustered.Limits()
         self.clustered = clustered.clustered(weights, self.dtype, self.experts_dtype)
@@ -127,7 +131,8 @@ class Forward:
 
     def _linear(self, a, layer, out, **options) -> None:
         # Of some hundred tokens a product is shorter than the way of its weights from the memory.
-        ahead = 256 if self.fetches and self.pdl and a.shape[-2] <= MOST_ASKED else 0
+        tokens = (a.raw if isinstance(a, Unnormed) else a).shape[-2]
+        ahead = 256 if self.fetches and self.pdl and tokens <= MOST_ASKED else 0
         linear(a, layer.weight, layer.bias, out, **{"dot": self.dot, "ahead": ahead, "pdl": self.pdl, **options})
 
     def _subsample(self, features, lengths, shape: Shape, front: Subsampling) -> list[Tensor]:
@@ -214,31 +219,32 @@ class Forward:
             if routed is not None:
                 self._experts(x, shape, config, block, scale, *routed[1:])
             return
+        rows: Tensor | Unnormed = x
         if block.macaron_up:
             hidden = block.macaron_up.weight.shape[0]
             h = self._new((x.shape[0], hidden))
             self._up(x, shape, config, "up", block.macaron_up, h, prior, activation=config.activation_type)
             prior = None
-            tile = self._tiles(shape, width, hidden).down
-            self._linear(h, block.macaron_down, x, tile=tile, residual_scale=0.5)
+            rows = self._add(h, block.macaron_down, x, self._tiles(shape, width, hidden).down, scale=0.5)
         tile = self._tiles(shape, width, width)
         qkv = self._new((x.shape[0], 3 * width))
         table = None if block.key_table is None else (block.key_table, shape.frames)
-        self._up(x, shape, config, "qkv", block.qkv, qkv, prior, table=table)
+        self._up(rows, shape, config, "qkv", block.qkv, qkv, prior, table=table)
         context = self._context(qkv.view(shape.batch, shape.frames, -1), shape, config, block, tile).view(x.shape)
-        self._linear(context, block.attention_out, x, tile=tile.out, residual_scale=1.0)
+        rows = self._add(context, block.attention_out, x, tile.out)
         glu = self._new(x.shape)
-        self._up(x, shape, config, "gated", block.pointwise_1, glu, None, glu=mask)
+        self._up(rows, shape, config, "gated", block.pointwise_1, glu, None, glu=mask)
         conv = self._depthwise(glu, shape, config, block, tile)
-        self._linear(conv, block.pointwise_2, x, tile=tile.out, residual_scale=1.0, mask=mask)
+        router = self._in_clusters(config).for_router(self.limits) if block.router else None
+        rows = self._add(conv, block.pointwise_2, x, tile.out, mask=mask, joined=not block.router or router is not None)
         if block.router:
-            self._experts(x, shape, config, block, scale, *self._route(x, shape, config, block, heard()))
+            routed = self._route(rows, shape, config, block, heard(), router if isinstance(rows, Unnormed) else None)
+            self._experts(x, shape, config, block, scale, *routed)
             return
         hidden = block.up.weight.shape[0]
         h = self._new((x.shape[0], hidden))
-        self._up(x, shape, config, "up", block.up, h, None, activation=config.activation_type)
-        tile = self._tiles(shape, width, hidden).down
-        self._linear(h, block.down, x, tile=tile, residual_scale=scale)
+        self._up(rows, shape, config, "up", block.up, h, None, activation=config.activation_type)
+        self._add(h, block.down, x, self._tiles(shape, width, hidden).down, scale=scale, joined=False)
 
     def _blocks_in_pairs(self, products: Products, x, shape: Shape, stack: Stack, heard: Callable | None) -> None:
         """What `_block` does, for all blocks of the stack, with products by pairs of programs and, between the first
@@ -296,12 +302,24 @@ class Forward:
         )  # fmt: skip
         return conv
 
-    def _up(self, x, shape: Shape, config, operation: str, layer, out, prior, **options) -> None:
-        """out = epilogue(layer(norm(x))); with `prior`, x first becomes its layer norm with that."""
-        tile, y = self._tiles(shape, x.shape[1], out.shape[1]), self._new(x.shape)
-        prior = (*prior, x) if prior else None
-        norm(x, y, eps=config.norm_eps, tile=tile.norm, prior=prior, pdl=self.pdl)
-        self._linear(y, layer, out, tile=getattr(tile, operation), **options)
+    def _up(self, rows, shape: Shape, config, operation: str, layer, out, prior, **options) -> None:
+        """out = epilogue(layer(norm(rows))); with `prior`, the stream first becomes its layer norm with that."""
+        width = layer.weight.shape[1]
+        tile = self._tiles(shape, width, out.shape[1])
+        if isinstance(rows, Unnormed):
+            options |= {"sums": self._sums(layer.weight), "eps": config.norm_eps}
+        else:
+            x, rows = rows, self._new(rows.shape)
+            norm(x, rows, eps=config.norm_eps, tile=tile.norm, prior=(*prior, x) if prior else None, pdl=self.pdl)
+        self._linear(rows, layer, out, tile=getattr(tile, operation), **options)
+
+    def _add(self, a, layer, x, tile: Tile, scale=1.0, joined=True, **options) -> Tensor | Unnormed:
+        """x += scale * layer(a) -> x, or, if the next product is to make its norm, what that takes of x."""
+        leaves = None
+        if joined and x.shape[0] <= self.joins and copyable(a) and copyable(layer.weight) and x.shape[1] % 8 == 0:
+            leaves = Unnormed.empty(x, self.dtype, tile.n)
+        self._linear(a, layer, x, tile=tile, residual_scale=scale, leaves=leaves, **options)
+        return x if leaves is None else leaves
 
     def _in_clusters(self, config) -> clustered.ClusteredStack:
         return self.clustered[0 if config is self.weights.main.config else 1]
@@ -311,9 +329,11 @@ class Forward:
         y, gate = self._new((shape.tokens, width), self.experts_dtype), self._new((shape.tokens,), torch.float32)
         return heard, y, self._new((shape.tokens,), torch.int32), gate
 
-    def _route(self, x: Tensor | Stream, shape: Shape, config, block: Block, heard, products: Products | None = None):
+    def _route(
+        self, x: Tensor | Unnormed | Stream, shape: Shape, config, block: Block, heard, products: Products | None = None
+    ):
         """The experts' input, each token's expert and gate, and, where the sort wants them, counts of experts and of
-        how many tokens each; of a `Stream` by `products`.
+        how many tokens each; by `products`, if given: then x is a `Stream` or `Unnormed`.
         """
         experts, hidden, width = block.up.weight.shape
         tile, counts = self._tiles(shape, width, hidden), None

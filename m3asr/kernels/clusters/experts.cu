@@ -199,6 +199,7 @@ KERNEL experts(
     Routing& routing = *place.routing;
     const int warp = uniform(thread() / 32), lane = thread() % 32;
     if (thread() == 0) place.open();
+    if (warp == WEIGHTS_WARP && lane == 0) described(up_w), described(down_w);
     wait();
     int next = 0;
     if (warp == WEIGHTS_WARP && lane == 0) next = counted_by_all(&state->taken);
@@ -213,7 +214,8 @@ KERNEL experts(
                 int made = all;
                 if (n >= STAGES) arrived(place.empty + stage, n / STAGES % 2 ^ 1), made = place.taken[stage];
                 const int slice = next;
-                next = counted_by_all(&state->taken);
+                // Whoever has none left asks for none: each claim has arrived before the counter is reset.
+                next = slice < all ? counted_by_all(&state->taken) : all;
                 place.taken[stage] = slice;
                 arrive_here(place.known + stage);
                 char* to = place.weights(stage);

@@ -11,6 +11,7 @@ from functools import cache, cached_property
 import torch
 
 from m3asr.kernels.clusters.machine import SHARED_BYTES, Kernels, PerWeight, on_card, row_sums
+from m3asr.kernels.epilogue import Unnormed
 from m3asr.kernels.stream import Stream
 
 FILES, ROUTER_FILES = ("activation.cu", "stream.cu", "results.cu", "products.cu"), ("stream.cu", "route.cu")
@@ -20,6 +21,7 @@ MOST_WEIGHTS = 128 << 10  # bytes of weights that a program keeps: as many again
 ROUTER_THREADS, MOST_EXPERTS = 128, 64
 ROUTED = 16, ROWS  # rows of a program of the router: of 16 its four warps share the columns
 MOST_SHARED = 6144  # tokens, up to which they do
+ROUTERS = tuple((rows, False) for rows in ROUTED) + ((ROUTED[0], True),)  # and whether the stream is float32
 
 
 def routed(tokens: int) -> int:
@@ -62,7 +64,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Router(ctypes.Structure):
-    _fields_ = _fields((ctypes.c_void_p, "raw low heard y chosen gate counts"), (ctypes.c_int, "stride"))
+    _fields_ = _fields((ctypes.c_void_p, "raw low x heard y chosen gate counts"), (ctypes.c_int, "stride"))
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,13 @@ class ProductSizes:
         rest = {"threads": self.cut.threads, "programs": PROGRAMS, "resident": 1, "shared_bytes": SHARED_BYTES}
         return self._defined(FILES, **asdict(self.cut), **rest, out_columns=OUT_COLUMNS)
 
-    def router_source(self, rows: int) -> tuple[str, tuple[str, ...]]:
-        """The same for the router, with so many rows a program."""
-        return self._defined(ROUTER_FILES, threads=ROUTER_THREADS, programs=1, resident=2, routed=rows)
+    def router_source(self, rows: int, floats: bool) -> tuple[str, tuple[str, ...]]:
+        """The same for the router, with so many rows a program, of a stream of floats."""
+        threads = {"threads": ROUTER_THREADS, "programs": 1, "resident": 2}
+        return self._defined(ROUTER_FILES, **threads, routed=rows, floats=floats)
 
     def _defined(self, files, **names) -> tuple[str, tuple[str, ...]]:
-        names = {**asdict(self), **names, "down_columns": self.down_columns, "timed": 0}
+        names = {"floats": 0, **asdict(self), **names, "down_columns": self.down_columns, "timed": 0}
         del names["cut"]
         defined = "".join(f"#define {name.upper()} {int(value)}\n" for name, value in names.items())
         return defined, ("machine.cu", "warpgroups.cu", *files)
@@ -122,7 +125,7 @@ class Products:
         self.sizes, self._device, self._load = sizes, device, load
         self.sums, self._halves = PerWeight(row_sums), PerWeight(_halves)
         # Not of self, which would then live until the garbage collector comes.
-        self.router = cache(lambda rows: load(*sizes.router_source(rows), device))  # with so many rows a program
+        self.router = cache(lambda *which: load(*sizes.router_source(*which), device))
         self._matrix = PerWeight(lambda weight, kernels, rows: kernels.matrix(weight, rows))
 
     @cached_property
@@ -162,23 +165,25 @@ class Products:
         return replace(stream, parts=parts)
 
     def route(
-        self, stream, layer, heard, lengths, y, expert_idx, gate, *, frames, eps, scale, counts=None, pdl=False
+        self, x, layer, heard, lengths, y, expert_idx, gate, *, frames, eps, scale, counts=None, pdl=False
     ) -> None:  # fmt: skip
-        """What `kernels.router.route` does, of a stream; y of the experts' type, counts of `routed` tokens each."""
+        """What `kernels.router.route` does, of a `Stream` or `Unnormed` x; y of the experts' type, counts of `routed`
+        tokens each.
+        """
         high, rest = self._halves(layer.weight)
-        (tokens, width), (choices, _) = stream.raw.shape, high.shape
-        tensors = {"bias": layer.bias, "parts": stream.parts, "lengths": lengths}
-        task = _Layer(
-            tokens=tokens, frames=frames, count=stream.parts.shape[0], each=width / stream.parts.shape[0], eps=eps,
-            scale=scale, **_addresses(tensors),
-        )  # fmt: skip
-        tensors = {"raw": stream.raw, "low": stream.low, "heard": heard, "y": y, "chosen": expert_idx, "gate": gate}
-        rows = routed(tokens)
-        kernels, sums = self.router(rows), (ROWS - rows) * choices  # of all warps but the first that share rows
+        floats = isinstance(x, Unnormed)
+        count, tokens, _ = x.parts.shape
+        (choices, width), rows = high.shape, routed(tokens)
+        each = x.columns if floats else width / count
+        tensors = {"bias": layer.bias, "parts": x.parts, "lengths": lengths}
+        task = _Layer(tokens=tokens, frames=frames, count=count, each=each, eps=eps, scale=scale, **_addresses(tensors))
+        stream = {"x": x.x} if floats else {"raw": x.raw, "low": x.low}
+        tensors = {"heard": heard, "y": y, "chosen": expert_idx, "gate": gate, "counts": counts, **stream}
+        kernels, sums = self.router(rows, floats), (ROWS - rows) * choices  # of all warps but the first that share rows
         weights = (kernels.matrix(half, choices) for half in (high, rest))
         kernels.launch(
             "route", -(-tokens // rows), ROUTER_THREADS, *weights, task,
-            _Router(stride=heard.stride(0), **_addresses({"counts": counts, **tensors})),
+            _Router(stride=heard.stride(0), **_addresses(tensors)),
             shared=4 * (choices * width + rows + sums) + 8, pdl=pdl,
         )  # fmt: skip
 

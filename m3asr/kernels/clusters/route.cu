@@ -1,10 +1,11 @@
-// The router of a stream of 24 bits: what it computes is in kernels/router.py. A warp takes 16 rows, or a part of their
-// columns where a program's four share them (ROUTED 16), and makes their norm as they come; products are three of float16
-// halves. Which of an inner dimension's numbers stands where is for both operands alike: a thread has 16 neighbouring
-// columns of 64, as they lie in memory.
+// The router of a stream, of 24 bits or, with FLOATS, of float32: what it computes is in kernels/router.py. A warp takes
+// 16 rows, or a part of their columns where a program's four share them (ROUTED 16), and makes their norm as they come;
+// products are three of float16 halves. Which of an inner dimension's numbers stands where is for both operands alike: a
+// thread has 16 neighbouring columns of 64, as they lie in memory.
 struct Router {
     const Number* raw;    // (tokens, WIDTH)
     const char* low;
+    const float* x;       // (tokens, WIDTH), in place of both
     const float* heard;   // (tokens, EXPERTS), rows `stride` apart
     void* y;              // (tokens, WIDTH), of the experts' type
     int* chosen;          // (tokens,)
@@ -16,34 +17,51 @@ struct Router {
 constexpr int CHOICES = (EXPERTS + 7) / 8 * 8, PARTS_OF_ROW = WIDTH / 64, WEIGHTS_TILE = CHOICES * 128;
 constexpr int SHARERS = 64 / ROUTED, PARTS_OF_WARP = PARTS_OF_ROW / SHARERS;
 
+// The i-th u32 of 16 bytes.
+DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
 // 16 columns of two rows.
 struct Columns {
+#if FLOATS
+    float4 x[2][4];
+#else
     uint4 raw[2][2], low[2];
+#endif
 
     DEVICE void ask(const Router& router, const Rows& rows, int part) {
         const int column = part * 64 + thread() % 4 * 16;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const long long at = (long long)rows.row[half] * WIDTH + column;
+#if FLOATS
+#pragma unroll
+            for (int i = 0; i < 4; i++) x[half][i] = written((const float4*)(router.x + at) + i);
+#else
             low[half] = written((const uint4*)(router.low + at));
 #pragma unroll
             for (int i = 0; i < 2; i++) raw[half][i] = written((const uint4*)(router.raw + at) + i);
+#endif
         }
+    }
+    // The i-th two of a row.
+    DEVICE float2 two(int half, int i) const {
+#if FLOATS
+        const float4& v = x[half][i / 2];
+        return i % 2 ? make_float2(v.z, v.w) : make_float2(v.x, v.y);
+#else
+        return joined(word(raw[half][i / 4], i % 4), word(low[half], i / 2) >> i % 2 * 16 & 0xffff);
+#endif
     }
 };
 
-// The i-th u32 of 16 bytes.
-DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// Eight columns of a row, normalised: of the experts' type to y, and as float16 halves.
+// Eight columns of a row from 8 * eight on, normalised: of the experts' type to y, and as float16 halves.
 DEVICE void normalised(
-    const RowNorm& norm, const uint4& raw, u32 low0, u32 low1, uint4* y, u32 (&high)[4], u32 (&rest)[4]
+    const RowNorm& norm, const Columns& columns, int half, int eight, uint4* y, u32 (&high)[4], u32 (&rest)[4]
 ) {
     u32 made[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const u32 low = i < 2 ? low0 : low1;
-        const float2 x = joined(word(raw, i), i % 2 ? low >> 16 : low & 0xffff);
+        const float2 x = columns.two(half, eight * 4 + i);
         const float v = (x.x - norm.mean) * norm.scale, w = (x.y - norm.mean) * norm.scale;
         high[i] = pair_half(v, w);
         const float2 rounded = floats_half(high[i]);
@@ -112,8 +130,8 @@ KERNEL route(
             for (int half = 0; half < 2; half++) {
                 const long long at = (long long)rows.row[half] * WIDTH + part * 64 + t * 16 + i * 8;
                 normalised(
-                    norm[half], now.raw[half][i], word(now.low[half], 2 * i), word(now.low[half], 2 * i + 1),
-                    rows.here[half] ? (uint4*)((Number*)router.y + at) : nullptr, high[half], rest[half]);
+                    norm[half], now, half, i, rows.here[half] ? (uint4*)((Number*)router.y + at) : nullptr, high[half],
+                    rest[half]);
             }
 #pragma unroll
             for (int n = 0; n < CHOICES / 8; n++) {

@@ -1,7 +1,11 @@
 // Rows of the residual stream of many tokens, as all its kernels know them: see products.cu.
 typedef unsigned short Number;  // bfloat16 or float16
 constexpr int ROWS = 64;
-constexpr int MOST_PARTS = WIDTH / DOWN_COLUMNS < 8 ? 8 : WIDTH / DOWN_COLUMNS;  // of a row, with a norm each
+#if FLOATS
+constexpr int MOST_PARTS = WIDTH / 16;  // of a row, with a norm each: a tile's columns by Triton
+#else
+constexpr int MOST_PARTS = WIDTH / DOWN_COLUMNS < 8 ? 8 : WIDTH / DOWN_COLUMNS;
+#endif
 #if HALF
 constexpr float RAW = 0.0625f;  // so that float16 holds a stream of up to a million
 #else
