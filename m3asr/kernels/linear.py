@@ -129,8 +129,8 @@ def _copied_kernel(
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Operands by the copy engine. STAYS: programs make one tile after another; otherwise there is one for each tile,
-    and where BLOCK_K is all of WIDTH its weights come before the wait.
+    """Operands by the copy engine. STAYS: programs make one tile after another; otherwise there is one for each, and
+    where BLOCK_K is all of WIDTH its weights come before the wait.
     """
     release(PDL)
     ask(w_ptr, groups * columns * WIDTH * 2, ASK)
@@ -387,12 +387,12 @@ def linear(
     joins = count or leaves is not None
     rows_of_a, rows_of_w = a.reshape(-1, width), weight.reshape(-1, width)
     if (tile.copied or joins) and copyable(rows_of_a) and copyable(rows_of_w):
-        tiles = math.prod(grid)
-        programs = min(tiles, max(1, tile.copied) * multiprocessors(a.device))
-        stays = programs < tiles
         k = options["BLOCK_K"] = min(tile.k, at_least_16(width))
+        tiles, most = math.prod(grid), max(1, tile.copied) * multiprocessors(a.device)
+        stays = tiles > most and k < width
+        programs = most if stays else tiles
         options["a"] = TensorDescriptor.from_tensor(rows_of_a, [tile.m, k])
-        options["w_ptr"], options["ASK"] = weight, 0 if k >= width and not stays else ahead
+        options["w_ptr"], options["ASK"] = weight, ahead if k < width else 0
         options["w"] = TensorDescriptor.from_tensor(rows_of_w, [tile.n, k])
         sliced = tile.n // max(tile.stored, 1)
         positions = table[0][:frames] if table else weight

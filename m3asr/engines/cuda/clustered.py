@@ -23,8 +23,8 @@ from m3asr.kernels.clusters.products import MANY, OUT_COLUMNS, ROUTERS, SOME, Cu
 class Limits:
     """The most tokens for which blocks, and experts, run so; 0: never. each: the most tokens an expert, of so many that
     its weights come slower than they are multiplied. The fewest tokens for which products run so; inf: never; from how
-    many on a program has more columns; and the most where the feed-forward leaves it less than OUT_COLUMNS. All by
-    measurement (benchmarks/VERSIONS.md, 9 to 12). router: whether it runs so where products do not. timed: see
+    many on a program has more columns; and the most where the feed-forward leaves it less than OUT_COLUMNS. The fewest
+    for which the router does where products do not. All by measurement (benchmarks/VERSIONS.md, 9 to 13). timed: see
     `clusters.Sizes`.
     """
 
@@ -34,7 +34,7 @@ class Limits:
     products: float = 640
     many: int = 2560
     narrow: int = 4096
-    router: bool = True
+    router: float = 257
     timed: bool = False
 
     def cut(self, tokens: int) -> Cut:
@@ -113,9 +113,9 @@ class ClusteredStack:
         most = min(limits.experts, MOST_WITH_EXPERTS, limits.each * self._expert_sizes.experts)
         return self.experts if self._experts and tokens <= most else None
 
-    def for_router(self, limits: Limits) -> Products | None:
+    def for_router(self, limits: Limits, tokens: int) -> Products | None:
         """The kernels for the router of a stream in float32, if it is to be run so."""
-        return self.products(SOME) if self._products and limits.router else None
+        return self.products(SOME) if self._products and tokens >= limits.router else None
 
     def for_products(self, limits: Limits, tokens: int) -> Products | None:
         """The kernels for products of so many tokens, if they are to be run so."""

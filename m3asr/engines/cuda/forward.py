@@ -34,7 +34,7 @@ from m3asr.kernels.stream import Stream, from_stream, norm_stream, to_stream
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
 MOST_ASKED = 1024  # tokens, up to which products ask for their weights before they may begin
-MOST_JOINED = 1024  # tokens, up to which products by Triton make the norms in front of them
+JOINED = 128, 4096  # tokens, from which and up to which products by Triton make the norms in front of them
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Forward:
     `beside`: the embedding network is a branch of its own, beside the main stack's first sub-layers, up to the router.
     `trace`, if set, is called with ("blocks", block, x), x the block's output before its final norm, and ("routes",
     block, expert_idx). `limits`: for how many tokens CUDA C++ takes the place of Triton. `fetches`: products by Triton
-    of up to MOST_ASKED tokens ask for their weights before they may begin.
+    of up to MOST_ASKED tokens ask for their weights before they may begin. `joined`: see JOINED.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, precision: str, pdl: bool):
@@ -70,7 +70,7 @@ class Forward:
         if not self.wide:
             self.dot = "upcast" if weights.head.weight.device.type == "cpu" else "ieee"
         self.beside, self.fetches, self.best_alone = True, True, True
-        self.joins, self._sums = MOST_JOINED, PerWeight(row_sums)
+        self.joined, self._sums = JOINED, PerWeight(row_sums)
         self._side = None
         self.limits = clustered.Limits()
         self.clustered = clustered.clustered(weights, self.dtype, self.experts_dtype)
@@ -235,7 +235,7 @@ class Forward:
         glu = self._new(x.shape)
         self._up(rows, shape, config, "gated", block.pointwise_1, glu, None, glu=mask)
         conv = self._depthwise(glu, shape, config, block, tile)
-        router = self._in_clusters(config).for_router(self.limits) if block.router else None
+        router = self._in_clusters(config).for_router(self.limits, shape.tokens) if block.router else None
         rows = self._add(conv, block.pointwise_2, x, tile.out, mask=mask, joined=not block.router or router is not None)
         if block.router:
             routed = self._route(rows, shape, config, block, heard(), router if isinstance(rows, Unnormed) else None)
@@ -315,8 +315,8 @@ class Forward:
 
     def _add(self, a, layer, x, tile: Tile, scale=1.0, joined=True, **options) -> Tensor | Unnormed:
         """x += scale * layer(a) -> x, or, if the next product is to make its norm, what that takes of x."""
-        leaves = None
-        if joined and x.shape[0] <= self.joins and copyable(a) and copyable(layer.weight) and x.shape[1] % 8 == 0:
+        leaves, (tokens, width), (fewest, most) = None, x.shape, self.joined
+        if joined and fewest <= tokens <= most and copyable(a) and copyable(layer.weight) and width % 8 == 0:
             leaves = Unnormed.empty(x, self.dtype, tile.n)
         self._linear(a, layer, x, tile=tile, residual_scale=scale, leaves=leaves, **options)
         return x if leaves is None else leaves

@@ -153,7 +153,7 @@ def rule(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         sort=Tile(1, max(128, 1 << (tokens - 1).bit_length()))
         if tokens <= 1024
         else Tile(1, 1024, parts=4 if tokens <= 8192 else 16),
-        heard=Tile(64 if tokens > 1024 else 16, 64, k=32, warps=4, stages=2),
+        heard=Tile(64, 64, k=32, warps=4, stages=2) if tokens > 1024 else Tile(16, 64, k=64, warps=4, stages=3),
         head=product(tokens, 8 * width, wide),
         log_softmax=Tile(1, 2048, warps=8),
         best=Tile(128, 128, warps=4, stages=3, copied=2),
