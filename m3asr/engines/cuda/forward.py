@@ -34,7 +34,7 @@ from m3asr.kernels.stream import Stream, from_stream, norm_stream, to_stream
 from m3asr.kernels.subsampling import first_convolution, next_convolution
 
 MOST_ASKED = 1024  # tokens, up to which products ask for their weights before they may begin
-JOINED = 128, 4096  # tokens, from which and up to which products by Triton make the norms in front of them
+JOINED = 192, 4096  # tokens, from which and up to which products by Triton make the norms in front of them
 
 
 @dataclass

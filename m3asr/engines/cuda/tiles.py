@@ -87,13 +87,16 @@ _LOOPS = (
 
 
 def fitted(tiles: Tiles, shared: int, bytes_a_number: int = 2) -> Tiles:
-    """The same with fewer stages where their operands would not fit into so many bytes of shared memory: tiles were
-    measured on cards that have more of it than most.
+    """The same with fewer stages, or shorter ones, where their operands would not fit into so many bytes of shared
+    memory: tiles were measured on cards that have more of it than most.
     """
     changed = {}
     for name in _LOOPS:
         tile = getattr(tiles, name)
         stage = bytes_a_number * tile.k * (tile.m + tile.n)
+        if stage > shared:
+            tile = changed[name] = replace(tile, k=128)
+            stage = bytes_a_number * tile.k * (tile.m + tile.n)
         if stage * (tile.stages - 1) > shared:
             changed[name] = replace(tile, stages=max(1, 1 + shared // stage))
     return replace(tiles, **changed)
@@ -107,6 +110,8 @@ _PRODUCTS = (
     Tile(32, 64, k=128, warps=4, stages=3, copied=4),
     Tile(16, 64, k=128, warps=4, stages=4, copied=4),
 )
+# A tile of so few rows takes all of an inner dimension up to so large in one step: its weights come ahead of the rest.
+WHOLE_ROWS, WHOLE = 16, 512
 # Convolutions gather their rows, which the copy engine does not.
 _CONVOLUTIONS = (
     Tile(128, 256, k=64, warps=8, stages=3),
@@ -128,6 +133,11 @@ def product(tokens: int, columns: int, wide: bool, rows: int | None = None, of=_
     return tiles[-1]
 
 
+def _whole(tile: Tile, inner: int) -> Tile:
+    """The same with all of the inner dimension a step, where that is better."""
+    return replace(tile, k=WHOLE, stages=2, copied=2) if tile.m <= WHOLE_ROWS and inner <= WHOLE else tile
+
+
 def rule(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
     """The tiles of a stack where nothing was measured; arguments as of `tiles_for`."""
     # Sorted tokens fill tiles of one expert: with some 32 experts, a tile should not be much higher than a share.
@@ -137,11 +147,11 @@ def rule(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         first_convolution=Tile(1, 512, k=1, warps=4),
         next_convolution=product(4 * tokens, 2 * width, wide, of=_CONVOLUTIONS),
         subsampling_out=product(tokens, 2 * width, wide),
-        up=product(tokens, hidden, wide),
-        qkv=product(tokens, 3 * width, wide),
-        gated=product(tokens, 2 * width, wide),
-        down=product(tokens, width, wide),
-        out=product(tokens, width, wide),
+        up=_whole(product(tokens, hidden, wide), width),
+        qkv=_whole(product(tokens, 3 * width, wide), width),
+        gated=_whole(product(tokens, 2 * width, wide), width),
+        down=_whole(product(tokens, width, wide), hidden),
+        out=_whole(product(tokens, width, wide), width),
         norm=Tile(1 if tokens <= 1024 else 4, 1, warps=4),
         attention=Tile(64, 32, warps=4, stages=2)
         if wide
@@ -154,7 +164,7 @@ def rule(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         if tokens <= 1024
         else Tile(1, 1024, parts=4 if tokens <= 8192 else 16),
         heard=Tile(64, 64, k=32, warps=4, stages=2) if tokens > 1024 else Tile(16, 64, k=64, warps=4, stages=3),
-        head=product(tokens, 8 * width, wide),
+        head=_whole(product(tokens, 8 * width, wide), width),
         log_softmax=Tile(1, 2048, warps=8),
         best=Tile(128, 128, warps=4, stages=3, copied=2),
     )
