@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from m3asr.kernels.pieces import Tile, at_least_16, copyable, dot, multiprocessors, release, storable, wait
+from m3asr.kernels.pieces import Tile, at_least_16, copyable, dot, release, storable, wait
 
 
 @triton.jit
@@ -100,13 +100,11 @@ def _copied_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEY_BIAS: tl.constexpr,
-    EARLY: tl.constexpr,
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`_attention_kernel` without chunks, half as many instructions: the copy engine computes the addresses, and keys
-    past the length differ from others in their bias alone. EARLY: copies wait neither for the length nor for the
-    queries', which come with each block of keys; blocks past the length are looked at for nothing.
+    past the length differ from others in their bias alone.
     """
     release(PDL)
     WIDTH: tl.constexpr = HEADS * HEAD_WIDTH
@@ -117,17 +115,12 @@ def _copied_kernel(
     row, col = batch * frames, head * HEAD_WIDTH
     wait(PDL)
     length = tl.load(lengths_ptr + batch)  # first: a copy is waited for where it stands
-    end = frames
-    if not EARLY:
-        end = tl.where(first < length, length, 0)
-        q = queries.load([row + first, col])
+    q = queries.load([row + first, col])
     top = tl.full((BLOCK_M,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_WIDTH), tl.float32)
-    # The first block holds a key that counts, so a query's top is a score; queries past the length see nothing.
-    for start in range(0, end, BLOCK_N):
-        if EARLY:
-            q = queries.load([row + first, col])
+    # Each block holds a key that counts, so a query's top is a score; queries past the length see nothing.
+    for start in range(0, tl.where(first < length, length, 0), BLOCK_N):
         bias = tl.zeros((BLOCK_N,), tl.float32)
         if KEY_BIAS:
             bias = scale * tl.reshape(biases.load([head, start]), (BLOCK_N,))
@@ -143,10 +136,7 @@ def _copied_kernel(
         v = keys_and_values.load([row + start, 2 * WIDTH + col])
         acc = dot(weights.to(v.dtype), v, acc * rescale[:, None], DOT)
         top = new_top
-    if EARLY:
-        acc *= tl.where(first < length, 1.0 / total, 0.0)[:, None]
-    else:
-        acc *= (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+    acc *= (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
     out_at = out_ptr + (row + rows).to(tl.int64)[:, None] * WIDTH + col + tl.arange(0, HEAD_WIDTH)[None, :]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(rows < frames)[:, None])
 
@@ -180,7 +170,6 @@ def attention(qkv, lengths, out, *, heads, tile: Tile, key_bias=None, chunk=None
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             KEY_BIAS=key_bias is not None,
-            EARLY=grid[0] * grid[1] <= multiprocessors(out.device),
             DOT=dot,
             PDL=pdl,
             **tile.options(pdl),

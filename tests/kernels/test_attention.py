@@ -67,10 +67,8 @@ def test_the_folded_positions_are_the_checkpoints_scores(device, options, check,
 
 
 @pytest.mark.parametrize("frames, columns, biased", [(1, 16, True), (40, 16, True), (40, 32, True), (40, 16, False)])
-@pytest.mark.parametrize("room", [999, 0], ids=["early", "many programs"])
-def test_attention_to_copied_operands(device, options, check, poisoned, monkeypatch, room, frames, columns, biased):
+def test_attention_to_copied_operands(device, options, check, poisoned, frames, columns, biased):
     """What stands past a length must not matter: large numbers, those of the next utterance, nothing after the last."""
-    monkeypatch.setattr("m3asr.kernels.attention.multiprocessors", lambda _: room)
     heads, head_width, dtype = 2, 32, torch.float16
     lengths = torch.tensor([frames, max(frames - 3, 1), 0, max(frames - 9, 1)], dtype=torch.int32, device=device)
     qkv = torch.randn(4, frames, 3 * heads * head_width, device=device).to(dtype)
