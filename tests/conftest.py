@@ -18,6 +18,10 @@ if importlib.util.find_spec("torch") is not None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        if importlib.util.find_spec("triton") is not None:
+            from triton_interpreter import hasten
+
+            hasten()
 
 import pytest  # noqa: E402
 from golden import GOLDEN  # noqa: E402
