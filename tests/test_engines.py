@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,11 +124,13 @@ def test_onnx_equals_eager_at_all_lengths(name, engine_of):
 
 
 def test_onnx_of_other_configurations(tmp_path):
-    """An export takes many seconds: the variants that the golden models lack, in one network of one block."""
+    """An export takes many seconds: the variants that the golden models lack, in one network of one block, without the
+    decoder, which is that of the network that tests/streaming exports.
+    """
     model = random_model("batch_norm+router-bias+gelu+conv2d6+no_pos+static-chunk", blocks=1)
     tokenizer = Tokenizer(["<blank>", *(f"s{i}" for i in range(18)), "<sos/eos>"])
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
-    write_model_files(tmp_path, model.config, state, tokenizer, None, "")
+    state = {name: value.numpy() for name, value in model.state_dict().items() if "decoder" not in name}
+    write_model_files(tmp_path, replace(model.config, decoder=None), state, tokenizer, None, "")
     folder = ModelFolder.read(tmp_path)
     build_onnx(folder)
     features = np.random.default_rng(1).standard_normal((3, 90, model.config.encoder.input_dim)).astype(np.float32)
@@ -136,9 +139,6 @@ def test_onnx_of_other_configurations(tmp_path):
     reference = eager(features, lengths)
     for out, expected in zip(onnx(features, lengths)[:2], reference[:2], strict=True):
         assert relative_error(out, expected, reference[2]) < 1e-5
-    tokens = np.array([[19, 3, 4, 19], [19, 5, 19, 19]])
-    decoded = [engine.decode(reference[1][:1], reference[2][:1], tokens)[0] for engine in (onnx, eager)]
-    np.testing.assert_allclose(*decoded, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", TOLERANCE)
