@@ -44,20 +44,23 @@ class Emulated:
 
 def emulator(folder: Path, *headers: str):
     """What loads kernels for the CPU, compiled into `folder`. Skips where there is no compiler."""
-    included = "".join(f'#include "{FOLDER / header}"\n' for header in ("emulated.h", *headers))
     if shutil.which("g++") is None:
         pytest.skip("no g++ to emulate a card with")
+    # The standard headers are compiled once. The checked longjmp of _FORTIFY_SOURCE knows of one stack only.
+    command = ["g++", "-O2", "-std=c++17", "-w", "-fPIC", "-U_FORTIFY_SOURCE"]
+    standard, own = folder / "standard.h", [FOLDER / header for header in ("emulated.h", *headers)]
+    standard.write_text("".join(re.findall("^#include <.*\n", "".join(map(Path.read_text, own)), re.MULTILINE)))
+    first, included = f'#include "{standard}"\n', "".join(f'#include "{header}"\n' for header in own)
+    subprocess.run([*command, "-x", "c++-header", standard], check=True)
 
     @cache
     def load(defined: str, files: tuple[str, ...], device) -> Emulated:
         source = sources(tuple(name for name in files if name not in ("machine.cu", "warpgroups.cu")))
         names = re.findall(r"^KERNEL (\w+)\(", source, re.MULTILINE)
-        text = defined + included + source + "".join(f"LAUNCHED({name})\n" for name in names)
+        text = first + defined + included + source + "".join(f"LAUNCHED({name})\n" for name in names)
         path = folder / f"emulated{abs(hash(text))}.cpp"
         path.write_text(text)
-        command = ["g++", "-O2", "-std=c++17", "-w", "-shared", "-fPIC", "-o", path.with_suffix(".so"), path]
-        command.append("-U_FORTIFY_SOURCE")  # whose longjmp knows of one stack only
-        subprocess.run(command, check=True)
+        subprocess.run([*command, "-shared", "-o", path.with_suffix(".so"), path], check=True)
         return Emulated(ctypes.CDLL(str(path.with_suffix(".so"))))
 
     return load
