@@ -110,8 +110,8 @@ _PRODUCTS = (
     Tile(32, 64, k=128, warps=4, stages=3, copied=4),
     Tile(16, 64, k=128, warps=4, stages=4, copied=4),
 )
-# A tile of so few rows takes all of an inner dimension up to so large in one step: its weights come ahead of the rest.
-WHOLE_ROWS, WHOLE = 16, 512
+# A tile of so few tokens takes all of so large an inner dimension in one step: its weights come before the rest.
+FEW, WHOLE = 128, 512
 # Convolutions gather their rows, which the copy engine does not.
 _CONVOLUTIONS = (
     Tile(128, 256, k=64, warps=8, stages=3),
@@ -133,9 +133,9 @@ def product(tokens: int, columns: int, wide: bool, rows: int | None = None, of=_
     return tiles[-1]
 
 
-def _whole(tile: Tile, inner: int) -> Tile:
-    """The same with all of the inner dimension a step, where that is better."""
-    return replace(tile, k=WHOLE, stages=2, copied=2) if tile.m <= WHOLE_ROWS and inner <= WHOLE else tile
+def _whole(tile: Tile, tokens: int, inner: int) -> Tile:
+    """The same with all of the inner dimension in one step, where that is better."""
+    return replace(tile, k=WHOLE, stages=2, copied=2) if tile.copied and tokens <= FEW and inner <= WHOLE else tile
 
 
 def rule(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
@@ -147,11 +147,11 @@ def rule(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         first_convolution=Tile(1, 512, k=1, warps=4),
         next_convolution=product(4 * tokens, 2 * width, wide, of=_CONVOLUTIONS),
         subsampling_out=product(tokens, 2 * width, wide),
-        up=_whole(product(tokens, hidden, wide), width),
-        qkv=_whole(product(tokens, 3 * width, wide), width),
-        gated=_whole(product(tokens, 2 * width, wide), width),
-        down=_whole(product(tokens, width, wide), hidden),
-        out=_whole(product(tokens, width, wide), width),
+        up=_whole(product(tokens, hidden, wide), tokens, width),
+        qkv=_whole(product(tokens, 3 * width, wide), tokens, width),
+        gated=_whole(product(tokens, 2 * width, wide), tokens, width),
+        down=_whole(product(tokens, width, wide), tokens, hidden),
+        out=_whole(product(tokens, width, wide), tokens, width),
         norm=Tile(1 if tokens <= 1024 else 4, 1, warps=4),
         attention=Tile(64, 32, warps=4, stages=2)
         if wide
@@ -164,7 +164,7 @@ def rule(tokens: int, width: int, hidden: int, wide: bool) -> Tiles:
         if tokens <= 1024
         else Tile(1, 1024, parts=4 if tokens <= 8192 else 16),
         heard=Tile(64, 64, k=32, warps=4, stages=2) if tokens > 1024 else Tile(16, 64, k=64, warps=4, stages=3),
-        head=_whole(product(tokens, 8 * width, wide), width),
+        head=_whole(product(tokens, 8 * width, wide), tokens, width),
         log_softmax=Tile(1, 2048, warps=8),
         best=Tile(128, 128, warps=4, stages=3, copied=2),
     )
