@@ -98,8 +98,9 @@ def test_what_pairs_run(changes, precision, most):
 
 
 def test_blocks_in_pairs(tmp_path, few_programs):  # noqa: F811
-    """A whole forward whose products are made by pairs of programs, on an emulated card: the same but for rounding, and
-    each block; the same bits when nobody watches, and the router counts for the sort.
+    """A whole forward whose products are made by pairs of programs, on an emulated card, or by Triton with norms joined
+    and a router of CUDA C++: the same but for rounding, and each block; the same bits when nobody watches, and
+    the router counts for the sort.
     """
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
@@ -109,19 +110,20 @@ def test_blocks_in_pairs(tmp_path, few_programs):  # noqa: F811
     load = emulator(tmp_path, "emulated_warpgroups.h")
     stacks = forward.weights.main, forward.weights.embed
     forward.clustered = [ClusteredStack(stack, 4, torch.float16, torch.float16, load=load) for stack in stacks]
-    for products in (math.inf, 1):
-        forward.limits, traced = Limits(0, 0, products=products), []
+    for products, forward.joined in ((math.inf, (1, 0)), (math.inf, (1, 10**6)), (1, (1, 0))):
+        forward.limits, traced = Limits(0, 0, products=products, router=1), []
         forward.trace = lambda kind, block, value, traced=traced: traced.append((kind, value.clone()))
         runs.append((forward(features, lengths)[1], traced))
-    (reference, expected), (hidden, traced) = runs
-    assert not torch.equal(hidden, reference), "the products were not used"
+    (reference, expected), *others = runs
     valid = torch.arange(reference.shape[1]) < torch.tensor([[7], [4]])
-    assert relative(hidden[valid], reference[valid]) < 3e-3
-    # Of the embedding network a block, of the main stack a routing and a block.
-    assert [kind for kind, _ in expected] == [kind for kind, _ in traced] == ["blocks", "routes", "blocks"]
-    for (kind, one), (_, two) in zip(expected, traced, strict=True):
-        one, two = one[valid.flatten()], two[valid.flatten()]
-        assert torch.equal(one, two) if kind == "routes" else relative(two, one) < 3e-3
+    for hidden, traced in others:
+        assert not torch.equal(hidden, reference), "it was not run otherwise"
+        assert relative(hidden[valid], reference[valid]) < 3e-3
+        # Of the embedding network a block, of the main stack a routing and a block.
+        assert [kind for kind, _ in expected] == [kind for kind, _ in traced] == ["blocks", "routes", "blocks"]
+        for (kind, one), (_, two) in zip(expected, traced, strict=True):
+            one, two = one[valid.flatten()], two[valid.flatten()]
+            assert torch.equal(one, two) if kind == "routes" else relative(two, one) < 3e-3
     forward.trace = None
     assert torch.equal(forward(features, lengths)[1], hidden)
 
@@ -153,6 +155,11 @@ def test_clusters_agree_with_single_launches(engines, precision, tolerance, batc
         Limits(0, 0, products=1, many=1),
     ):
         engine.forward.limits = limits
+        engine.drop_graphs()
+        results.append(engine(features, lengths)[1])
+    usual = engine.forward.joined
+    for router, engine.forward.joined in ((math.inf, (1, 10**6)), (1, (1, 10**6)), (1, usual)):
+        engine.forward.limits = Limits(0, 0, products=math.inf, router=router)
         engine.drop_graphs()
         results.append(engine(features, lengths)[1])
     engine.forward.limits = Limits()

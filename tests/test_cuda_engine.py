@@ -108,10 +108,14 @@ def test_every_kind_of_model(device, name):
     assert_same(engine, built, *batch(bins=bins), TOLERANCE["fp32"], **chunks)
 
 
+@pytest.mark.parametrize("joined", [(1, 10**6), (1, 0)], ids=["norms joined", "norms apart"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision(device, precision):
-    built = model(CONFIGS["experts"])
-    assert_same(CudaEngine(built, precision, device), built, *batch(), TOLERANCE[precision])
+@pytest.mark.parametrize("name", ["experts", "batch norm, relu, no macaron"])
+def test_half_precision(device, name, precision, joined):
+    built = model(CONFIGS[name])
+    engine = CudaEngine(built, precision, device)
+    engine.forward.joined = joined
+    assert_same(engine, built, *batch(), TOLERANCE[precision])
 
 
 def test_the_best_path_without_log_probabilities(device):
