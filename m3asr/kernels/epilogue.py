@@ -20,8 +20,8 @@ from m3asr.kernels.pieces import activate, gated, mean_of
 @dataclass(frozen=True)
 class Unnormed:
     """A stream x float32 (N, D) whose norm the next product makes: `raw` (N, D) in the compute type, float16 as x / 16,
-    which holds a stream of up to a million; `parts` float32 (P, N, 2), each of `columns` of D, the last perhaps of
-    fewer.
+    which holds rows of up to a million, and loses bits of those that deviate by less than 1e-3; `parts` float32
+    (P, N, 2), each of `columns` of D, the last perhaps of fewer.
     """
 
     x: torch.Tensor

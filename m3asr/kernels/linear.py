@@ -146,9 +146,9 @@ def linear(
     token % S. glu = (lengths int32 (B,), S): columns alternate value, gate; value times sigmoid of gate, zero past the
     length, so out is (N, C/2).
     mask = (lengths int32 (B,), S): the result counts as zero past the length.
-    Where the copy engine takes the operands, a may be `Unnormed` rows, whose norm with eps is then multiplied; sums
-    float32 (C,): of weight's rows. And `out` += ... may leave what the next norm takes in `leaves`, whose parts have
-    tile.n columns.
+    Where the copy engine takes the operands, a may be `Unnormed`, whose norm with eps is then multiplied; sums float32
+    (C,): of weight's rows. And `out` += ... may leave what the next norm takes in `leaves`, whose parts have tile.n
+    columns.
     ahead: the weights are asked for, so many bytes at a time (0: not), before the wait for `a`.
     tile = LIBRARY rounds the product to the compute type once more, and ignores `dot`. A tile is `copied` only with
     operands that the copy engine takes (`pieces.copyable`).
