@@ -9,9 +9,11 @@ from itertools import product
 import torch
 
 from m3asr.engines.cuda.clustered import Limits
+from m3asr.engines.cuda.forward import JOINED
 from m3asr.engines.cuda.packing import Linear
 from m3asr.kernels.clusters import experts
 from m3asr.kernels.clusters.products import Products, ProductSizes
+from m3asr.kernels.epilogue import Unnormed
 from m3asr.kernels.linear import LIBRARY
 from m3asr.kernels.pieces import Tile
 from m3asr.kernels.stream import Stream, to_stream
@@ -57,6 +59,19 @@ def streams(tokens: int) -> bool:
     return tokens >= Limits().products
 
 
+def joined(tokens: int) -> bool:
+    """Whether products by Triton make the norms in front of them."""
+    return JOINED[0] <= tokens <= JOINED[1] and not streams(tokens)
+
+
+def unnormed(x: torch.Tensor) -> Unnormed:
+    """x float32 (N, D) as a product by tiles of 64 columns leaves it."""
+    parts = x.unflatten(1, (-1, 64))
+    mean = parts.mean(-1)
+    squares = (parts - mean.unsqueeze(-1)).square().sum(-1)
+    return Unnormed(x, x.to(DTYPE), torch.stack((mean, squares), -1).transpose(0, 1).contiguous(), 64)
+
+
 def tensor(*shape, dtype=DTYPE, scale=1.0):
     return (torch.randn(*shape, device="cuda") * scale).to(dtype)
 
@@ -97,6 +112,8 @@ def turned() -> list[Tile]:
     """Candidates for a few hundred tokens, operands copied: of less than 64 rows the product is turned."""
     cuts = [(16, 64, 128, 4), (16, 64, 256, 2), (32, 64, 64, 4), (32, 64, 128, 3), (32, 64, 256, 2), (32, 64, 512, 1)]
     cuts += [(32, 128, 128, 3), (64, 32, 128, 3), (64, 64, 64, 4), (64, 64, 128, 3), (64, 64, 256, 2)]
+    cuts += [(64, 16, 512, 2), (32, 64, 512, 2), (64, 32, 512, 2), (64, 64, 512, 2)]  # a row of 512 is one step
+    cuts += [(64, 16, 256, 3), (64, 32, 256, 3), (32, 64, 128, 5), (64, 32, 128, 5)]
     stored = [(32, 64, 128, 3), (64, 64, 128, 3), (64, 64, 64, 4)]
     tiles = [Tile(m, n, k, 4, stages, copied=2) for m, n, k, stages in cuts]
     return tiles + [Tile(m, n, k, 4, stages, copied=2, stored=1) for m, n, k, stages in stored]

@@ -19,10 +19,12 @@ from benchmarks.case import (
     copies_for,
     grid,
     in_pairs,
+    joined,
     products,
     reset,
     streams,
     tensor,
+    unnormed,
 )
 from benchmarks.cases_experts import make_expert_product, make_experts, make_router, make_sort
 from m3asr import ops
@@ -30,6 +32,7 @@ from m3asr.engines.cuda.packing import Linear
 from m3asr.kernels.attention import attention
 from m3asr.kernels.best import best_path
 from m3asr.kernels.depthwise import depthwise
+from m3asr.kernels.epilogue import Unnormed
 from m3asr.kernels.linear import linear
 from m3asr.kernels.log_softmax import log_softmax
 from m3asr.kernels.norm import norm
@@ -39,8 +42,8 @@ from m3asr.kernels.subsampling import first_convolution, next_convolution
 
 
 def make_up(batch, frames, valid, hidden, kind):
-    """Feed-forward up, QKV or the gated pointwise layer: for PAIRS with the norm inside, but in front of the
-    feed-forward.
+    """Feed-forward up, QKV or the gated pointwise layer: but for the first with the norm inside, for PAIRS and where
+    the engine joins them.
     """
     tokens = batch * frames
     columns = {"up": hidden, "qkv": 3 * WIDTH, "gated": 2 * WIDTH}[kind]
@@ -64,10 +67,13 @@ def make_up(batch, frames, valid, hidden, kind):
         a = pairs.add(y, nothing, to_stream(x, DTYPE, tile=ONE), scale=1.0)
         for layer in layers:
             pairs.sums(layer.weight)  # made once, and not inside a graph
+    rows, sums = unnormed(x), weights.float().sum(-1)
 
     def launch(i, tile):
         if tile == PAIRS:
             pairs.up(a, layers[i], out, eps=1e-12, pdl=True, **options)
+        elif kind != "up" and tile.copied and joined(tokens):
+            linear(rows, weights[i], bias, out, tile=tile, sums=sums[i], eps=1e-12, pdl=True, **options)
         else:
             linear(y, weights[i], bias, out, tile=tile, pdl=True, **options)
 
@@ -93,13 +99,15 @@ def make_residual(batch, frames, valid, width):
     out = x.clone()
     pairs, layers = in_pairs(tokens, max(width, 1024), weights, bias)
     stream, one, used = to_stream(x, DTYPE, tile=ONE), torch.empty_like(x), []
+    left = {n: Unnormed.empty(out, DTYPE, n) for n in (16, 32, 64, 128)}
 
     def launch(i, tile):
         used[:] = [tile]
         if tile == PAIRS:  # which prepares the norm behind it
             pairs.add(a, layers[i], stream, scale=0.5, pdl=True)
         else:
-            linear(a, weights[i], bias, out, tile=tile, residual_scale=0.5, pdl=True)
+            leaves = left[tile.n] if tile.copied and joined(tokens) else None
+            linear(a, weights[i], bias, out, tile=tile, residual_scale=0.5, leaves=leaves, pdl=True)
 
     def prepare():
         out.copy_(x)

@@ -70,10 +70,11 @@ def variants(engine: CudaEngine, name: str, data, reference: Reference, late, on
     only: words of which one must be in a variant's name.
     """
     forward, measured = engine.forward, dict(tiles.MEASURED)
-    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "beside", "fetches", "limits")}
+    usual = {attribute: getattr(forward, attribute) for attribute in ("pdl", "beside", "fetches", "limits", "joined")}
     cases = {"as it is": {}, "no dependent launch": {"pdl": False}}
     limits = forward.limits
     cases["no weights fetched ahead"] = {"fetches": False}
+    cases["norms apart from products"] = {"joined": (1, 0)}
     cases["no products by pairs of programs"] = {"limits": replace(limits, products=math.inf)}
     if name.startswith("1x"):
         cases["products by pairs of programs"] = {"limits": replace(limits, products=1)}

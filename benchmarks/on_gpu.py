@@ -99,6 +99,7 @@ STAGES = {
     "kernels-between": Stage(
         "{python} -m benchmarks.kernels --shapes 1x1024 1x2048 --budget 170 --out {out}/between", 190
     ),
+    "in-place": Stage("{python} -m benchmarks.in_place --inputs 1x1024 1x2048 --out {out}/in_place", 180),
     "between": Stage(
         "{python} -m benchmarks.encoder --inputs 1x1024 1x2048 --precisions bf16 --budget 120 --no-baselines {tiles} "
         "--out {out}/between",

@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.in_place import sweep  # noqa: E402
 from benchmarks.kernels import best_tiles  # noqa: E402
 from m3asr.engines.cuda import tiles  # noqa: E402
 from m3asr.kernels.linear import LIBRARY  # noqa: E402
@@ -92,3 +93,20 @@ def test_the_benchmark_gives_both_products_of_the_experts_one_height():
     best = best_tiles({"expert_up 64x1024": up, "expert_down 64x1024": down})
     heights = {operation: tile["m"] for operation, by_tokens in best.items() for tile in by_tokens.values()}
     assert heights == {"expert_up": 64, "expert_down": 64}
+
+
+def test_tiles_found_in_place(monkeypatch):
+    """What the whole takes decides, one operation after the other; what does not run, or gains nothing, stays out."""
+    monkeypatch.setattr(tiles, "MEASURED", {"up": {256: Tile(16, 16)}, "down": {256: Tile(16, 16), 512: Tile(8, 8)}})
+    costs = {16: 5.0, 32: 4.0, 64: 3.0, 128: float("inf"), 48: 2.999}
+
+    def whole():
+        up, down = (tiles.MEASURED[name][256].m for name in ("up", "down"))
+        return costs[up] + costs[down] + 10 * (up == down == 64)  # together they do not fit
+
+    candidates = [Tile(m, 16) for m in (16, 32, 64, 128, 48)]
+    said = []
+    sweep(whole, 256, {"up": candidates, "down": candidates[:4], "norm": [Tile(1, 1)]}, said.append)
+    assert tiles.MEASURED["up"] == {256: Tile(64, 16)}
+    assert tiles.MEASURED["down"] == {256: Tile(32, 16), 512: Tile(8, 8)}
+    assert tiles.MEASURED["norm"] == {} and len(said) == 3
