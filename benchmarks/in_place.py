@@ -46,7 +46,7 @@ BETTER = 0.002  # of the whole time: what repeats of one capture differ by
 
 
 def sweep(time_it: Callable[[], float], tokens: int, candidates: dict[str, list[Tile]], say=print) -> None:
-    """Put the best candidate of each operation into `tiles.MEASURED` at `tokens`, one after the other. What stands there
+    """Put the best of each operation's candidates into `tiles.MEASURED` at `tokens`, one by one. What stands there
     stays unless another is BETTER. time_it: what the whole takes with what stands there; inf if it does not run.
     """
     for operation, others in candidates.items():
