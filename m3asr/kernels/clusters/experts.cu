@@ -6,7 +6,8 @@
 // others took are under way: so no program waits for one that has not begun.
 
 constexpr int WARPS = 8, LANES = WARPS * 2;  // that multiply; of them a row of 16
-constexpr int MOST_TOKENS = 32 * WARPS, PART = 64, MOST_PARTS = 32 + MOST_TOKENS / PART;
+constexpr int MOST_PARTS = MOST_EXPERTS + MOST_TOKENS / PART;
+static_assert(MOST_TOKENS == 32 * WARPS && MOST_EXPERTS == 32, "a thread a token, a lane an expert");
 constexpr int ROWS_WARP = WARPS, WEIGHTS_WARP = WARPS + 1;
 constexpr int UP_SLICES = HIDDEN / UP_COLUMNS, DOWN_SLICES = WIDTH / DOWN_COLUMNS;
 constexpr int ROW = (WIDTH > HIDDEN ? WIDTH : HIDDEN) + 8;  // numbers of a row in shared memory

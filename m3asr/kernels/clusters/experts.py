@@ -71,6 +71,7 @@ class ExpertSizes:
         """Definitions, and all files of CUDA C++ that stand behind them."""
         names = {f.name.upper(): int(value) for f, value in zip(fields(self), astuple(self), strict=True)}
         names |= {"THREADS": THREADS, "PROGRAMS": 1, "RESIDENT": 1, "TIMED": 0}
+        names |= {"MOST_TOKENS": MOST_TOKENS, "MOST_EXPERTS": MOST_EXPERTS, "PART": PART}
         names["STAGES"], names["BUFFERS"] = self._cut()
         names["UP_COLUMNS"], names["DOWN_COLUMNS"] = self.columns
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
