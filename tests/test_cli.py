@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,7 @@ def test_what_is_written_when_the_process_is_ended_is_removed(model, tmp_path):
     with subprocess.Popen([*command, tmp_path / "endless.wav"], stderr=subprocess.PIPE) as process:
         with open(tmp_path / "endless.wav", "wb"):  # waits for the reader
             assert [path.name for path in tmp_path.glob(".out*")]
+            time.sleep(1)  # until it reads: Python hears of a signal just before a read when the read ends
             process.terminate()
             assert process.wait(60) == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["endless.wav"]
