@@ -159,6 +159,7 @@ def plot(results: dict, path: Path) -> None:
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     highest = max((ms for row in results["inputs"].values() for ms in row["ms"].values()), default=None)
     if highest is None:
@@ -182,6 +183,9 @@ def plot(results: dict, path: Path) -> None:
                         colors="black", linestyles=style, label=label)  # fmt: skip
     axes.set_xticks(range(len(timed_inputs)), list(timed_inputs))
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")  # not powers of ten
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("ms per encoder forward")
     axes.set_title(f"{results['preset']} on {results['card']['name']}")
     axes.set_ylim(top=5 * highest)

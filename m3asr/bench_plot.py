@@ -15,6 +15,7 @@ def plot(rows: Sequence[EngineRow], inputs: Sequence[str], path: Path, title: st
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         raise MissingExtra("the plot", "plot") from None
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -25,9 +26,12 @@ def plot(rows: Sequence[EngineRow], inputs: Sequence[str], path: Path, title: st
     for j, row in enumerate(shown):
         at = [i + (j - (len(shown) - 1) / 2) * width for i in range(len(inputs))]
         bars = axes.bar(at, [row.forwards[name].ms for name in inputs], width, label=f"{row.engine} on {row.device}")
-        axes.bar_label(bars, fmt="%.3g", fontsize=7)
+        axes.bar_label(bars, [f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}" for ms in bars.datavalues], fontsize=7)
     axes.set_xticks(range(len(inputs)), inputs)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")  # not powers of ten
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("ms per encoder forward")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8)
