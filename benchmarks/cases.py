@@ -67,12 +67,13 @@ def make_up(batch, frames, valid, hidden, kind):
         a = pairs.add(y, nothing, to_stream(x, DTYPE, tile=ONE), scale=1.0)
         for layer in layers:
             pairs.sums(layer.weight)  # made once, and not inside a graph
-    rows, sums = unnormed(x), weights.float().sum(-1)
+    inside = kind != "up" and joined(tokens)
+    rows, sums = (unnormed(x), weights.float().sum(-1)) if inside else (None, None)
 
     def launch(i, tile):
         if tile == PAIRS:
             pairs.up(a, layers[i], out, eps=1e-12, pdl=True, **options)
-        elif kind != "up" and tile.copied and joined(tokens):
+        elif inside and tile.copied:
             linear(rows, weights[i], bias, out, tile=tile, sums=sums[i], eps=1e-12, pdl=True, **options)
         else:
             linear(y, weights[i], bias, out, tile=tile, pdl=True, **options)
@@ -99,14 +100,14 @@ def make_residual(batch, frames, valid, width):
     out = x.clone()
     pairs, layers = in_pairs(tokens, max(width, 1024), weights, bias)
     stream, one, used = to_stream(x, DTYPE, tile=ONE), torch.empty_like(x), []
-    left = {n: Unnormed.empty(out, DTYPE, n) for n in (16, 32, 64, 128)}
+    left = {n: Unnormed.empty(out, DTYPE, n) for n in (16, 32, 64, 128)} if joined(tokens) else {}
 
     def launch(i, tile):
         used[:] = [tile]
         if tile == PAIRS:  # which prepares the norm behind it
             pairs.add(a, layers[i], stream, scale=0.5, pdl=True)
         else:
-            leaves = left[tile.n] if tile.copied and joined(tokens) else None
+            leaves = left[tile.n] if tile.copied and left else None
             linear(a, weights[i], bias, out, tile=tile, residual_scale=0.5, leaves=leaves, pdl=True)
 
     def prepare():

@@ -23,6 +23,7 @@ from benchmarks import baselines
 from benchmarks.accuracy import Reference, check, deviations
 from benchmarks.card import copy_bandwidth, flops, gemm_peak, timed, weight_bytes
 from benchmarks.models import preset, random_model, spread_routers
+from m3asr.bench_plot import milliseconds
 from m3asr.engines.cuda import CudaEngine, tiles
 
 INPUTS = ("1x206", "1x1024", "1x2048", "16x1024", "64x1024")
@@ -159,7 +160,6 @@ def plot(results: dict, path: Path) -> None:
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     highest = max((ms for row in results["inputs"].values() for ms in row["ms"].values()), default=None)
     if highest is None:
@@ -182,11 +182,7 @@ def plot(results: dict, path: Path) -> None:
             axes.hlines([y for _, y in known], [i - 0.42 for i, _ in known], [i + 0.42 for i, _ in known],
                         colors="black", linestyles=style, label=label)  # fmt: skip
     axes.set_xticks(range(len(timed_inputs)), list(timed_inputs))
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")  # not powers of ten
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("ms per encoder forward")
+    milliseconds(axes)
     axes.set_title(f"{results['preset']} on {results['card']['name']}")
     axes.set_ylim(top=5 * highest)
     axes.legend(fontsize=7, ncols=4, loc="upper center")

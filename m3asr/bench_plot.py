@@ -15,7 +15,6 @@ def plot(rows: Sequence[EngineRow], inputs: Sequence[str], path: Path, title: st
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         raise MissingExtra("the plot", "plot") from None
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -28,12 +27,19 @@ def plot(rows: Sequence[EngineRow], inputs: Sequence[str], path: Path, title: st
         bars = axes.bar(at, [row.forwards[name].ms for name in inputs], width, label=f"{row.engine} on {row.device}")
         axes.bar_label(bars, [f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}" for ms in bars.datavalues], fontsize=7)
     axes.set_xticks(range(len(inputs)), inputs)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")  # not powers of ten
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("ms per encoder forward")
+    milliseconds(axes)
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8)
     with whole_file(path) as aside:
         figure.savefig(aside, dpi=120, format="png")
+
+
+def milliseconds(axes) -> None:
+    """Times of a forward upwards, on a logarithmic scale in plain numbers, not powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("ms per encoder forward")
